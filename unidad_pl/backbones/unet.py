@@ -1,0 +1,275 @@
+"""Any unconditional or class-conditional diffusers ``UNet2DModel`` as a :class:`~unidad_pl.denoiser.Denoiser`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unidad_pl.denoiser import PREDICTION_TYPES, Denoiser, DenoiserSource, Parameterization, Prediction, PredictionType
+from unidad_pl.schedules import abar_from_sigma, linear_abar, sigma_from_abar
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+BUILTIN = "builtin:"
+DENOISER_FILE = "denoiser.json"
+
+
+@dataclass(frozen=True)
+class UNetSpec:
+    """What a ``UNet2DModel``'s own config does not say about how to use it as a denoiser. Saved as ``denoiser.json``.
+
+    Attributes:
+        prediction: what the network predicts: ``epsilon``, ``v_prediction``, ``sample`` (variance-preserving input)
+            or ``edm`` (Karras et al. 2022 preconditioning).
+        sigma_data: standard deviation of the data; used by ``edm`` only.
+        patch_size: pixels per side folded into channels before the network and back after it; 1 = none. The network
+            then works on an image ``patch_size`` times smaller, with ``patch_size^2`` times the channels.
+        timestep: how ``epsilon``/``v_prediction``/``sample`` networks see sigma: the ``nearest`` of the trained
+            timesteps (parity with released code) or ``interpolated`` in log sigma. ``edm`` sees ``250 * ln(sigma)/4``.
+        beta_start: first beta of the linear schedule (variance-preserving networks).
+        beta_end: last beta of the linear schedule.
+        train_timesteps: length of the schedule.
+    """
+
+    prediction: PredictionType = "epsilon"
+    sigma_data: float = 0.5
+    patch_size: int = 1
+    timestep: Literal["nearest", "interpolated"] = "nearest"
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    train_timesteps: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.prediction not in PREDICTION_TYPES:
+            raise ValueError(f"prediction must be one of {', '.join(PREDICTION_TYPES)}, got {self.prediction!r}")
+        if self.timestep not in ("nearest", "interpolated"):
+            raise ValueError(f"timestep must be 'nearest' or 'interpolated', got {self.timestep!r}")
+        if self.sigma_data <= 0 or self.patch_size < 1:
+            raise ValueError(
+                f"sigma_data must be > 0 and patch_size >= 1, got {self.sigma_data} and {self.patch_size}"
+            )
+
+
+class _Float32Conv2d(nn.Conv2d):
+    """The output convolution: float32 even under autocast, because sigma = 80 multiplies its rounding error."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.to(torch.promote_types(self.weight.dtype, torch.float32)))
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d) -> _Float32Conv2d:
+        """The same layer, sharing ``conv``'s parameters."""
+        same = cls(conv.in_channels, conv.out_channels, 1, padding=conv.padding, device="meta")
+        same.kernel_size, same.weight, same.bias = conv.kernel_size, conv.weight, conv.bias
+        return same
+
+
+class UNetDenoiser(Denoiser):
+    """A diffusers ``UNet2DModel`` behind the sigma contract.
+
+    Extra output channels (learned variance of guided-diffusion models) are dropped.
+
+    Args:
+        unet: the network; its parameters live under ``unet.`` in the state dict.
+        spec: how to read it.
+
+    Raises:
+        ValueError: the network's channels do not fit ``spec.patch_size``, or its sample size is unknown.
+    """
+
+    def __init__(self, unet: UNet2DModel, spec: UNetSpec) -> None:
+        super().__init__()
+        size, fold = unet.config["sample_size"], spec.patch_size**2
+        channels = unet.config["in_channels"]
+        if size is None:
+            raise ValueError("the UNet's config has no sample_size: set it to the side of its input in pixels")
+        if channels % fold or unet.config["out_channels"] < channels:
+            raise ValueError(
+                f"a UNet with {channels} input and {unet.config['out_channels']} output channels does not fit "
+                f"patch_size {spec.patch_size}: inputs must be a multiple of {fold}, outputs at least the inputs"
+            )
+        height, width = (size, size) if isinstance(size, int) else size
+        self.image_shape = (channels // fold, height * spec.patch_size, width * spec.patch_size)
+        self.num_classes = unet.config["num_class_embeds"]
+        self.spec = spec
+        self.unet = unet
+        self.unet.conv_out = _Float32Conv2d.of(unet.conv_out)
+        abar = linear_abar(spec.train_timesteps, spec.beta_start, spec.beta_end)
+        self.register_buffer("abar", abar, persistent=False)
+        self.abar: Tensor
+
+    def predict(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Prediction:
+        how = Parameterization.of(self.spec.prediction, sigma, self.spec.sigma_data)
+        folded = F.pixel_unshuffle(how.input_scale * x, self.spec.patch_size)
+        out = self.unet(folded, self.time(sigma), class_labels=cond).sample[:, : folded.shape[1]]
+        return how.prediction(x, F.pixel_shuffle(out, self.spec.patch_size))
+
+    def taps(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> dict[str, Tensor]:
+        how = Parameterization.of(self.spec.prediction, sigma, self.spec.sigma_data)
+        h = F.pixel_unshuffle(how.input_scale * x, self.spec.patch_size)
+        if self.unet.config["center_input_sample"]:
+            h = 2 * h - 1.0
+        emb = self._embedding(self.time(sigma), cond, h.dtype)
+        h = self.unet.conv_in(h)
+        outputs: tuple[Tensor, ...] = (h,)
+        for block in self.unet.down_blocks:
+            h, states = block(hidden_states=h, temb=emb)
+            outputs += tuple(states)
+        taps = {f"in{i}": output for i, output in enumerate(outputs)}
+        taps["mid"] = self.unet.mid_block(h, emb)
+        return taps
+
+    @property
+    def tap_channels(self) -> dict[str, int]:
+        config = self.unet.config
+        widths, layers = list(config["block_out_channels"]), config["layers_per_block"]
+        channels = [widths[0]]
+        for level, width in enumerate(widths):
+            channels += [width] * (layers + (level < len(widths) - 1))
+        return {f"in{i}": c for i, c in enumerate(channels)} | {"mid": widths[-1]}
+
+    def time(self, sigma: Tensor) -> Tensor:
+        """The network's time input [B] for ``sigma`` [B]."""
+        if self.spec.prediction == "edm":
+            return 250 * sigma.log() / 4
+        if self.spec.timestep == "nearest":
+            return (abar_from_sigma(sigma)[:, None] - self.abar).abs().argmin(dim=1)
+        table = sigma_from_abar(self.abar.double()).log()
+        level = sigma.double().log().clamp(table[0], table[-1])
+        right = torch.searchsorted(table, level).clamp(1, len(table) - 1)
+        low, high = table[right - 1], table[right]
+        return (right - 1 + (level - low) / (high - low)).to(sigma.dtype)
+
+    def _embedding(self, time: Tensor, cond: Tensor | None, dtype: torch.dtype) -> Tensor:
+        emb = self.unet.time_embedding(self.unet.time_proj(time).to(dtype))
+        if self.unet.class_embedding is not None:
+            if cond is None:
+                raise ValueError("this UNet is class-conditional: pass class labels as cond")
+            emb = emb + self.unet.class_embedding(cond).to(dtype)
+        return emb
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write ``config.json``, ``diffusion_pytorch_model.safetensors`` and ``denoiser.json`` into ``folder``."""
+        import copy
+
+        copy.deepcopy(self.unet).to(dtype).save_pretrained(folder)
+        (Path(folder) / DENOISER_FILE).write_text(json.dumps(asdict(self.spec), indent=2) + "\n")
+
+
+class PretrainedUNet(DenoiserSource):
+    """A ``UNet2DModel`` folder with weights.
+
+    Args:
+        path: a folder holding ``config.json``, ``diffusion_pytorch_model.safetensors`` and ``denoiser.json``, as
+            written by :meth:`UNetDenoiser.save_pretrained`; or ``builtin:NAME`` for a model that ships with the
+            package (``builtin:cartoon_teacher``).
+    """
+
+    def __init__(self, path: str = "builtin:cartoon_teacher") -> None:
+        self.path = path
+
+    @property
+    def folder(self) -> Path:
+        """Where the files lie."""
+        return ASSETS / self.path.removeprefix(BUILTIN) if self.path.startswith(BUILTIN) else Path(self.path)
+
+    def build(self) -> UNetDenoiser:
+        """Load strictly.
+
+        Raises:
+            FileNotFoundError: a file is missing; names it and what to put there.
+            ValueError: ``denoiser.json`` has an unknown entry, or weights are missing or unexpected.
+        """
+        from diffusers import UNet2DModel
+
+        for name in ("config.json", DENOISER_FILE):
+            if not (self.folder / name).is_file():
+                raise FileNotFoundError(
+                    f"source model {self.path!r} has no {name} (looked in {self.folder}). A source folder holds "
+                    f"config.json, diffusion_pytorch_model.safetensors and {DENOISER_FILE}."
+                )
+        entries = json.loads((self.folder / DENOISER_FILE).read_text())
+        unknown = set(entries) - set(UNetSpec.__dataclass_fields__)
+        if unknown:
+            raise ValueError(f"{self.folder / DENOISER_FILE} has unknown entries {sorted(unknown)}")
+        unet, report = UNet2DModel.from_pretrained(
+            self.folder, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True,
+            low_cpu_mem_usage=False, local_files_only=True,
+        )  # fmt: skip
+        wrong = {kind: keys for kind, keys in report.items() if keys}
+        if wrong:
+            raise ValueError(f"weights in {self.folder} do not fit its config.json: {wrong}")
+        return UNetDenoiser(unet, UNetSpec(**entries)).eval()
+
+
+class NewUNet(DenoiserSource):
+    """A randomly initialised ``UNet2DModel``, for training from scratch.
+
+    Args:
+        resolution: image side in pixels.
+        channels: widths of the levels, finest first.
+        layers: residual blocks per level.
+        attention_levels: levels (0 = finest) with self-attention.
+        head_channels: channels per attention head.
+        norm_groups: groups of every GroupNorm; must divide all channels.
+        image_channels: colour channels.
+        num_classes: number of class labels; null for an unconditional model.
+        dropout: dropout inside residual blocks.
+        prediction: see :class:`UNetSpec`.
+        sigma_data: see :class:`UNetSpec`.
+        patch_size: see :class:`UNetSpec`.
+    """
+
+    def __init__(
+        self,
+        resolution: int = 32,
+        channels: tuple[int, ...] = (32, 64, 128),
+        layers: int = 1,
+        attention_levels: tuple[int, ...] = (1, 2),
+        head_channels: int = 32,
+        norm_groups: int = 8,
+        image_channels: int = 3,
+        num_classes: int | None = None,
+        dropout: float = 0.0,
+        prediction: PredictionType = "edm",
+        sigma_data: float = 0.5,
+        patch_size: int = 2,
+    ) -> None:
+        if resolution % (patch_size * 2 ** (len(channels) - 1)):
+            raise ValueError(
+                f"resolution {resolution} must be divisible by patch_size * 2^(levels - 1) = "
+                f"{patch_size * 2 ** (len(channels) - 1)}"
+            )
+        self.spec = UNetSpec(prediction=prediction, sigma_data=sigma_data, patch_size=patch_size)
+        attention = [level in attention_levels for level in range(len(channels))]
+        self.config: dict[str, Any] = dict(
+            sample_size=resolution // patch_size,
+            in_channels=image_channels * patch_size**2,
+            out_channels=image_channels * patch_size**2,
+            block_out_channels=tuple(channels),
+            layers_per_block=layers,
+            down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
+            up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
+            downsample_padding=1,
+            attention_head_dim=head_channels,
+            norm_num_groups=norm_groups,
+            attn_norm_num_groups=norm_groups,
+            resnet_time_scale_shift="scale_shift",
+            num_class_embeds=num_classes,
+            dropout=dropout,
+        )
+
+    def build(self) -> UNetDenoiser:
+        """Make the network with diffusers' default initialisation, from torch's global random state."""
+        from diffusers import UNet2DModel
+
+        return UNetDenoiser(UNet2DModel(**self.config), self.spec).eval()

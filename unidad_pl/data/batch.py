@@ -1,0 +1,31 @@
+"""What a training loader yields, and the two conversions between uint8 pictures and model range."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """One iteration's real images on one rank.
+
+    Attributes:
+        images: [B, C, H, W] float32 in [-1, 1].
+        cond: condition of the B rows (class labels [B] int64), or None.
+    """
+
+    images: Tensor
+    cond: Tensor | None = None
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 [..., C, H, W] in 0..255 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Float [..., C, H, W] in [-1, 1] (clamped) -> uint8, rounded; the inverse of :func:`to_float`."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

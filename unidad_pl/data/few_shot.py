@@ -1,0 +1,204 @@
+"""The few-shot DataModule: k real images in, endless training batches and evaluation seeds out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from unidad_pl.data import cartoons
+from unidad_pl.data.batch import Batch, to_float, to_uint8
+from unidad_pl.data.images import load_folder
+from unidad_pl.seeds import mix_seed
+
+SHOTS_START = 1_000_000  # cartoon shots of seed s begin at (s + 1) million; the reference set at 0
+
+
+class FewShotDataModule(pl.LightningDataModule):
+    """A few target images for training, seeds for evaluation, a reference set for metrics.
+
+    Training batches are endless and stateless: the image at position ``p`` of the run is a function of ``(seed, p)``,
+    so a resumed run continues where it was and any number of workers or ranks sees the same stream. Validation, test
+    and prediction loaders yield sample seeds, each exactly once over all ranks; the module turns them into images.
+
+    Args:
+        root: folder with PNG, JPEG, WebP or BMP images. Give this or ``domain``.
+        domain: ``faces``, ``sunglasses`` or ``cats`` of the embedded cartoon world, instead of a folder.
+        shots: number of training images. A folder with more gives a random choice by ``seed``; null takes all.
+        resolution: image side in pixels; must be the model's.
+        batch_size: images per iteration and rank.
+        flip: mirror images at random, left to right.
+        seed: of the choice of shots, their order and flips.
+        reference: folder of images that metrics compare with. Default: for a domain, ``reference_size`` held-out
+            renders; for a folder, its images that are not shots (all of it, if that leaves fewer than 2).
+        reference_size: number of held-out renders of a domain.
+        val_samples: seeds at validation.
+        test_samples: seeds at test.
+        predict_samples: seeds at prediction.
+        eval_batch_size: seeds per evaluation batch.
+        first_seed: the evaluation seeds are ``first_seed, first_seed + 1, ...``.
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        domain: str | None = None,
+        shots: int | None = 10,
+        resolution: int = 32,
+        batch_size: int = 1,
+        flip: bool = True,
+        seed: int = 0,
+        reference: str | None = None,
+        reference_size: int = 1000,
+        val_samples: int = 500,
+        test_samples: int = 1000,
+        predict_samples: int = 64,
+        eval_batch_size: int = 50,
+        first_seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if (root is None) == (domain is None):
+            raise ValueError(f"give exactly one of root and domain, got root={root!r}, domain={domain!r}")
+        if domain is not None:
+            cartoons.check_domain(domain)
+        if domain is not None and shots is None:
+            raise ValueError("a cartoon domain is endless: give the number of shots")
+        for name, value in (("shots", shots), ("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.root, self.domain, self.wanted_shots = root, domain, shots
+        self.resolution, self.batch_size, self.flip, self.seed = resolution, batch_size, flip, seed
+        self.reference_root, self.reference_size = reference, reference_size
+        self.samples = {"val": val_samples, "test": test_samples, "predict": predict_samples}
+        self.eval_batch_size, self.first_seed = eval_batch_size, first_seed
+        self._shots: Tensor | None = None
+        self._reference: Tensor | None = None
+        self.shot_names: list[str] = []
+
+    def setup(self, stage: str | None = None) -> None:
+        """Decode the shots and the reference set once, into memory.
+
+        Raises:
+            FileNotFoundError, ValueError: a missing or empty folder, an unreadable image, or fewer images than shots.
+        """
+        if self._shots is not None:
+            return
+        if self.domain is not None:
+            start = SHOTS_START * (self.seed + 1)
+            indices = range(start, start + int(self.wanted_shots or 0))
+            self._shots, rest = _render(indices, self.domain, self.resolution), None
+            self.shot_names = [f"{self.domain}[{i}]" for i in indices]
+        else:
+            self._shots, rest = self._choose_shots()
+        if self.reference_root is not None:
+            self._reference = load_folder(self.reference_root, self.resolution)[0]
+        elif self.domain is not None:
+            self._reference = _render(range(self.reference_size), self.domain, self.resolution)
+        else:
+            self._reference = rest
+
+    def _choose_shots(self) -> tuple[Tensor, Tensor]:
+        images, paths = load_folder(str(self.root), self.resolution)
+        wanted = self.wanted_shots or len(images)
+        if len(images) < wanted:
+            raise ValueError(
+                f"image folder {self.root!r} holds {len(images)} images, but shots={wanted} were asked for: "
+                f"add images or set shots to {len(images)} or less"
+            )
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(mix_seed(self.seed, 1)))
+        chosen, rest = order[:wanted].sort().values, order[wanted:].sort().values
+        self.shot_names = [paths[i].name for i in chosen.tolist()]
+        return images[chosen], images[rest] if len(rest) >= 2 else images
+
+    @property
+    def shots(self) -> Tensor:
+        """The training images, [k, 3, R, R] float32 in [-1, 1]."""
+        self.setup()
+        assert self._shots is not None
+        return to_float(self._shots)
+
+    @property
+    def reference(self) -> Tensor:
+        """The images metrics compare with, [N, 3, R, R] uint8."""
+        self.setup()
+        assert self._reference is not None
+        return self._reference
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        self.setup()
+        assert self._shots is not None
+        trainer = self.trainer
+        world, rank = (trainer.world_size, trainer.global_rank) if trainer is not None else (1, 0)
+        start = trainer.global_step if trainer is not None else 0
+        stream = ShotStream(self._shots, self.batch_size, self.flip, self.seed, start, world, rank)
+        return DataLoader(stream, batch_size=None)
+
+    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        return self._seed_loader("val")
+
+    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        return self._seed_loader("test")
+
+    def predict_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        return self._seed_loader("predict")
+
+    def _seed_loader(self, stage: str) -> DataLoader[dict[str, Tensor]]:
+        trainer = self.trainer
+        world, rank = (trainer.world_size, trainer.global_rank) if trainer is not None else (1, 0)
+        seeds = torch.arange(self.first_seed, self.first_seed + self.samples[stage])
+        batches = [{"seeds": part} for part in seeds[rank::world].split(self.eval_batch_size) if len(part)]
+        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+
+
+class ShotStream(IterableDataset[Batch]):
+    """Endless batches of a small image set; position p of the stream is a function of (seed, p) alone.
+
+    Every epoch of N positions visits each image once, in an order of its own; flips are drawn per position.
+
+    Args:
+        images: [N, C, H, W] uint8.
+        batch_size: images per batch.
+        flip: mirror half of the positions.
+        seed: of orders and flips.
+        start: iterations already done.
+        world: number of ranks; each takes its own share of every global batch.
+        rank: this rank.
+    """
+
+    def __init__(
+        self, images: Tensor, batch_size: int, flip: bool, seed: int, start: int = 0, world: int = 1, rank: int = 0
+    ) -> None:
+        self.images, self.batch_size, self.flip, self.seed = images, batch_size, flip, seed
+        self.start, self.world, self.rank = start, world, rank
+        self._orders: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __iter__(self) -> Iterator[Batch]:
+        for iteration in count(self.start):
+            first = (iteration * self.world + self.rank) * self.batch_size
+            yield self.batch_at(range(first, first + self.batch_size))
+
+    def batch_at(self, positions: range) -> Batch:
+        """The images at ``positions`` of the stream."""
+        picks, flips = zip(*(self._look_up(p) for p in positions), strict=True)
+        images = to_float(self.images[torch.tensor(picks)])
+        mirrored = torch.tensor(flips)[:, None, None, None]
+        return Batch(torch.where(mirrored, images.flip(-1), images))
+
+    def _look_up(self, position: int) -> tuple[int, bool]:
+        epoch, place = divmod(position, len(self.images))
+        if epoch not in self._orders:
+            generator = torch.Generator().manual_seed(mix_seed(self.seed, 2, epoch))
+            order = torch.randperm(len(self.images), generator=generator)
+            mirror = torch.rand(len(self.images), generator=generator) < (0.5 if self.flip else 0.0)
+            self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1} | {epoch: (order, mirror)}
+        order, mirror = self._orders[epoch]
+        return int(order[place]), bool(mirror[place])
+
+
+def _render(indices: range, domain: str, resolution: int) -> Tensor:
+    parts = [indices[i : i + 500] for i in range(0, len(indices), 500)]
+    return torch.cat([to_uint8(cartoons.render(part, domain, resolution)) for part in parts])

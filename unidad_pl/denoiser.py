@@ -1,0 +1,117 @@
+"""The one contract all networks are used through: a sigma-denoiser ``D(x, sigma, cond) -> x0``.
+
+``x = x0 + sigma * eps`` with ``x`` [B, C, H, W] and ``sigma`` [B]; images are in [-1, 1]. How a network was trained
+(to predict eps, v, x0, or EDM's mixture) is four coefficients, see :class:`Parameterization`; nothing else in the
+package knows about it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+PredictionType = Literal["epsilon", "v_prediction", "sample", "edm"]
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "edm")
+
+
+class Prediction(NamedTuple):
+    """One network evaluation, seen as clean image and as noise; ``x = x0 + sigma * eps`` holds for the pair.
+
+    Both are computed from the raw network output by their own formula: differences of two networks' ``eps`` stay
+    exact at large sigma, where the same difference of ``x0`` drowns in rounding.
+    """
+
+    x0: Tensor
+    """[B, C, H, W] the denoised image. Not clamped."""
+    eps: Tensor
+    """[B, C, H, W] the noise, unit variance where the model is good."""
+
+
+@dataclass(frozen=True)
+class Parameterization:
+    """Input scale and output coefficients of one prediction type, each [B, 1, 1, 1].
+
+    ``x0 = x0_x * x + x0_f * f`` and ``eps = eps_x * x + eps_f * f`` with ``f = network(input_scale * x, time)``.
+    """
+
+    input_scale: Tensor
+    x0_x: Tensor
+    x0_f: Tensor
+    eps_x: Tensor
+    eps_f: Tensor
+
+    @classmethod
+    def of(cls, kind: PredictionType, sigma: Tensor, sigma_data: float) -> Parameterization:
+        """Coefficients at ``sigma`` [B]. ``sigma_data`` is used by ``edm`` only.
+
+        ``epsilon``, ``v_prediction`` and ``sample`` are variance-preserving networks: they see ``c * x`` with
+        ``c = 1/sqrt(1 + sigma^2)``. ``edm`` is Karras et al. 2022, table 1.
+
+        Raises:
+            ValueError: an unknown ``kind``.
+        """
+        s = sigma.view(-1, 1, 1, 1)
+        zero, one = torch.zeros_like(s), torch.ones_like(s)
+        c = (1 + s**2).rsqrt()
+        if kind == "epsilon":
+            return cls(c, one, -s, zero, one)
+        if kind == "v_prediction":  # v = c eps - (sigma c) x0 with the scaled input c x
+            return cls(c, c**2, -s * c, s * c**2, c)
+        if kind == "sample":
+            return cls(c, zero, one, 1 / s, -1 / s)
+        if kind == "edm":
+            total = s**2 + sigma_data**2
+            root = total.rsqrt()
+            return cls(root, sigma_data**2 / total, s * sigma_data * root, s / total, -sigma_data * root)
+        raise ValueError(f"unknown prediction type {kind!r}: choose one of {', '.join(PREDICTION_TYPES)}")
+
+    def prediction(self, x: Tensor, f: Tensor) -> Prediction:
+        """Both views of the network output ``f`` at the noisy input ``x`` (both [B, C, H, W])."""
+        return Prediction(self.x0_x * x + self.x0_f * f, self.eps_x * x + self.eps_f * f)
+
+
+class Denoiser(nn.Module, ABC):
+    """Base class of all backbones.
+
+    A subclass implements :meth:`predict` and :meth:`taps` and sets :attr:`image_shape`. Conditions (class labels,
+    prompts) travel as one opaque ``cond`` tensor of B rows, or None.
+    """
+
+    image_shape: tuple[int, int, int]
+    """(C, H, W) of one image or latent."""
+
+    num_classes: int | None = None
+    """Number of class labels a class-conditional model needs in ``cond`` [B] int64; None: unconditional."""
+
+    @abstractmethod
+    def predict(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Prediction:
+        """Denoise ``x`` [B, C, H, W] at ``sigma`` [B] and return both views of the answer, at least float32."""
+
+    @abstractmethod
+    def taps(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> dict[str, Tensor]:
+        """Outputs of every encoder block and of the middle block; the decoder is not evaluated.
+
+        Returns:
+            name -> [B, C_name, H_name, W_name], in order of depth: ``in0``, ``in1``, ..., ``mid``.
+        """
+
+    @property
+    @abstractmethod
+    def tap_channels(self) -> dict[str, int]:
+        """name -> channels, the same names and order as :meth:`taps`."""
+
+    def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
+        """``x0`` [B, C, H, W] of :meth:`predict`."""
+        return self.predict(x, sigma, cond).x0
+
+
+class DenoiserSource(ABC):
+    """A light description of a denoiser that a config can hold; nothing heavy happens before :meth:`build`."""
+
+    @abstractmethod
+    def build(self) -> Denoiser:
+        """Make the network (random or loaded), float32, in eval mode, on the current default device."""

@@ -1,0 +1,356 @@
+"""What every generative module here shares: optimiser groups stepped by hand, EMA, seeded draws, partial checkpoints.
+
+The rules it keeps (DESIGN):
+
+* one ``training_step`` is one iteration, and ``trainer.global_step`` counts it once, however many optimisers step;
+* a loss reaches only the parameters of the group it is for; frozen networks never get gradients;
+* all random draws of an iteration come from ``f(seed, iteration, micro-batch)``, so nothing has to be saved to resume;
+* frozen networks are not in checkpoints: their content hash is, and another network is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
+
+from unidad_pl.denoiser import Denoiser
+from unidad_pl.seeds import mix_seed
+
+
+@dataclass
+class Optimization:
+    """Optimiser of one group of parameters, its warm-up, decay and clipping; all counted in its OWN steps.
+
+    Attributes:
+        lr: peak learning rate.
+        betas: Adam's moment decays.
+        weight_decay: decoupled weight decay.
+        warmup: steps over which the rate rises linearly; the first step uses ``lr / warmup``. 0: none.
+        decay_to: fraction of ``lr`` reached at the last step of the run, along a half cosine. 1: constant.
+        decay_from: fraction of the run after which the decay begins. A run stopped before that point can be resumed
+            with another ``max_steps``: nothing it did so far depended on it.
+        clip: largest gradient norm of the group; 0: no clipping.
+        optimizer: class path of the optimiser, called with ``lr``, ``betas`` and ``weight_decay``.
+        options: further keyword arguments for it, e.g. ``{fused: true}``.
+    """
+
+    lr: float = 2e-6
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    warmup: int = 500
+    decay_to: float = 1.0
+    decay_from: float = 0.0
+    clip: float = 10.0
+    optimizer: str = "torch.optim.AdamW"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def build(self, parameters: Any, total_steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
+        """The optimiser over ``parameters`` and its schedule for ``total_steps`` of its own steps."""
+        module, _, name = self.optimizer.rpartition(".")
+        import importlib
+
+        kind = getattr(importlib.import_module(module), name)
+        optimizer = kind(parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, **self.options)
+        return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """Multiple of ``lr`` used by step number ``step`` (0-based)."""
+        warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        start = self.decay_from * (total_steps - 1)
+        progress = min(1.0, max(0.0, step - start) / max(1.0, total_steps - 1 - start))
+        return warm * (self.decay_to + (1 - self.decay_to) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def content_hash(module: nn.Module) -> str:
+    """sha256 over names, shapes and float32 bytes of a module's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """No gradient reaches the parameters of ``modules`` inside; every flag is restored exactly afterwards."""
+    held = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for p in held:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in held:
+            p.requires_grad_(True)
+
+
+class GenerativeModule(pl.LightningModule):
+    """Base of :class:`~unidad_pl.modules.unidad.UniDAD` and :class:`~unidad_pl.modules.diffusion.Diffusion`.
+
+    A subclass builds its networks in :meth:`build_networks`, names its trained parameters in :meth:`groups`, its
+    frozen networks in :attr:`frozen_networks`, and computes its losses in ``training_step``.
+
+    Args:
+        seed: seed of every random draw in training and of the initialisation of new layers.
+        accumulate: micro-batches an iteration's batch is split into; gradients are averaged over them.
+        ema_decay: decay of the exponential moving average of the sampled network, one update per step of it; early
+            on the decay is ``(1 + n) / (10 + n)``. 0: no average.
+        max_skipped: iterations in a row with a non-finite gradient after which the run ends with an error.
+    """
+
+    frozen_networks: tuple[str, ...] = ()
+    clock: str
+    """The group that steps in every iteration; ``trainer.global_step`` counts its steps."""
+
+    def __init__(self, seed: int = 0, accumulate: int = 1, ema_decay: float = 0.0, max_skipped: int = 10) -> None:
+        super().__init__()
+        if accumulate < 1 or max_skipped < 1 or not 0 <= ema_decay < 1:
+            raise ValueError(
+                f"accumulate and max_skipped must be >= 1 and ema_decay in [0, 1), "
+                f"got {accumulate}, {max_skipped} and {ema_decay}"
+            )
+        self.automatic_optimization = False
+        self.seed, self.accumulate, self.ema_decay, self.max_skipped = seed, accumulate, ema_decay, max_skipped
+        self.register_buffer("iteration", torch.zeros((), dtype=torch.long))
+        self.iteration: Tensor
+        self.ema: AveragedModel | None = None
+        self._skipped_in_a_row: dict[str, int] = {}
+        self._built = False
+
+    # -- to be implemented by subclasses -------------------------------------------------------------------------
+
+    def build_networks(self) -> None:
+        """Make all networks; called once per process, with torch's random state seeded by ``seed``."""
+        raise NotImplementedError
+
+    @property
+    def sampled_network(self) -> Denoiser:
+        """The network that :meth:`sample` uses and that the average follows."""
+        raise NotImplementedError
+
+    def optimizations(self) -> dict[str, Optimization]:
+        """Group name -> its optimiser settings, in the order they step."""
+        raise NotImplementedError
+
+    def groups(self) -> dict[str, list[dict[str, Any]]]:
+        """Group name -> torch parameter groups, the same names as :meth:`optimizations`."""
+        raise NotImplementedError
+
+    def steps_of(self, group: str, iterations: int) -> int:
+        """How often ``group`` steps in ``iterations`` iterations."""
+        return iterations
+
+    def generate(self, network: Denoiser, seeds: Tensor, cond: Tensor | None) -> Tensor:
+        """Images [B, C, H, W] for ``seeds`` [B]; row i depends on ``seeds[i]`` and ``cond[i]`` only."""
+        raise NotImplementedError
+
+    # -- networks and optimisers ---------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        if self._built:
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mix_seed(self.seed, 0xA11))
+            self.build_networks()
+        if self.ema_decay:
+            self.ema = AveragedModel(self.sampled_network, avg_fn=self._average).requires_grad_(False)
+        for name in self.frozen_networks:
+            getattr(self, name).requires_grad_(False).eval()
+        self._built = True
+
+    def _average(self, mean: Tensor, value: Tensor, count: Tensor | int) -> Tensor:
+        n = float(count)
+        return mean.lerp(value, 1 - min(self.ema_decay, (1 + n) / (10 + n)))
+
+    def configure_optimizers(self) -> Any:
+        # max_steps is -1 when the run is bounded by time or epochs: rates then stay at their peak after the warm-up.
+        iterations = self.trainer.max_steps if self.trainer.max_steps > 0 else 2**62
+        built = [
+            setting.build(self.groups()[name], self.steps_of(name, iterations))
+            for name, setting in self.optimizations().items()
+        ]
+        return [optimizer for optimizer, _ in built], [schedule for _, schedule in built]
+
+    def train(self, mode: bool = True) -> GenerativeModule:
+        super().train(mode)
+        for name in self.frozen_networks:
+            if (network := getattr(self, name, None)) is not None:
+                network.eval()
+        if self.ema is not None:
+            self.ema.eval()
+        return self
+
+    # -- one iteration -------------------------------------------------------------------------------------------
+
+    def micro_batches(self, images: Tensor, cond: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Split a batch into ``accumulate`` parts; before each, seed torch by (seed, iteration, global part).
+
+        Raises:
+            ValueError: the batch cannot be split evenly.
+        """
+        if len(images) % self.accumulate:
+            raise ValueError(f"a batch of {len(images)} images cannot be split into accumulate={self.accumulate} parts")
+        size = len(images) // self.accumulate
+        for part in range(self.accumulate):
+            number = self.global_rank * self.accumulate + part
+            torch.manual_seed(mix_seed(self.seed, int(self.iteration), number))
+            rows = slice(part * size, (part + 1) * size)
+            yield images[rows], None if cond is None else cond[rows]
+
+    def shared_randint(self, high: int) -> int:
+        """A draw in [0, high) that is the same on every rank and for every micro-batch of this iteration."""
+        return mix_seed(self.seed, int(self.iteration), 0x5EED) % high
+
+    def _optimizer(self, group: str) -> tuple[Any, Any]:
+        position = list(self.optimizations()).index(group)
+        optimizers: Any = self.optimizers(use_pl_optimizer=True)
+        schedules: Any = self.lr_schedulers()
+        if not isinstance(optimizers, list):
+            return optimizers, schedules
+        return optimizers[position], schedules[position]
+
+    def backward_into(self, loss: Tensor, group: str) -> None:
+        """Add the gradient of ``loss / accumulate`` to the parameters of ``group``, and to nothing else."""
+        parameters = [p for settings in self.groups()[group] for p in settings["params"]]
+        self.manual_backward(loss / self.accumulate, inputs=parameters)
+
+    def step(self, group: str) -> bool:
+        """Average the group's gradient over ranks, clip it, step its optimiser and schedule.
+
+        A non-finite gradient skips the step (on every rank alike: the average spreads it), is counted and logged.
+
+        Returns:
+            Whether the optimiser stepped.
+
+        Raises:
+            RuntimeError: ``max_skipped`` steps in a row were skipped.
+        """
+        optimizer, schedule = self._optimizer(group)
+        parameters = [p for settings in optimizer.param_groups for p in settings["params"] if p.grad is not None]
+        average_gradients(parameters)
+        clip = self.optimizations()[group].clip
+        norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip else math.inf)
+        finite = bool(torch.isfinite(norm))
+        self.log(f"grad_norm/{group}", norm, rank_zero_only=True)
+        if finite:
+            if group == self.clock:
+                optimizer.step()
+            else:  # not through Lightning's counter: an iteration is counted once
+                self.trainer.strategy.optimizer_step(optimizer.optimizer, lambda: None)
+            schedule.step()
+            self._skipped_in_a_row[group] = 0
+        else:
+            self._skip(group)
+        optimizer.zero_grad()
+        return finite
+
+    def _skip(self, group: str) -> None:
+        if group == self.clock:  # keep counting iterations
+            self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.increment_ready()
+            self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.increment_completed()
+        row = self._skipped_in_a_row[group] = self._skipped_in_a_row.get(group, 0) + 1
+        self.log(f"skipped/{group}", float(row), rank_zero_only=True)
+        if row >= self.max_skipped:
+            raise RuntimeError(
+                f"{row} iterations in a row had a non-finite gradient for {group!r} (now at iteration "
+                f"{int(self.iteration)}). The last checkpoint is untouched: resume from it with a lower learning rate "
+                f"or in float32."
+            )
+
+    def finish_iteration(self, sampled_network_stepped: bool) -> None:
+        """Advance the iteration count; update the average if the sampled network changed."""
+        if sampled_network_stepped and self.ema is not None:
+            self.ema.update_parameters(self.sampled_network)
+        self.iteration += 1
+
+    # -- evaluation: seeds in, images out ------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(self, seeds: Tensor | Sequence[int], cond: Tensor | None = None, weights: str = "auto") -> Tensor:
+        """Generate one image per seed. Image ``s`` is the same for any batch it is drawn in.
+
+        Args:
+            seeds: B integers.
+            cond: B rows of condition, or None.
+            weights: ``ema``, ``raw`` or ``auto`` (ema where it exists).
+
+        Returns:
+            [B, C, H, W] in the model's range, clamped to [-1, 1].
+
+        Raises:
+            ValueError: ``weights="ema"`` without an average.
+        """
+        if weights == "ema" and self.ema is None:
+            raise ValueError("weights='ema' but this module keeps no average: set ema_decay above 0")
+        self.configure_model()
+        network = self.ema.module if self.ema is not None and weights != "raw" else self.sampled_network
+        training = network.training
+        network.eval()
+        seeds = torch.as_tensor(seeds, dtype=torch.long)
+        images = self.generate(network, seeds, cond).clamp(-1, 1)
+        network.train(training)
+        return images
+
+    def _evaluation_step(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        samples = self.sample(batch["seeds"], batch.get("cond"))
+        return {"samples": samples, "seeds": batch["seeds"], "weights": "raw" if self.ema is None else "ema"}
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+        return self._evaluation_step(batch)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+        return self._evaluation_step(batch)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+        return self._evaluation_step(batch)
+
+    # -- partial checkpoints -------------------------------------------------------------------------------------
+
+    def _frozen_keys(self) -> tuple[str, ...]:
+        return tuple(f"{name}." for name in self.frozen_networks)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        weights = checkpoint["state_dict"]
+        for key in [k for k in weights if k.startswith(self._frozen_keys())]:
+            del weights[key]
+        checkpoint["frozen_sha256"] = {name: content_hash(getattr(self, name)) for name in self.frozen_networks}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.configure_model()
+        for name, seen in checkpoint.get("frozen_sha256", {}).items():
+            if name not in self.frozen_networks:
+                raise RuntimeError(f"the checkpoint was trained with a frozen network {name!r}, this run has none")
+            own = content_hash(getattr(self, name))
+            if own != seen:
+                raise RuntimeError(
+                    f"the checkpoint was trained with another {name!r} network: its sha256 is {seen[:16]}..., "
+                    f"this run's is {own[:16]}.... Point the config at the network the run started with."
+                )
+        # The frozen networks come from their source; put them in so that loading stays strict for all the rest.
+        weights = checkpoint["state_dict"]
+        for name in self.frozen_networks:
+            weights.update(getattr(self, name).state_dict(prefix=f"{name}."))
+
+
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Replace the gradients by their mean over all ranks: one all-reduce per dtype. Nothing on a single process."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    grads = [p.grad for p in parameters if p.grad is not None]
+    for dtype in {g.dtype for g in grads}:
+        same = [g for g in grads if g.dtype == dtype]
+        flat = torch.cat([g.flatten() for g in same])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for g, part in zip(same, flat.split([g.numel() for g in same]), strict=True):
+            g.copy_(part.view_as(g))

@@ -1,0 +1,104 @@
+"""Ordinary diffusion training of one denoiser: pretrain a source teacher, or fine-tune one on the shots."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from unidad_pl.data.batch import Batch
+from unidad_pl.denoiser import Denoiser, DenoiserSource
+from unidad_pl.losses import Weighting, denoising_loss
+from unidad_pl.modules.base import GenerativeModule, Optimization
+from unidad_pl.sampling import FewStepSampler, ddim, heun, sampling_sigmas, seeded_noise
+from unidad_pl.schedules import karras, log_linear
+
+
+class Diffusion(GenerativeModule):
+    """Train one denoiser with the denoising loss, and sample from it.
+
+    Used from scratch it makes a source teacher; started from one on a few shots it is the ``Adapt`` baseline
+    (METHOD 7).
+
+    Args:
+        source: the network to train.
+        optimization: its optimiser.
+        weighting: loss weight over sigma, ``edm`` or ``eps``; see :func:`~unidad_pl.losses.denoising_weight`.
+        sigma_data: standard deviation of the data in the ``edm`` weight.
+        noise: how training sigmas are drawn: ``karras`` uniformly from the 1000-entry table of the method,
+            ``lognormal`` from ``exp(N(mean, std))`` (Karras et al. 2022).
+        lognormal_mean: mean of ``ln sigma`` for ``lognormal``.
+        lognormal_std: standard deviation of ``ln sigma`` for ``lognormal``.
+        sampler: ``heun`` or ``ddim`` over ``steps`` Karras sigmas, or ``few_step`` (the student's sampler, to compare a
+            plain teacher with a student at equal cost).
+        steps: sampling steps. Heun evaluates the network ``2 steps - 1`` times.
+        seed: see :class:`~unidad_pl.modules.base.GenerativeModule`.
+        accumulate: see there.
+        ema_decay: see there.
+        max_skipped: see there.
+    """
+
+    clock = "denoiser"
+
+    def __init__(
+        self,
+        source: DenoiserSource,
+        optimization: Optimization = Optimization(),  # noqa: B008 (a value, never mutated)
+        weighting: Weighting = "edm",
+        sigma_data: float = 0.5,
+        noise: Literal["karras", "lognormal"] = "karras",
+        lognormal_mean: float = -1.2,
+        lognormal_std: float = 1.2,
+        sampler: Literal["heun", "ddim", "few_step"] = "heun",
+        steps: int = 25,
+        seed: int = 0,
+        accumulate: int = 1,
+        ema_decay: float = 0.0,
+        max_skipped: int = 10,
+    ) -> None:
+        super().__init__(seed=seed, accumulate=accumulate, ema_decay=ema_decay, max_skipped=max_skipped)
+        self.source = source
+        self.optimization = optimization
+        self.weighting, self.sigma_data = weighting, sigma_data
+        self.noise, self.lognormal_mean, self.lognormal_std = noise, lognormal_mean, lognormal_std
+        self.sampler, self.steps = sampler, steps
+        self.register_buffer("sigmas", karras(), persistent=False)
+        self.sigmas: Tensor
+
+    def build_networks(self) -> None:
+        self.denoiser = self.source.build()
+
+    @property
+    def sampled_network(self) -> Denoiser:
+        return self.denoiser
+
+    def optimizations(self) -> dict[str, Optimization]:
+        return {"denoiser": self.optimization}
+
+    def groups(self) -> dict[str, list[dict[str, Any]]]:
+        return {"denoiser": [{"params": list(self.denoiser.parameters())}]}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        total = torch.zeros((), device=self.device)
+        for images, cond in self.micro_batches(batch.images, batch.cond):
+            sigma = self.draw_sigma(len(images))
+            noisy = images + sigma.view(-1, 1, 1, 1) * torch.randn_like(images)
+            x0 = self.denoiser(noisy, sigma, cond)
+            loss = denoising_loss(x0, images, sigma, self.weighting, self.sigma_data)
+            self.backward_into(loss, "denoiser")
+            total += loss.detach() / self.accumulate
+        self.log("loss/denoising", total, prog_bar=True)
+        self.finish_iteration(self.step("denoiser"))
+
+    def draw_sigma(self, batch: int) -> Tensor:
+        """Training sigmas [batch]."""
+        if self.noise == "lognormal":
+            return (self.lognormal_mean + self.lognormal_std * torch.randn(batch, device=self.device)).exp()
+        return self.sigmas[torch.randint(len(self.sigmas), (batch,), device=self.device)]
+
+    def generate(self, network: Denoiser, seeds: Tensor, cond: Tensor | None) -> Tensor:
+        noise = seeded_noise(seeds, network.image_shape, self.device)
+        if self.sampler == "few_step":
+            return FewStepSampler(log_linear(self.steps))(network, noise, cond)
+        return {"heun": heun, "ddim": ddim}[self.sampler](network, noise, sampling_sigmas(self.steps), cond)

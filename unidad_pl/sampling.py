@@ -1,0 +1,125 @@
+"""From noise to images: the few-step student, and Heun / DDIM for many-step teachers.
+
+Every sampler takes ``noise``: a function that returns a fresh Gaussian [B, C, H, W] each time it is called. Training
+passes :func:`random_noise`; evaluation passes :func:`seeded_noise`, where row i comes from the generator of seed i, so
+that an image does not depend on the batch, the rank or the device it is drawn on.
+
+    >>> noise = seeded_noise([17, 18], (3, 32, 32), "cpu")
+    >>> images = FewStepSampler(log_linear(3))(student, noise)                       # [2, 3, 32, 32]
+    >>> images = heun(teacher, noise, sampling_sigmas(25))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from unidad_pl.denoiser import Denoiser
+from unidad_pl.schedules import karras
+
+Noise = Callable[[], Tensor]
+GradientMode = Literal["unroll", "last", "backward_simulation"]
+GRADIENT_MODES = ("unroll", "last", "backward_simulation")
+
+
+def seeded_noise(seeds: Tensor | Sequence[int], shape: Sequence[int], device: torch.device | str) -> Noise:
+    """Noise whose row i is drawn by a CPU generator seeded with ``seeds[i]``.
+
+    Args:
+        seeds: B integers >= 0.
+        shape: (C, H, W) of one image.
+        device: where the noise is moved to.
+    """
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    return lambda: torch.stack([torch.randn(*shape, generator=g) for g in generators]).to(device)
+
+
+def random_noise(batch: int, shape: Sequence[int], device: torch.device | str) -> Noise:
+    """Noise [batch, *shape] from torch's global random state on ``device``."""
+    return lambda: torch.randn(batch, *shape, device=device)
+
+
+class FewStepSampler:
+    """The student's sampler (METHOD 2): ``x = sigma_0 z``; then K times ``x0 = G(x, sigma_k)``, re-noised in between.
+
+    Args:
+        sigmas: [K] descending, see :func:`~unidad_pl.schedules.log_linear`.
+        gradient: which applications carry gradient: ``unroll`` all K (released code), ``last`` the last one,
+            ``backward_simulation`` (DMD2) the one the caller names, where sampling then stops.
+
+    Raises:
+        ValueError: no sigmas, sigmas that do not descend, or an unknown gradient mode.
+    """
+
+    def __init__(self, sigmas: Tensor, gradient: GradientMode = "unroll") -> None:
+        if sigmas.ndim != 1 or len(sigmas) < 1 or (sigmas <= 0).any() or (sigmas.diff() >= 0).any():
+            raise ValueError(f"few-step sigmas must be positive and descend, got {sigmas.tolist()}")
+        if gradient not in GRADIENT_MODES:
+            raise ValueError(f"gradient must be one of {', '.join(GRADIENT_MODES)}, got {gradient!r}")
+        self.sigmas = [float(s) for s in sigmas]
+        self.gradient = gradient
+
+    def __len__(self) -> int:
+        return len(self.sigmas)
+
+    def __call__(
+        self, student: Denoiser, noise: Noise, cond: Tensor | None = None, stop: int | None = None
+    ) -> Tensor:
+        """Images [B, C, H, W], not clamped.
+
+        Args:
+            student: the denoiser G.
+            noise: called once per step, the initial z included.
+            cond: condition of the B rows.
+            stop: the step whose output is returned (0-based); the last one by default. ``backward_simulation``
+                training draws it.
+        """
+        last = len(self) - 1 if stop is None else stop
+        x = self.sigmas[0] * noise()
+        for k in range(last + 1):
+            if k > 0:
+                x = x0 + self.sigmas[k] * noise()  # noqa: F821 (x0 of the step before)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and (self.gradient == "unroll" or k == last)):
+                x0 = student(x, x.new_full((len(x),), self.sigmas[k]), cond)
+        return x0
+
+
+def sampling_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
+    """The Karras grid of many-step samplers, [steps + 1], descending, with the final 0 (Karras et al. 2022, eq. 5)."""
+    return torch.cat([karras(steps, sigma_min, sigma_max, rho).flip(0), torch.zeros(1)])
+
+
+def heun(denoiser: Denoiser, noise: Noise, sigmas: Tensor, cond: Tensor | None = None) -> Tensor:
+    """Heun's second-order sampler (Karras et al. 2022, algorithm 1), deterministic after the first draw.
+
+    Args:
+        denoiser: evaluated twice per step except the last.
+        noise: called once.
+        sigmas: [n + 1] descending to 0, see :func:`sampling_sigmas`.
+        cond: condition of the B rows.
+
+    Returns:
+        Images [B, C, H, W], not clamped.
+    """
+    x = float(sigmas[0]) * noise()
+    for now, after in zip(sigmas.tolist(), sigmas.tolist()[1:], strict=False):
+        slope = (x - denoiser(x, x.new_full((len(x),), now), cond)) / now
+        euler = x + (after - now) * slope
+        if after > 0:
+            slope_after = (euler - denoiser(euler, x.new_full((len(x),), after), cond)) / after
+            x = x + (after - now) * 0.5 * (slope + slope_after)
+        else:
+            x = euler
+    return x
+
+
+def ddim(denoiser: Denoiser, noise: Noise, sigmas: Tensor, cond: Tensor | None = None) -> Tensor:
+    """Deterministic DDIM (Song et al. 2021): in sigma space, ``x <- x0 + sigma_next * eps``. Arguments as :func:`heun`."""
+    x = float(sigmas[0]) * noise()
+    for now, after in zip(sigmas.tolist(), sigmas.tolist()[1:], strict=False):
+        guess = denoiser.predict(x, x.new_full((len(x),), now), cond)
+        x = guess.x0 + after * guess.eps
+    return x

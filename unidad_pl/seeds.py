@@ -1,0 +1,11 @@
+"""Seeds that are functions of what they are for."""
+
+from __future__ import annotations
+
+import hashlib
+
+
+def mix_seed(*parts: int) -> int:
+    """A 63-bit seed from integers; different parts give unrelated seeds, on every platform."""
+    text = ",".join(str(int(part)) for part in parts).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
