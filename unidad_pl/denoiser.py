@@ -104,6 +104,15 @@ class Denoiser(nn.Module, ABC):
     def tap_channels(self) -> dict[str, int]:
         """name -> channels, the same names and order as :meth:`taps`."""
 
+    @property
+    def native_sigmas(self) -> Tensor:
+        """The sigmas the network was trained at, [T] ascending, for models with a discrete schedule.
+
+        Raises:
+            ValueError: the model has no table of its own.
+        """
+        raise ValueError(f"this {type(self).__name__} was trained on continuous noise levels: use noise_table: karras")
+
     def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
         """``x0`` [B, C, H, W] of :meth:`predict`."""
         return self.predict(x, sigma, cond).x0

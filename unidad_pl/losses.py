@@ -142,7 +142,7 @@ def generator_loss(fake: Sequence[Tensor], loss: GANLoss = "bce") -> Tensor:
 
 def _squared_norm_of_gradient(logits: Sequence[Tensor], images: Tensor) -> Tensor:
     """Per sample, of the heads' mean logit: [B]."""
-    score = torch.stack([logit.flatten(1).mean(1) for logit in logits]).mean(0).sum()
+    score = torch.stack([logit.reshape(len(logit), -1).mean(1) for logit in logits]).mean(0).sum()
     (grad,) = torch.autograd.grad(score, images, create_graph=True)
     return grad.flatten(1).pow(2).sum(1)
 

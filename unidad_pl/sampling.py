@@ -65,9 +65,7 @@ class FewStepSampler:
     def __len__(self) -> int:
         return len(self.sigmas)
 
-    def __call__(
-        self, student: Denoiser, noise: Noise, cond: Tensor | None = None, stop: int | None = None
-    ) -> Tensor:
+    def __call__(self, student: Denoiser, noise: Noise, cond: Tensor | None = None, stop: int | None = None) -> Tensor:
         """Images [B, C, H, W], not clamped.
 
         Args:
@@ -78,10 +76,10 @@ class FewStepSampler:
                 training draws it.
         """
         last = len(self) - 1 if stop is None else stop
-        x = self.sigmas[0] * noise()
+        x0, x = torch.zeros(()), self.sigmas[0] * noise()
         for k in range(last + 1):
             if k > 0:
-                x = x0 + self.sigmas[k] * noise()  # noqa: F821 (x0 of the step before)
+                x = x0 + self.sigmas[k] * noise()
             with torch.set_grad_enabled(torch.is_grad_enabled() and (self.gradient == "unroll" or k == last)):
                 x0 = student(x, x.new_full((len(x),), self.sigmas[k]), cond)
         return x0
@@ -117,7 +115,10 @@ def heun(denoiser: Denoiser, noise: Noise, sigmas: Tensor, cond: Tensor | None =
 
 
 def ddim(denoiser: Denoiser, noise: Noise, sigmas: Tensor, cond: Tensor | None = None) -> Tensor:
-    """Deterministic DDIM (Song et al. 2021): in sigma space, ``x <- x0 + sigma_next * eps``. Arguments as :func:`heun`."""
+    """Deterministic DDIM (Song et al. 2021): in sigma space, ``x <- x0 + sigma_next * eps``.
+
+    Arguments and result as :func:`heun`.
+    """
     x = float(sigmas[0]) * noise()
     for now, after in zip(sigmas.tolist(), sigmas.tolist()[1:], strict=False):
         guess = denoiser.predict(x, x.new_full((len(x),), now), cond)

@@ -1,5 +1,15 @@
 """Networks behind the denoiser contract."""
 
+from unidad_pl.backbones.adm import ADMSource, ADMStateDictAdapter
+from unidad_pl.backbones.adm_config import ADMConfig
 from unidad_pl.backbones.unet import NewUNet, PretrainedUNet, UNetDenoiser, UNetSpec
 
-__all__ = ["NewUNet", "PretrainedUNet", "UNetDenoiser", "UNetSpec"]
+__all__ = [
+    "ADMConfig",
+    "ADMSource",
+    "ADMStateDictAdapter",
+    "NewUNet",
+    "PretrainedUNet",
+    "UNetDenoiser",
+    "UNetSpec",
+]

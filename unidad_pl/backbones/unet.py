@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -53,9 +53,7 @@ class UNetSpec:
         if self.timestep not in ("nearest", "interpolated"):
             raise ValueError(f"timestep must be 'nearest' or 'interpolated', got {self.timestep!r}")
         if self.sigma_data <= 0 or self.patch_size < 1:
-            raise ValueError(
-                f"sigma_data must be > 0 and patch_size >= 1, got {self.sigma_data} and {self.patch_size}"
-            )
+            raise ValueError(f"sigma_data must be > 0 and patch_size >= 1, got {self.sigma_data} and {self.patch_size}")
 
 
 class _Float32Conv2d(nn.Conv2d):
@@ -68,7 +66,7 @@ class _Float32Conv2d(nn.Conv2d):
     @classmethod
     def of(cls, conv: nn.Conv2d) -> _Float32Conv2d:
         """The same layer, sharing ``conv``'s parameters."""
-        same = cls(conv.in_channels, conv.out_channels, 1, padding=conv.padding, device="meta")
+        same = cls(conv.in_channels, conv.out_channels, 1, padding=cast("tuple[int, int]", conv.padding), device="meta")
         same.kernel_size, same.weight, same.bias = conv.kernel_size, conv.weight, conv.bias
         return same
 
@@ -136,6 +134,12 @@ class UNetDenoiser(Denoiser):
         for level, width in enumerate(widths):
             channels += [width] * (layers + (level < len(widths) - 1))
         return {f"in{i}": c for i, c in enumerate(channels)} | {"mid": widths[-1]}
+
+    @property
+    def native_sigmas(self) -> Tensor:
+        if self.spec.prediction == "edm":
+            return super().native_sigmas
+        return sigma_from_abar(self.abar.double()).float()
 
     def time(self, sigma: Tensor) -> Tensor:
         """The network's time input [B] for ``sigma`` [B]."""
@@ -249,6 +253,12 @@ class NewUNet(DenoiserSource):
                 f"resolution {resolution} must be divisible by patch_size * 2^(levels - 1) = "
                 f"{patch_size * 2 ** (len(channels) - 1)}"
             )
+        for level in {*attention_levels, len(channels) - 1}:  # the middle block always attends
+            if not 0 <= level < len(channels) or channels[level] % head_channels:
+                raise ValueError(
+                    f"attention at level {level} needs channels that head_channels={head_channels} divides; the "
+                    f"channels are {list(channels)}"
+                )
         self.spec = UNetSpec(prediction=prediction, sigma_data=sigma_data, patch_size=patch_size)
         attention = [level in attention_levels for level in range(len(channels))]
         self.config: dict[str, Any] = dict(

@@ -32,7 +32,7 @@ class FewShotDataModule(pl.LightningDataModule):
         resolution: image side in pixels; must be the model's.
         batch_size: images per iteration and rank.
         flip: mirror images at random, left to right.
-        seed: of the choice of shots, their order and flips.
+        seed: of the choice of shots, their order and flips; null: 0, or the command line's ``seed_everything``.
         reference: folder of images that metrics compare with. Default: for a domain, ``reference_size`` held-out
             renders; for a folder, its images that are not shots (all of it, if that leaves fewer than 2).
         reference_size: number of held-out renders of a domain.
@@ -51,7 +51,7 @@ class FewShotDataModule(pl.LightningDataModule):
         resolution: int = 32,
         batch_size: int = 1,
         flip: bool = True,
-        seed: int = 0,
+        seed: int | None = None,
         reference: str | None = None,
         reference_size: int = 1000,
         val_samples: int = 500,
@@ -71,7 +71,8 @@ class FewShotDataModule(pl.LightningDataModule):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.root, self.domain, self.wanted_shots = root, domain, shots
-        self.resolution, self.batch_size, self.flip, self.seed = resolution, batch_size, flip, seed
+        self.resolution, self.batch_size, self.flip = resolution, batch_size, flip
+        self.seed = 0 if seed is None else seed
         self.reference_root, self.reference_size = reference, reference_size
         self.samples = {"val": val_samples, "test": test_samples, "predict": predict_samples}
         self.eval_batch_size, self.first_seed = eval_batch_size, first_seed

@@ -54,7 +54,10 @@ def load_image(path: str | Path, resolution: int) -> Tensor:
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
             picture = picture.convert("RGB")
-            picture = ImageOps.fit(picture, (resolution, resolution), Image.Resampling.BICUBIC)
+            side = min(picture.size)
+            left, top = (picture.width - side) // 2, (picture.height - side) // 2
+            picture = picture.crop((left, top, left + side, top + side))
+            picture = picture.resize((resolution, resolution), Image.Resampling.BICUBIC)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read image {str(path)!r}: {error}") from error
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()

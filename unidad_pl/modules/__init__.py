@@ -1,6 +1,12 @@
-"""The LightningModules."""
+"""LightningModules: the method, and plain diffusion training."""
 
-from unidad_pl.modules.base import GenerativeModule, Optimization
+from unidad_pl import distributed as _distributed  # registers strategy "unidad_ddp"
+from unidad_pl.discriminator import Critic
+from unidad_pl.modules.base import GenerativeModule
 from unidad_pl.modules.diffusion import Diffusion
+from unidad_pl.modules.optimization import Optimization
+from unidad_pl.modules.unidad import UniDAD
 
-__all__ = ["Diffusion", "GenerativeModule", "Optimization"]
+_distributed.register()
+
+__all__ = ["Critic", "Diffusion", "GenerativeModule", "Optimization", "UniDAD"]

@@ -10,88 +10,18 @@ The rules it keeps (DESIGN):
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
 from unidad_pl.denoiser import Denoiser
+from unidad_pl.modules.optimization import Optimization, average_gradients, content_hash
 from unidad_pl.seeds import mix_seed
-
-
-@dataclass
-class Optimization:
-    """Optimiser of one group of parameters, its warm-up, decay and clipping; all counted in its OWN steps.
-
-    Attributes:
-        lr: peak learning rate.
-        betas: Adam's moment decays.
-        weight_decay: decoupled weight decay.
-        warmup: steps over which the rate rises linearly; the first step uses ``lr / warmup``. 0: none.
-        decay_to: fraction of ``lr`` reached at the last step of the run, along a half cosine. 1: constant.
-        decay_from: fraction of the run after which the decay begins. A run stopped before that point can be resumed
-            with another ``max_steps``: nothing it did so far depended on it.
-        clip: largest gradient norm of the group; 0: no clipping.
-        optimizer: class path of the optimiser, called with ``lr``, ``betas`` and ``weight_decay``.
-        options: further keyword arguments for it, e.g. ``{fused: true}``.
-    """
-
-    lr: float = 2e-6
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.01
-    warmup: int = 500
-    decay_to: float = 1.0
-    decay_from: float = 0.0
-    clip: float = 10.0
-    optimizer: str = "torch.optim.AdamW"
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def build(self, parameters: Any, total_steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
-        """The optimiser over ``parameters`` and its schedule for ``total_steps`` of its own steps."""
-        module, _, name = self.optimizer.rpartition(".")
-        import importlib
-
-        kind = getattr(importlib.import_module(module), name)
-        optimizer = kind(parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, **self.options)
-        return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
-
-    def factor(self, step: int, total_steps: int) -> float:
-        """Multiple of ``lr`` used by step number ``step`` (0-based)."""
-        warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
-        start = self.decay_from * (total_steps - 1)
-        progress = min(1.0, max(0.0, step - start) / max(1.0, total_steps - 1 - start))
-        return warm * (self.decay_to + (1 - self.decay_to) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def content_hash(module: nn.Module) -> str:
-    """sha256 over names, shapes and float32 bytes of a module's parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-@contextmanager
-def frozen(*modules: nn.Module) -> Iterator[None]:
-    """No gradient reaches the parameters of ``modules`` inside; every flag is restored exactly afterwards."""
-    held = [p for module in modules for p in module.parameters() if p.requires_grad]
-    for p in held:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in held:
-            p.requires_grad_(True)
 
 
 class GenerativeModule(pl.LightningModule):
@@ -101,7 +31,8 @@ class GenerativeModule(pl.LightningModule):
     frozen networks in :attr:`frozen_networks`, and computes its losses in ``training_step``.
 
     Args:
-        seed: seed of every random draw in training and of the initialisation of new layers.
+        seed: seed of every random draw in training and of the initialisation of new layers; null: 0, or the command
+            line's ``seed_everything``.
         accumulate: micro-batches an iteration's batch is split into; gradients are averaged over them.
         ema_decay: decay of the exponential moving average of the sampled network, one update per step of it; early
             on the decay is ``(1 + n) / (10 + n)``. 0: no average.
@@ -112,7 +43,9 @@ class GenerativeModule(pl.LightningModule):
     clock: str
     """The group that steps in every iteration; ``trainer.global_step`` counts its steps."""
 
-    def __init__(self, seed: int = 0, accumulate: int = 1, ema_decay: float = 0.0, max_skipped: int = 10) -> None:
+    def __init__(
+        self, seed: int | None = None, accumulate: int = 1, ema_decay: float = 0.0, max_skipped: int = 10
+    ) -> None:
         super().__init__()
         if accumulate < 1 or max_skipped < 1 or not 0 <= ema_decay < 1:
             raise ValueError(
@@ -120,7 +53,8 @@ class GenerativeModule(pl.LightningModule):
                 f"got {accumulate}, {max_skipped} and {ema_decay}"
             )
         self.automatic_optimization = False
-        self.seed, self.accumulate, self.ema_decay, self.max_skipped = seed, accumulate, ema_decay, max_skipped
+        self.seed = 0 if seed is None else seed
+        self.accumulate, self.ema_decay, self.max_skipped = accumulate, ema_decay, max_skipped
         self.register_buffer("iteration", torch.zeros((), dtype=torch.long))
         self.iteration: Tensor
         self.ema: AveragedModel | None = None
@@ -165,8 +99,9 @@ class GenerativeModule(pl.LightningModule):
         if self.ema_decay:
             self.ema = AveragedModel(self.sampled_network, avg_fn=self._average).requires_grad_(False)
         for name in self.frozen_networks:
-            getattr(self, name).requires_grad_(False).eval()
+            getattr(self, name).requires_grad_(False)
         self._built = True
+        self.train()
 
     def _average(self, mean: Tensor, value: Tensor, count: Tensor | int) -> Tensor:
         n = float(count)
@@ -192,12 +127,32 @@ class GenerativeModule(pl.LightningModule):
 
     # -- one iteration -------------------------------------------------------------------------------------------
 
+    def on_fit_start(self) -> None:
+        """Refuse what would train wrongly without an error.
+
+        Raises:
+            RuntimeError: the strategy wraps this module in DistributedDataParallel, or gradients are loss-scaled.
+        """
+        if isinstance(self.trainer.strategy.model, nn.parallel.DistributedDataParallel):
+            raise RuntimeError(
+                "strategy 'ddp' wraps the whole module and expects every parameter in every backward pass, which "
+                "several optimisers cannot give. Use --trainer.strategy unidad_ddp: the same processes, and gradients "
+                "averaged once per optimiser step."
+            )
+        if self.trainer.precision in ("16-mixed", "16-true"):
+            raise RuntimeError(f"precision {self.trainer.precision!r} is not supported: use 32-true or bf16-mixed")
+
     def micro_batches(self, images: Tensor, cond: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Split a batch into ``accumulate`` parts; before each, seed torch by (seed, iteration, global part).
 
         Raises:
-            ValueError: the batch cannot be split evenly.
+            ValueError: the images are not of the model's size, or the batch cannot be split evenly.
         """
+        if tuple(images.shape[1:]) != tuple(self.sampled_network.image_shape):
+            raise ValueError(
+                f"the data module serves images of {tuple(images.shape[1:])}, but the model works on "
+                f"{tuple(self.sampled_network.image_shape)}: set the data module's resolution to the model's"
+            )
         if len(images) % self.accumulate:
             raise ValueError(f"a batch of {len(images)} images cannot be split into accumulate={self.accumulate} parts")
         size = len(images) // self.accumulate
@@ -293,7 +248,7 @@ class GenerativeModule(pl.LightningModule):
         if weights == "ema" and self.ema is None:
             raise ValueError("weights='ema' but this module keeps no average: set ema_decay above 0")
         self.configure_model()
-        network = self.ema.module if self.ema is not None and weights != "raw" else self.sampled_network
+        network: Any = self.ema.module if self.ema is not None and weights != "raw" else self.sampled_network
         training = network.training
         network.eval()
         seeds = torch.as_tensor(seeds, dtype=torch.long)
@@ -340,17 +295,3 @@ class GenerativeModule(pl.LightningModule):
         weights = checkpoint["state_dict"]
         for name in self.frozen_networks:
             weights.update(getattr(self, name).state_dict(prefix=f"{name}."))
-
-
-def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Replace the gradients by their mean over all ranks: one all-reduce per dtype. Nothing on a single process."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return
-    grads = [p.grad for p in parameters if p.grad is not None]
-    for dtype in {g.dtype for g in grads}:
-        same = [g for g in grads if g.dtype == dtype]
-        flat = torch.cat([g.flatten() for g in same])
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        for g, part in zip(same, flat.split([g.numel() for g in same]), strict=True):
-            g.copy_(part.view_as(g))

@@ -10,7 +10,8 @@ from torch import Tensor
 from unidad_pl.data.batch import Batch
 from unidad_pl.denoiser import Denoiser, DenoiserSource
 from unidad_pl.losses import Weighting, denoising_loss
-from unidad_pl.modules.base import GenerativeModule, Optimization
+from unidad_pl.modules.base import GenerativeModule
+from unidad_pl.modules.optimization import Optimization
 from unidad_pl.sampling import FewStepSampler, ddim, heun, sampling_sigmas, seeded_noise
 from unidad_pl.schedules import karras, log_linear
 
@@ -52,7 +53,7 @@ class Diffusion(GenerativeModule):
         lognormal_std: float = 1.2,
         sampler: Literal["heun", "ddim", "few_step"] = "heun",
         steps: int = 25,
-        seed: int = 0,
+        seed: int | None = None,
         accumulate: int = 1,
         ema_decay: float = 0.0,
         max_skipped: int = 10,

@@ -1,0 +1,248 @@
+"""Each callback: its values, files and arguments."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+
+from tests.callbacks.toys import REFERENCE, SHOTS, SIZE, Data, Judge, Toy, trainer
+from tests.metrics.toys import TinyFeatures, images
+from unidad_pl.callbacks import FID, AttributeShare, IntraLPIPS, LossBalance, PredictionWriter, SampleGrid, read_records
+from unidad_pl.callbacks.sample_grid import log_picture
+from unidad_pl.metrics import InceptionFeatures
+from unidad_pl.metrics import IntraLPIPS as IntraLPIPSMetric
+
+
+def validate(folder: Path, *callbacks: object, module: Toy | None = None, **data: int) -> dict[str, float]:
+    run = trainer(folder, *callbacks)
+    run.validate(module or Toy(), datamodule=Data(**data), verbose=False)
+    return {name.removeprefix("val/"): float(value) for name, value in run.callback_metrics.items()}
+
+
+def test_fid_arguments(tmp_path: Path) -> None:
+    base = validate(tmp_path, FID(TinyFeatures()))
+    assert validate(tmp_path, FID(TinyFeatures(seed=1)))["fid"] != base["fid"]
+    assert "kid" not in validate(tmp_path, FID(TinyFeatures(), kid=False))
+    assert set(validate(tmp_path, FID(TinyFeatures(), prdc=False))) == {"fid", "kid"}
+    named = validate(tmp_path, FID(TinyFeatures(), name="fid_tiny"), FID(TinyFeatures(seed=1)))
+    assert {"fid_tiny", "fid_tiny_kid", "fid_tiny_recall", "fid", "kid"} <= set(named)
+    features = TinyFeatures()
+    assert validate(tmp_path, FID(features, batch_size=7))["fid"] == pytest.approx(base["fid"], rel=1e-5)
+    assert max(features.batches) == 7
+    assert validate(tmp_path, FID(TinyFeatures(), reference=REFERENCE[:20]))["fid"] != base["fid"]
+    assert isinstance(FID().features, InceptionFeatures)
+    with pytest.raises(ValueError, match="batch_size >= 1 and a name, got 0"):
+        FID(TinyFeatures(), batch_size=0)
+
+
+def test_fid_computes_the_reference_once_per_run(tmp_path: Path) -> None:
+    features = TinyFeatures()
+    run = trainer(tmp_path, FID(features))
+    run.fit(Toy(), datamodule=Data())
+    assert sum(features.batches) == 2 * 24 + len(REFERENCE)
+    data = Data()
+    data.reference = data.reference[:10]  # another run, another set
+    run.validate(Toy(), datamodule=data, verbose=False)
+    assert read_records(tmp_path / "metrics.jsonl")[-1]["reference"] == 10
+
+
+def test_fid_refuses_one_image_and_warns_of_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="at least 2 generated and 2 reference images, got 1 and 40"):
+        validate(tmp_path, FID(TinyFeatures()), seeds=1)
+    with pytest.raises(ValueError, match="at least 6 generated .* got 4 and 40"):
+        validate(tmp_path, FID(TinyFeatures()), seeds=4)
+    network = InceptionFeatures()
+    monkeypatch.setattr(network, "load", lambda: None)
+    monkeypatch.setattr(network, "forward", lambda x: x.mean((2, 3)))
+    with pytest.warns(UserWarning, match="FID of 24 generated against 40 reference images is strongly biased") as seen:
+        trainer(tmp_path, FID(network)).fit(Toy(), datamodule=Data())
+    assert len([w for w in seen if "biased" in str(w.message)]) == 1
+
+
+def test_intra_lpips_equals_the_metric(tmp_path: Path) -> None:
+    module = Toy()
+    metric = IntraLPIPSMetric(TinyFeatures(), threshold=0.05)
+    metric.set_shots(SHOTS)
+    metric.update(module.sample(torch.arange(24)))
+    own = metric.compute()
+    metric.reset()
+    metric.update(REFERENCE / 127.5 - 1)
+    reference = metric.compute().mean
+    found = validate(tmp_path, IntraLPIPS(TinyFeatures(), threshold=0.05, relative=True), module=module)
+    assert found["intra_lpips"] == pytest.approx(own.mean, rel=1e-5)
+    assert found["memorised"] == pytest.approx(own.memorised)
+    assert found["empty_clusters"] == own.empty_clusters
+    assert found["intra_lpips_relative"] == pytest.approx(own.mean / reference, rel=1e-5)
+    record = read_records(tmp_path / "metrics.jsonl")[-1]
+    assert (record["protocol"], record["cap"], record["shots"], record["reference"]) == ("cdc", 50, 3, 40)
+    assert record["cluster_counts"] == own.cluster_counts
+    assert record["intra_lpips_of_reference"] == pytest.approx(reference, rel=1e-5)
+
+
+def test_intra_lpips_arguments(tmp_path: Path) -> None:
+    base = validate(tmp_path, IntraLPIPS(TinyFeatures()))
+    assert "intra_lpips_relative" not in base
+    for options in (
+        {"features": TinyFeatures(seed=1)}, {"protocol": "crdi"}, {"cap": 3}, {"shots": images(2, SIZE, seed=8)}
+    ):  # fmt: skip
+        changed = validate(tmp_path, IntraLPIPS(**({"features": TinyFeatures()} | options)))
+        assert changed["intra_lpips"] != base["intra_lpips"], options
+    assert validate(tmp_path, IntraLPIPS(TinyFeatures(), threshold=1e9))["memorised"] == 1 != base["memorised"]
+    relative = [
+        validate(tmp_path, IntraLPIPS(TinyFeatures(), relative=True, reference=reference))["intra_lpips_relative"]
+        for reference in (None, REFERENCE[:20])
+    ]
+    assert relative[0] != relative[1]
+    named = validate(tmp_path, IntraLPIPS(TinyFeatures(), name="intra_tiny", relative=True), IntraLPIPS(TinyFeatures()))
+    assert {"intra_tiny", "intra_tiny_memorised", "intra_tiny_relative", "intra_lpips", "memorised"} <= set(named)
+    features = TinyFeatures()
+    validate(tmp_path, IntraLPIPS(features, batch_size=4))
+    assert max(features.batches) == 4
+    with pytest.raises(ValueError, match="needs a name"):
+        IntraLPIPS(TinyFeatures(), name="")
+    with pytest.warns(UserWarning, match="intra_lpips is NaN: no cluster has two samples"):
+        validate(tmp_path, IntraLPIPS(TinyFeatures()), seeds=1)
+
+
+def test_attribute_share(tmp_path: Path) -> None:
+    module = Toy()
+    found = validate(tmp_path, AttributeShare({"glasses": "dark", "species": "cat"}, Judge()), module=module)
+    expected = (module.sample(torch.arange(24)).mean((1, 2, 3)) > 0).double().mean()
+    assert found["share/glasses=dark"] == pytest.approx(float(expected))
+    assert 0 < found["share/glasses=dark"] < 1
+    assert found["share/species=cat"] == 0
+    with pytest.raises(ValueError, match="knows no factor 'hat', only glasses, species"):
+        validate(tmp_path, AttributeShare({"hat": "top"}, Judge()))
+    with pytest.raises(ValueError, match="factor 'glasses' has no value 'pink', only none, dark"):
+        validate(tmp_path, AttributeShare({"glasses": "pink"}, Judge()))
+    with pytest.raises(ValueError, match="at least one factor"):
+        AttributeShare({}, Judge())
+
+
+def picture(path: Path) -> np.ndarray:
+    with Image.open(path) as opened:
+        return np.array(opened)
+
+
+def as_pixels(image: torch.Tensor) -> np.ndarray:
+    return ((image + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+def test_sample_grid_shows_shots_then_the_first_seeds(tmp_path: Path) -> None:
+    class Backwards(Data):
+        def val_dataloader(self):
+            return torch.utils.data.DataLoader(list(range(23, -1, -1)), batch_size=7)
+
+    module = Toy()
+    grid = SampleGrid(count=6, columns=4, scale=2)
+    trainer(tmp_path, grid).validate(module, datamodule=Backwards(), verbose=False)
+    found = picture(tmp_path / "samples" / "val_step00000000.png")
+    side, line = 2 * SIZE, 4
+    assert found.shape == (3 * side + line, 4 * side, 3)
+    samples = module.sample(torch.arange(6))
+    for i in range(6):
+        row, column = divmod(i, 4)
+        top = side + line + row * side
+        cell = found[top : top + side, column * side : (column + 1) * side]
+        assert (cell[::2, ::2] == as_pixels(samples[i])).all()
+        assert (cell[1::2, 1::2] == cell[::2, ::2]).all()
+    assert (found[:side:2, :side:2] == as_pixels(SHOTS[0])).all()
+    assert (found[side : side + line] == 255).all()
+    assert (found[:side, 3 * side :] == 0).all()  # no fourth shot
+
+
+def test_sample_grid_arguments(tmp_path: Path) -> None:
+    def shape(**options: object) -> tuple[int, ...]:
+        folder = tmp_path / "-".join(options)
+        trainer(folder, SampleGrid(**options)).validate(Toy(), datamodule=Data(), verbose=False)
+        return picture(folder / "samples" / "val_step00000000.png").shape[:2]
+
+    assert shape(count=9) == (64 * 3 + 64 + 16, 64 * 3)
+    assert shape(count=9, shots_on_top=False) == (64 * 3, 64 * 3)
+    assert shape(count=9, columns=9, shots_on_top=False) == (64, 64 * 9)
+    assert shape(count=4, scale=1, shots_on_top=False) == (16, 16)
+    assert shape(count=4, scale=1, shots=images(5, SIZE)) == (16 + 2 + 24, 16)
+    assert shape() == (8 * (SIZE * (1 + 3) + 2), 8 * SIZE * 8)  # 24 samples in rows of 8, 3 shots
+    run = trainer(tmp_path / "every", SampleGrid(every_n_evaluations=2), max_steps=12)
+    run.fit(Toy(), datamodule=Data())
+    assert sorted(p.name for p in (tmp_path / "every" / "samples").iterdir()) == [
+        "val_step00000003.png", "val_step00000009.png"
+    ]  # fmt: skip
+    for name in ("count", "columns", "every_n_evaluations", "scale"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            SampleGrid(**{name: 0})
+
+
+def test_sample_grid_goes_to_loggers(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, version="v")
+    shown: list[tuple[str, int]] = []
+    logger.experiment.add_image = lambda tag, image, step: shown.append((tag, image.shape[0]))
+    run = trainer(tmp_path, SampleGrid(), logger=logger)
+    run.validate(Toy(), datamodule=Data(), verbose=False)
+    assert shown == [("val/samples", 3)]
+    assert (Path(logger.log_dir) / "samples" / "val_step00000000.png").is_file()
+    other = SimpleNamespace(log_image=lambda key, images, step: shown.append((key, images[0].shape[-1])))
+    log_picture(SimpleNamespace(loggers=[other, SimpleNamespace()], global_step=3), "t", torch.zeros(3, 2, 2))
+    assert shown[-1] == ("t", 3)
+
+
+def test_prediction_writer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module = Toy()
+    with caplog.at_level(logging.INFO):
+        trainer(tmp_path, PredictionWriter()).predict(module, datamodule=Data(first=100))
+    files = sorted((tmp_path / "predictions").iterdir())
+    assert [p.name for p in files] == [f"{i:06d}.png" for i in range(100, 124)]
+    assert (picture(files[3]) == as_pixels(module.sample(torch.tensor([103]))[0])).all()
+    assert f"24 images are in {tmp_path / 'predictions'}" in caplog.text
+    trainer(tmp_path, PredictionWriter(folder=str(tmp_path / "own"))).predict(module, datamodule=Data())
+    assert len(list((tmp_path / "own").iterdir())) == 24
+    with pytest.raises(KeyError, match="predict_step returned no 'pictures', only 'samples'"):
+        trainer(tmp_path, PredictionWriter(key="pictures")).predict(module, datamodule=Data())
+    with pytest.warns(UserWarning, match="24 of 48 images had a seed that came before"):
+        trainer(tmp_path, PredictionWriter()).predict(module, datamodule=Data(loaders=2))
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RuntimeError, match=r"cannot write .*file/000000\.png \(.*choose another folder="):
+        trainer(tmp_path, PredictionWriter(folder=str(tmp_path / "file"))).predict(module, datamodule=Data())
+
+
+class Answering(Toy):
+    """Leaves image gradients at every second step, when asked to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keep_image_gradients = False
+        self.image_gradients: dict[str, torch.Tensor] = {}
+        self.asked: list[int] = []
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        if self.keep_image_gradients:
+            self.asked.append(self.global_step)
+            if self.global_step % 2:
+                self.image_gradients = {"dmd": torch.full((1, 3, 2, 2), 3.0), "gan": torch.full((1, 3, 2, 2), 1.0)}
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(("every", "asked"), [(4, [0, 1, 4, 5]), (100, [0, 1])])
+def test_loss_balance(tmp_path: Path, every: int, asked: list[int]) -> None:
+    module = Answering()
+    run = trainer(tmp_path, LossBalance(every_n_steps=every), max_steps=7, log_every_n_steps=1)
+    run.fit(module, datamodule=Data())
+    assert module.asked == asked
+    assert module.image_gradients == {}
+    assert not module.keep_image_gradients
+    assert float(run.callback_metrics["balance/dmd"]) == pytest.approx(3 * 12**0.5)
+    assert float(run.callback_metrics["balance/gan_share"]) == pytest.approx(0.25)
+
+
+def test_loss_balance_errors(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="keep_image_gradients and image_gradients.*Toy has none"):
+        trainer(tmp_path, LossBalance()).fit(Toy(), datamodule=Data())
+    with pytest.raises(ValueError, match="every_n_steps must be at least 1, got 0"):
+        LossBalance(0)

@@ -1,0 +1,255 @@
+"""What all evaluation callbacks share: logging, records, errors, and no effect on training."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from tests.callbacks.toys import REFERENCE, SHOTS, SIZE, Data, Judge, Plain, Toy, trainer
+from tests.metrics.toys import TinyFeatures
+from unidad_pl.callbacks import (
+    FID,
+    AttributeShare,
+    EvaluationCallback,
+    IntraLPIPS,
+    Report,
+    SampleGrid,
+    read_records,
+)
+from unidad_pl.callbacks.records import append_record
+from unidad_pl.metrics import frechet_distance
+from unidad_pl.metrics.features import extract
+
+
+class Counting(EvaluationCallback):
+    """Logs how many samples it saw and the last random number, which it draws."""
+
+    def begin(self, pl_module: pl.LightningModule) -> None:
+        self.found: list[int] = []
+
+    def update(self, trainer: pl.Trainer, pl_module: pl.LightningModule, images: torch.Tensor, seeds: torch.Tensor):
+        self.found += seeds.tolist()
+        torch.rand(3), np.random.rand(3), random.random()
+
+    def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> Report:
+        return Report({"count": float(len(self.found)), "broken": math.nan}, {"own": [math.inf, 1.0]})
+
+
+def everything() -> list[pl.Callback]:
+    return [
+        FID(TinyFeatures()), IntraLPIPS(TinyFeatures(), relative=True), AttributeShare({"glasses": "dark"}, Judge()),
+        SampleGrid(count=4), Counting(),
+    ]  # fmt: skip
+
+
+def fit(folder: Path, *callbacks: pl.Callback, module: Toy | None = None, data: object = None, **options: object) -> Toy:
+    pl.seed_everything(0)
+    module = Toy() if module is None else module
+    trainer(folder, *callbacks, **options).fit(module, datamodule=Data() if data is None else data)
+    return module
+
+
+def test_training_is_bit_equal_with_and_without(tmp_path: Path) -> None:
+    bare = fit(tmp_path / "a")
+    drawn = torch.rand(2), np.random.rand(2), random.random()
+    watched = fit(tmp_path / "b", *everything())
+    after = torch.rand(2), np.random.rand(2), random.random()
+    assert torch.equal(bare.mean, watched.mean)
+    assert torch.equal(drawn[0], after[0])
+    assert (drawn[1] == after[1]).all()
+    assert drawn[2] == after[2]
+    assert watched.training == bare.training
+    assert list(watched.state_dict()) == ["mean"]
+
+
+def test_values_are_logged_recorded_and_usable_by_checkpoints(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path / "ckpt", monitor="val/fid", filename="{step}", save_top_k=2)
+    run = trainer(
+        tmp_path, FID(TinyFeatures()), checkpoint, enable_checkpointing=True, logger=CSVLogger(tmp_path, version="v")
+    )
+    module, data = Toy(), Data()
+    run.fit(module, datamodule=data)
+    records = read_records(tmp_path / "lightning_logs" / "v" / "metrics.jsonl")
+    assert [record["step"] for record in records] == [3, 6]
+    last = records[-1]
+    assert last["metric"] == "FID"
+    assert (last["samples"], last["reference"], last["first_seed"], last["last_seed"]) == (24, 40, 0, 23)
+    assert (last["stage"], last["extractor"], last["weights"], last["resolution"]) == ("val", "tiny", "raw", [8, 8])
+    assert last["time"].endswith("+00:00")
+    assert last["checkpoint"] is None
+    features = TinyFeatures()
+    x = extract(features, module.sample(torch.arange(24)), 100)
+    y = extract(features, REFERENCE / 127.5 - 1, 100)
+    assert last["values"]["fid"] == pytest.approx(frechet_distance(x, y), rel=1e-5)
+    assert float(run.callback_metrics["val/fid"]) == pytest.approx(last["values"]["fid"], rel=1e-6)
+    assert set(last["values"]) == {"fid", "kid", "precision", "recall", "density", "coverage"}
+    assert len(checkpoint.best_k_models) == 2
+    assert min(float(v) for v in checkpoint.best_k_models.values()) == pytest.approx(
+        min(record["values"]["fid"] for record in records), rel=1e-6
+    )
+    run.test(module, datamodule=data, ckpt_path=checkpoint.best_model_path, verbose=False)
+    tested = read_records(tmp_path / "lightning_logs" / "v" / "metrics.jsonl")[-1]
+    assert tested["stage"] == "test"
+    assert tested["checkpoint"] == checkpoint.best_model_path
+    assert "test/fid" in run.callback_metrics
+
+
+def test_sanity_check_is_skipped(tmp_path: Path) -> None:
+    fit(tmp_path, Counting(), SampleGrid(), num_sanity_val_steps=2)
+    assert [record["step"] for record in read_records(tmp_path / "metrics.jsonl")] == [3, 6]
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["val_step00000003.png", "val_step00000006.png"]
+
+
+def test_several_dataloaders(tmp_path: Path) -> None:
+    first, second = Counting(), Counting(dataloader_idx=1)
+    run = trainer(tmp_path, first, second, FID(TinyFeatures()))
+    run.validate(Toy(), datamodule=Data(loaders=2), verbose=False)
+    assert len(first.found) == len(second.found) == 24
+    assert "val/fid" in run.callback_metrics
+    absent = trainer(tmp_path, Counting(dataloader_idx=2))
+    with pytest.raises(RuntimeError, match="saw no samples in the val loop: no batch came from dataloader_idx=2"):
+        absent.validate(Toy(), datamodule=Data(loaders=2), verbose=False)
+
+
+def test_stages(tmp_path: Path) -> None:
+    for stages, expected in ((("val",), ["val"]), (("test",), ["test"]), (("val", "test"), ["val", "test"])):
+        run, folder = trainer(tmp_path / "-".join(stages), Counting(stages=stages)), tmp_path / "-".join(stages)
+        run.validate(Toy(), datamodule=Data(), verbose=False)
+        run.test(Toy(), datamodule=Data(), verbose=False)
+        assert [record["stage"] for record in read_records(folder / "metrics.jsonl")] == expected
+    with pytest.raises(ValueError, match="stages must be some of val, test"):
+        Counting(stages=("train",))
+
+
+def test_seeds_default_to_a_running_count_and_repetitions_warn(tmp_path: Path) -> None:
+    counting = Counting()
+    trainer(tmp_path, counting).validate(Toy(extra=False), datamodule=Data(first=100), verbose=False)
+    assert counting.found == list(range(24))
+    assert read_records(tmp_path / "metrics.jsonl")[0]["weights"] is None
+
+    class Same(Toy):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            return {"samples": self.sample(batch), "seeds": torch.zeros(len(batch), dtype=torch.long)}
+
+    with pytest.warns(UserWarning, match="23 of 24 val samples carry a seed that came before"):
+        trainer(tmp_path, counting).validate(Same(), datamodule=Data(), verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "error", "message"),
+    [
+        (lambda x: None, TypeError, "Counting: validation_step must return a dict .* 'samples', got NoneType"),
+        (lambda x: {"images": x, "loss": 1}, KeyError, "no 'samples', only 'images', 'loss': return it, or set key="),
+        (lambda x: {"samples": x[0]}, ValueError, r"must be a tensor \[B, 3, H, W\], got shape \(3, 8, 8\)"),
+        (lambda x: {"samples": 2 * x.sign()}, ValueError, r"floats in \[-1, 1\], got values from -2 to 2"),
+        (lambda x: {"samples": x * math.nan}, ValueError, "from nan to nan"),
+        (lambda x: {"samples": x.byte()}, ValueError, "got torch.uint8"),
+        (lambda x: {"samples": x, "seeds": [1]}, ValueError, "1 indices for 10 images"),
+    ],
+)
+def test_wrong_outputs_are_explained(tmp_path: Path, outputs, error: type, message: str) -> None:
+    class Wrong(Toy):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            return outputs(self.sample(batch))
+
+    with pytest.raises(error, match=message):
+        trainer(tmp_path, Counting()).validate(Wrong(), datamodule=Data(), verbose=False)
+
+
+def test_key_and_grey_images(tmp_path: Path) -> None:
+    class Other(Toy):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            return {"pictures": self.sample(batch)[:, :1]}
+
+    run = trainer(tmp_path, FID(TinyFeatures(), key="pictures"))
+    run.validate(Other(), datamodule=Data(), verbose=False)
+    assert "val/fid" in run.callback_metrics
+
+
+@pytest.mark.parametrize("kind", [FID, IntraLPIPS])
+def test_missing_weights_end_the_run_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    module = Toy()
+    with pytest.raises(RuntimeError) as raised:
+        fit(tmp_path, kind(), module=module)
+    for part in (kind.__name__, "weights", "https://", f"{tmp_path}/hub/checkpoints/", "weights_path="):
+        assert part in str(raised.value)
+    assert not module.mean.any()
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (FID(TinyFeatures()), "FID needs reference images, and Plain offers none .*: pass reference="),
+        (IntraLPIPS(TinyFeatures()), "IntraLPIPS needs shots images, and Plain offers none .*: pass shots="),
+        (SampleGrid(), r"SampleGrid\(shots_on_top=True\) needs shots images"),
+        (
+            IntraLPIPS(TinyFeatures(), shots=SHOTS, relative=True),
+            r"IntraLPIPS\(relative=True\) needs reference images",
+        ),
+    ],
+)
+def test_missing_images_end_the_run_before_training(tmp_path: Path, callback: pl.Callback, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, callback, data=Plain())
+    with pytest.raises(ValueError, match="there is no datamodule"):
+        trainer(tmp_path, callback).fit(Toy(), Data().train_dataloader(), Data().val_dataloader())
+
+
+def test_images_from_arguments(tmp_path: Path) -> None:
+    from PIL import Image
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, picture in enumerate(REFERENCE):
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{i:02d}.png")
+    runs = []
+    for reference in (REFERENCE, REFERENCE / 127.5 - 1, str(folder), folder):
+        callbacks = [FID(TinyFeatures(), reference=reference), IntraLPIPS(TinyFeatures(), shots=reference)]
+        run = trainer(tmp_path, *callbacks, SampleGrid(shots=reference))
+        run.validate(Toy(), Data().val_dataloader(), verbose=False)
+        runs.append({name: float(value) for name, value in run.callback_metrics.items()})
+    for other in runs[1:]:
+        assert other == pytest.approx(runs[0], rel=1e-5)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        trainer(tmp_path, FID(TinyFeatures(), reference=str(tmp_path / "none"))).validate(Toy(), datamodule=Data())
+    for wrong, message in (
+        (REFERENCE[0], r"must be a tensor \[N, 3, H, W\], N >= 1, got shape \(3, 8, 8\)"),
+        (REFERENCE.float(), r"floats in \[-1, 1\], got values from 0 to 255"),
+        (REFERENCE[..., :4, :4], f"samples are {SIZE}x{SIZE} but reference images are 4x4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer(tmp_path, FID(TinyFeatures(), reference=wrong)).validate(Toy(), Data().val_dataloader())
+
+
+def test_records_survive_killed_runs_and_say_why_they_fail(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    append_record(path, {"a": 1})
+    with path.open("a") as file:
+        file.write('{"half": ')
+    fit(tmp_path, Counting())
+    records = read_records(path)
+    assert [record.get("a", record.get("step")) for record in records] == [1, 3, 6]
+    assert records[1]["values"] == {"count": 24.0, "broken": None}  # JSON knows no NaN
+    assert records[1]["own"] == [None, 1.0]
+    for line in path.read_text().splitlines():
+        if line != '{"half": ':
+            json.loads(line)
+    path.unlink()
+    path.mkdir()  # nothing can be written there
+    with pytest.raises(RuntimeError, match=r"cannot write .*metrics\.jsonl \(IsADirectoryError.*resume"):
+        fit(tmp_path, Counting())

@@ -1,0 +1,188 @@
+"""Folders, the cartoon domains, the training stream and the seed loaders."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from unidad_pl.data import FewShotDataModule
+from unidad_pl.data.batch import to_float, to_uint8
+from unidad_pl.data.few_shot import ShotStream
+from unidad_pl.data.images import load_image
+
+
+def picture(path: Path, size: tuple[int, int] = (40, 30), colour: tuple[int, int, int] = (200, 50, 10)) -> Path:
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for i, suffix in enumerate(("png", "jpg", "webp", "bmp", "jpeg", "PNG")):
+        picture(tmp_path / f"{i}.{suffix}", colour=(40 * i, 100, 200 - 30 * i))
+    (tmp_path / "notes.txt").write_text("not an image")
+    (tmp_path / ".hidden.png").write_bytes(b"junk")
+    return tmp_path
+
+
+def test_a_folder_of_all_formats(folder: Path) -> None:
+    data = FewShotDataModule(root=str(folder), shots=4, resolution=16)
+    assert data.shots.shape == (4, 3, 16, 16)
+    assert data.shots.dtype == torch.float32
+    assert -1 <= data.shots.min() <= data.shots.max() <= 1
+    assert len(data.shot_names) == len(set(data.shot_names)) == 4
+    assert data.reference.shape == (2, 3, 16, 16)  # the two that are not shots
+    assert FewShotDataModule(root=str(folder), shots=None, resolution=16).shots.shape[0] == 6
+
+
+def test_centre_crop_and_resize_against_pil(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (90, 60, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    ours = load_image(tmp_path / "a.png", 20)
+    square = Image.fromarray(noise[15:75])
+    theirs = torch.from_numpy(np.array(square.resize((20, 20), Image.Resampling.BICUBIC))).permute(2, 0, 1)
+    assert (ours.int() - theirs.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "I;16", "CMYK", "1"])
+def test_every_colour_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    suffix = "tif" if mode == "CMYK" else "png"
+    if mode == "I;16":
+        image = Image.fromarray(np.full((8, 8), 257 * 100, dtype=np.uint16))
+    elif mode in ("RGBA", "LA"):
+        image = Image.new("RGBA", (8, 8), (0, 0, 0, 0)).convert(mode)
+    else:
+        image = Image.new("RGB", (8, 8), (255, 255, 255)).convert(mode)
+    image.save(tmp_path / f"a.{suffix}")
+    loaded = load_image(tmp_path / f"a.{suffix}", 8)
+    assert loaded.shape == (3, 8, 8)
+    expected = 100 if mode == "I;16" else 255  # transparent shows white, as in a photo viewer
+    assert (loaded.int() - expected).abs().max() <= 1
+
+
+def test_exif_rotation_is_applied(tmp_path: Path) -> None:
+    pixels = np.zeros((32, 32, 3), dtype=np.uint8)
+    pixels[:16] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif, quality=100)
+    loaded = load_image(tmp_path / "a.jpg", 32)
+    assert loaded[:, -4:].float().mean() > 250
+    assert loaded[:, :4].float().mean() < 5
+
+
+def test_unreadable_images_are_named(folder: Path) -> None:
+    (folder / "broken.png").write_bytes(b"\x89PNG not really")
+    with pytest.raises(ValueError, match=r"broken\.png"):
+        FewShotDataModule(root=str(folder), shots=2).setup()
+    (folder / "broken.png").unlink()
+    whole = (folder / "1.jpg").read_bytes()
+    (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cut\.jpg"):
+        FewShotDataModule(root=str(folder), shots=2).setup()
+
+
+def test_missing_empty_and_small_folders_are_named(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        FewShotDataModule(root=str(tmp_path / "nowhere")).setup()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"empty.*it is empty"):
+        FewShotDataModule(root=str(tmp_path / "empty")).setup()
+    (tmp_path / "empty" / "a.gif").write_bytes(b"GIF89a")
+    with pytest.raises(FileNotFoundError, match=r"holds no image.*a\.gif"):
+        FewShotDataModule(root=str(tmp_path / "empty")).setup()
+    with pytest.raises(ValueError, match=r"holds 6 images.*shots=10"):
+        FewShotDataModule(root=str(folder), shots=10).setup()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "exactly one of root and domain"),
+        ({"root": "a", "domain": "cats"}, "exactly one of root and domain"),
+        ({"domain": "dogs"}, r"'dogs'.*faces, sunglasses, cats"),
+        ({"domain": "cats", "shots": None}, "endless"),
+        ({"domain": "cats", "shots": 0}, "shots must be at least 1"),
+        ({"domain": "cats", "batch_size": 0}, "batch_size"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FewShotDataModule(**options)
+
+
+def test_cartoon_shots_are_not_in_the_reference_set() -> None:
+    data = FewShotDataModule(domain="cats", shots=10, reference_size=50)
+    assert data.reference.shape == (50, 3, 32, 32)
+    gap = (to_uint8(data.shots)[:, None].int() - data.reference[None].int()).abs().flatten(2).max(-1).values
+    assert gap.min() > 0
+
+
+def first_batch(**options: Any) -> torch.Tensor:
+    settings: dict[str, Any] = dict(domain="faces", shots=10, batch_size=10)
+    return next(iter(FewShotDataModule(**(settings | options)).train_dataloader())).images
+
+
+def test_every_argument_acts(folder: Path) -> None:
+    base = first_batch()
+    changes: dict[str, dict[str, Any]] = {
+        "domain": dict(domain="cats"), "shots": dict(shots=5), "resolution": dict(resolution=16),
+        "batch_size": dict(batch_size=4), "flip": dict(flip=False), "seed": dict(seed=1),
+        "root": dict(domain=None, root=str(folder), shots=5),
+    }  # fmt: skip
+    for options in changes.values():
+        other = first_batch(**options)
+        assert other.shape != base.shape or not torch.equal(other, base), options
+    data = FewShotDataModule(
+        domain="faces", reference=str(folder), val_samples=7, test_samples=8, predict_samples=9, eval_batch_size=4,
+        first_seed=100,
+    )  # fmt: skip
+    assert len(data.reference) == 6
+    assert len(FewShotDataModule(domain="faces", reference_size=3).reference) == 3
+    loaders = {"val": data.val_dataloader(), "test": data.test_dataloader(), "predict": data.predict_dataloader()}
+    seeds = {k: torch.cat([b["seeds"] for b in loader]).tolist() for k, loader in loaders.items()}
+    assert seeds == {k: list(range(100, 100 + n)) for k, n in (("val", 7), ("test", 8), ("predict", 9))}
+    assert [len(b["seeds"]) for b in loaders["predict"]] == [4, 4, 1]
+    tested = set(changes) | {
+        "reference", "reference_size", "val_samples", "test_samples", "predict_samples", "eval_batch_size",
+        "first_seed",
+    }  # fmt: skip
+    assert tested == set(inspect.signature(FewShotDataModule.__init__).parameters) - {"self"}
+
+
+def test_the_stream_is_a_function_of_seed_and_position() -> None:
+    images = torch.arange(7 * 3 * 4 * 4).reshape(7, 3, 4, 4).remainder(256).to(torch.uint8)
+    whole = ShotStream(images, 4, flip=True, seed=3)
+    iterator = iter(whole)
+    batches = [next(iterator).images for _ in range(6)]
+    resumed = iter(ShotStream(images, 4, flip=True, seed=3, start=4))
+    assert torch.equal(next(resumed).images, batches[4])
+    assert torch.equal(next(resumed).images, batches[5])
+    ranks = [iter(ShotStream(images, 2, flip=True, seed=3, world=2, rank=r)) for r in (0, 1)]
+    for batch in batches:  # two ranks of 2 see what one rank of 4 sees
+        assert torch.equal(torch.cat([next(r).images for r in ranks]), batch)
+
+
+def test_an_epoch_visits_every_shot_once_and_flips_half() -> None:
+    images = torch.zeros(10, 1, 1, 2, dtype=torch.uint8)
+    images[:, 0, 0, 0] = torch.arange(10) + 1
+    stream = ShotStream(images, 10, flip=True, seed=0)
+    iterator = iter(stream)
+    flips = 0
+    for _ in range(40):
+        batch = ((next(iterator).images + 1) * 127.5).round()
+        assert sorted(batch.amax((1, 2, 3)).int().tolist()) == list(range(1, 11))
+        flips += int((batch[..., 1] > 0).sum())
+    assert 150 < flips < 250
+
+
+def test_uint8_and_float_round_trip() -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    assert torch.equal(to_uint8(to_float(every)), every)
+    assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]

@@ -1,0 +1,160 @@
+"""Frechet, KID and PRDC against torch-fidelity, closed forms and literal loops."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+
+from unidad_pl.metrics import KID, PRDC, Frechet, TwoSample, frechet_distance, kernel, kid
+from unidad_pl.metrics.prdc import prdc
+
+
+def features(n: int, d: int, seed: int = 0, shift: float = 0.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(d, d, generator=generator) / d**0.5
+    return torch.randn(n, d, generator=generator) @ mix + shift
+
+
+def fidelity_fid(x: torch.Tensor, y: torch.Tensor) -> float:
+    statistics = [fid_features_to_statistics(part.double()) for part in (x, y)]
+    return float(fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"])
+
+
+@pytest.mark.parametrize(("n", "m", "tolerance"), [(200, 150, 1e-9), (20, 200, 1e-4), (10, 12, 1e-4)])
+def test_frechet_equals_torch_fidelity(n: int, m: int, tolerance: float) -> None:
+    x, y = features(n, 32, 1), features(m, 32, 2, shift=0.3)
+    assert frechet_distance(x, y) == pytest.approx(fidelity_fid(x, y), abs=tolerance)
+
+
+def test_frechet_of_gaussians_in_closed_form() -> None:
+    # Whitened samples have exactly the mean and covariance that is then given to them.
+    z = features(500, 4).double()
+    z = z - z.mean(0)
+    z = z @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(z.T))).T
+    a, b = torch.tensor([1.0, 2.0, 0.5, 3.0]).double(), torch.tensor([2.0, 1.0, 0.0, 3.0]).double()
+    expected = float(((a - b) ** 2).sum() + 4 * 0.7**2)
+    assert frechet_distance(z * a, z * b + 0.7) == pytest.approx(expected, rel=1e-12)
+
+
+def test_frechet_is_exact_for_rank_deficient_covariances() -> None:
+    x = features(300, 16).double()
+    x[:, 8:] = 0  # features that never fire: a singular covariance although n > D
+    y = x.flip(0) + torch.cat([torch.full((8,), 0.5), torch.zeros(8)])
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-12)
+    assert frechet_distance(x, y) == pytest.approx(8 * 0.25, rel=1e-12)
+    few = features(6, 64).double()
+    assert frechet_distance(few, few) == pytest.approx(0, abs=1e-10)
+
+
+@pytest.mark.parametrize("size", [40, 1000])
+def test_kid_equals_torch_fidelity(size: int) -> None:
+    x, y = features(60, 16, 1), features(80, 16, 2, shift=0.2)
+    expected = kid_features_to_metric(
+        x.double(), y.double(), kid_subsets=7, kid_subset_size=min(size, 60), rng_seed=3, verbose=False
+    )
+    mean, std = kid(x, y, subsets=7, subset_size=size, seed=3)
+    assert mean == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-9)
+    assert std == pytest.approx(expected["kernel_inception_distance_std"], rel=1e-6)
+
+
+def test_kid_is_unbiased_and_each_argument_counts() -> None:
+    draws = [kid(features(40, 8, 2 * s)[:20], features(40, 8, 2 * s)[20:])[0] for s in range(200)]
+    assert abs(np.mean(draws)) < 4 * np.std(draws) / 200**0.5
+    x, y = features(30, 8, 1), features(50, 8, 2, shift=0.3)
+    values = {kid(x, y), kid(x, y, subsets=3), kid(x, y, subset_size=10), kid(x, y, seed=1)}
+    assert len(values) == 4
+
+
+def test_kid_without_the_whole_kernel_matrix_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = features(30, 4, 1), features(50, 4, 2)
+    whole = kid(x, y, subsets=3)
+    monkeypatch.setattr(kernel, "WHOLE", 0)
+    assert kid(x, y, subsets=3) == pytest.approx(whole, rel=1e-10)
+
+
+def test_precision_and_recall_equal_torch_fidelity() -> None:
+    x, y = features(90, 6, 1, shift=0.4), features(120, 6, 2)
+    for neighbours in (3, 5):
+        expected = prc_features_to_metric(
+            x.double(), y.double(), prc_neighborhood=neighbours, prc_batch_size=1000, save_cpu_ram=False, verbose=False
+        )
+        found = prdc(x, y, neighbours)
+        assert found["precision"] == pytest.approx(expected["precision"], abs=1e-6)
+        assert found["recall"] == pytest.approx(expected["recall"], abs=1e-6)
+
+
+def test_density_and_coverage_equal_their_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y, k = features(40, 3, 1), features(30, 3, 2), 4
+    distances = (x.double()[:, None] - y.double()[None]).norm(dim=2)
+    among = (y.double()[:, None] - y.double()[None]).norm(dim=2)
+    radii = among.sort(1).values[:, k]
+    inside = distances < radii
+    monkeypatch.setitem(prdc.__globals__, "CHUNK", 7)
+    found = prdc(x, y, k)
+    assert found["density"] == pytest.approx(float(inside.sum(1).double().mean()) / k)
+    assert found["coverage"] == pytest.approx(float(inside.any(0).double().mean()))
+
+
+def test_metric_classes_use_the_pure_functions_and_their_arguments() -> None:
+    x, y = features(30, 4, 1), features(25, 4, 2)
+    metrics = [Frechet(), KID(), KID(subsets=2), KID(subset_size=10), KID(seed=1), PRDC(), PRDC(neighbours=2)]
+    for metric in metrics:
+        for part in y.split(10):
+            metric.update(part, real=True)
+        for part in x.split(7):
+            metric.update(part, real=False)
+    expected = [
+        frechet_distance(x, y), kid(x, y), kid(x, y, 2), kid(x, y, 100, 10), kid(x, y, seed=1), prdc(x, y), prdc(x, y, 2)
+    ]  # fmt: skip
+    assert [metric.compute() for metric in metrics] == expected
+    assert len({str(value) for value in expected}) == len(expected)
+
+
+def test_samples_are_put_in_order_and_counted_once() -> None:
+    x = features(10, 3)
+    metric = TwoSample()
+    metric.update(x[5:], real=False, indices=range(5, 10))
+    metric.update(x[:6], real=False, indices=range(6))
+    metric.update(x[:4], real=True)
+    generated, reference = metric.compute()
+    assert torch.equal(generated, x)
+    assert torch.equal(reference, x[:4])
+
+
+def test_reset_keeps_the_reference_only_when_asked() -> None:
+    x = features(6, 3)
+    for keep, left in ((True, 6), (False, 0)):
+        metric = TwoSample(keep_reference=keep)
+        metric.update(x, real=True)
+        metric.update(x, real=False)
+        metric.reset()
+        assert metric.count("reference") == left
+        assert metric.count("generated") == 0
+
+
+def test_errors_name_what_was_seen() -> None:
+    x = features(5, 3)
+    with pytest.raises(ValueError, match="got 5 and 1"):
+        frechet_distance(x, x[:1])
+    with pytest.raises(ValueError, match=r"\(5, 3\) and \(5, 2\)"):
+        frechet_distance(x, x[:, :2])
+    with pytest.raises(ValueError, match="at least 6 generated"):
+        prdc(x, x)
+    with pytest.raises(ValueError, match="neighbours must be at least 1, got 0"):
+        prdc(x, x, 0)
+    with pytest.raises(ValueError, match="subset_size >= 2, got 100 and 1"):
+        kid(x, x, subset_size=1)
+    metric = TwoSample()
+    metric.update(x, real=True)
+    with pytest.raises(ValueError, match=r"D=2, earlier ones D=\{3\}"):
+        metric.update(x[:, :2], real=False)
+    with pytest.raises(ValueError, match="NaN"):
+        metric.update(x * float("nan"), real=False)
+    with pytest.raises(ValueError, match="3 indices for 5 images"):
+        metric.update(x, real=False, indices=[1, 2, 3])
+    with pytest.raises(ValueError, match=r"must be \[N, D\]"):
+        metric.update(x[0], real=False)

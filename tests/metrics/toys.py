@@ -1,0 +1,53 @@
+"""Tiny feature networks and a two-process launcher."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class TinyFeatures(nn.Module):
+    """A random two-layer convolutional network: images [N, 3, H, W] -> [N, width]."""
+
+    name = "tiny"
+
+    def __init__(self, width: int = 8, seed: int = 0, spatial: bool = False) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.first = nn.Parameter(torch.randn(16, 3, 3, 3, generator=generator) / 5)
+        self.second = nn.Parameter(torch.randn(width, 16, generator=generator) / 4)
+        self.dropout = nn.Dropout(0.5)  # would make features random, were the module used in training mode
+        self.spatial = spatial
+        self.batches: list[int] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.batches.append(len(images))
+        x = self.dropout(nn.functional.conv2d(images, self.first, padding=1).relu())
+        return x.flatten(1) if self.spatial else x.mean((2, 3)) @ self.second.T
+
+
+def images(count: int, size: int = 8, seed: int = 0) -> Tensor:
+    """Random images [count, 3, size, size] in [-1, 1] that differ in colour and contrast."""
+    generator = torch.Generator().manual_seed(seed)
+    colour = torch.rand(count, 3, 1, 1, generator=generator) * 1.2 - 0.6
+    return (colour + 0.4 * torch.randn(count, 3, size, size, generator=generator)).clamp(-1, 1)
+
+
+def run_two_processes(script: Path, *arguments: str, timeout: float = 120) -> str:
+    """Run ``script`` under a two-rank gloo group on this machine; its standard output."""
+    dropped = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {key: value for key, value in os.environ.items() if key not in dropped}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script), *arguments],
+        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout

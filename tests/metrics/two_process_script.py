@@ -1,0 +1,93 @@
+"""Run by test_two_processes.py under two ranks: every metric must give what one process gives on all samples."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import tempfile
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from tests.metrics.toys import TinyFeatures, images
+from unidad_pl.metrics import KID, PRDC, Frechet, IntraLPIPS
+from unidad_pl.metrics.two_sample import TwoSample
+
+TOTAL = 31
+KINDS = (Frechet, lambda: KID(subsets=5, subset_size=8), lambda: PRDC(neighbours=3))
+
+
+def samples() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return images(3, seed=1), images(TOTAL, seed=2), images(20, seed=3)
+
+
+def two_sample(metric: TwoSample, numbers: torch.Tensor, reference: torch.Tensor) -> TwoSample:
+    features, (_, generated, real) = TinyFeatures(), samples()
+    features.requires_grad_(False).eval()
+    for part in numbers.split(4):
+        metric.update(features(generated[part]), real=False, indices=part)
+    for part in reference.split(5):
+        metric.update(features(real[part]), real=True, indices=part)
+    return metric
+
+
+def intra(numbers: torch.Tensor, spatial: bool, protocol: str) -> IntraLPIPS:
+    shots, generated, _ = samples()
+    metric = IntraLPIPS(TinyFeatures(spatial=spatial), protocol=protocol, cap=4, batch_size=3)
+    metric.set_shots(shots)
+    for part in numbers.split(5):
+        metric.update(generated[part], part)
+    return metric
+
+
+def close(a: object, b: object) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(close(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(close, a, b))
+    return (math.isnan(a) and math.isnan(b)) or math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-9)
+
+
+def worker(rank: int, rendezvous: str, shares: list[list[torch.Tensor]], expected: list[list[object]]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    for share, single in zip(shares, expected, strict=True):
+        own = share[rank]
+        reference = torch.arange(20)[rank::2]
+        found = [two_sample(kind(), own, reference).compute() for kind in KINDS]
+        metrics = [intra(own, spatial, protocol) for spatial in (False, True) for protocol in ("cdc", "crdi")]
+        found += [vars(metric.compute()) for metric in metrics]
+        for number, (a, b) in enumerate(zip(found, single, strict=True)):
+            assert close(a, b), (rank, number, a, b)
+        more = samples()[1][:1]  # after compute, each rank goes on with its own samples
+        metrics[0].update(more, [TOTAL + rank])
+        assert sum(metrics[0].compute().cluster_sizes) == sum(single[3]["cluster_sizes"]) + 2
+    metric = Frechet()  # default numbers are dealt in turn: no sample is lost
+    dealt = TinyFeatures().requires_grad_(False).eval()(samples()[1][rank::2])
+    metric.update(dealt, real=False)
+    metric.update(dealt, real=True)
+    assert metric.compute() < 1e-9
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    every = torch.arange(TOTAL)
+    halves = [every[0::2], every[1::2]]
+    padded = [every[0::2], torch.cat([every[1::2], every[:1]])]  # as DistributedSampler pads
+    blocks = [every[20:], every[:20]]
+    lonely = [every, every[:0]]  # a rank without a sample
+    shares = [halves, padded, blocks, lonely]
+    single: list[object] = [two_sample(kind(), every, torch.arange(20)).compute() for kind in KINDS]
+    single += [
+        vars(intra(every, spatial, protocol).compute()) for spatial in (False, True) for protocol in ("cdc", "crdi")
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (os.path.join(folder, "rendezvous"), shares, [single] * len(shares))
+        mp.start_processes(worker, arguments, nprocs=2, start_method="fork")  # no second import
+    sys.stdout.write("all equal\n")
+
+
+if __name__ == "__main__":
+    main()

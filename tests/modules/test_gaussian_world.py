@@ -1,0 +1,76 @@
+"""Uni-DAD where every network is known exactly: data N(mu, 1), one affine step for a student."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.worlds import AffineStudent, Gaussian, Stream, fit
+from unidad_pl.modules import Critic, Optimization, UniDAD
+from unidad_pl.schedules import karras
+
+SOURCE, TARGET = -2.0, 2.0
+
+
+def train(steps: int = 350, **options: object) -> UniDAD:
+    # F must follow G closely, or the pair circles around the fixed point.
+    slow = Optimization(lr=0.02, betas=(0.0, 0.95), weight_decay=0.0, warmup=0, decay_to=0.02)
+    fast = Optimization(lr=0.1, betas=(0.5, 0.9), weight_decay=0.0, warmup=0, decay_to=0.02)
+    module = UniDAD(
+        Gaussian(SOURCE), student_source=Gaussian(0.5, AffineStudent), target_source=Gaussian(TARGET), target="frozen",
+        steps=1, student_every=1, critic=Critic(student_weight=0, critic_weight=0), weighting="edm", sigma_data=1.0,
+        student_optimization=slow, fake_optimization=fast, **options,
+    )  # fmt: skip
+    images = torch.zeros(8, 1, 8, 8, dtype=torch.uint8)
+    fit(module, steps, Stream(images, batch_size=32))
+    return module
+
+
+def mean_absolute_error(m: float, mu: float, sigma: Tensor) -> Tensor:
+    """E|x - D(x + sigma eps)| for x ~ N(m, 1): the mean of a folded normal."""
+    a = sigma**2 / (1 + sigma**2) * (m - mu)
+    s = sigma / (1 + sigma**2).sqrt()
+    return s * math.sqrt(2 / math.pi) * (-(a**2) / (2 * s**2)).exp() + a * torch.erf(a / (s * math.sqrt(2)))
+
+
+def fixed_point(w_source: float, w_target: float, sigma: Tensor) -> float:
+    """The student mean where the two teachers' normalised directions cancel, by bisection."""
+
+    def pull(m: float) -> float:
+        gain = sigma**2 / (1 + sigma**2)
+        toward = [w * gain * (m - mu) / mean_absolute_error(m, mu, sigma) for w, mu in
+                  ((w_source, SOURCE), (w_target, TARGET))]  # fmt: skip
+        return float((toward[0] + toward[1]).mean())
+
+    low, high = SOURCE, TARGET
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if pull(middle) > 0 else (middle, high)
+    return (low + high) / 2
+
+
+@pytest.mark.parametrize(("a", "expected"), [(0.0, SOURCE), (1.0, TARGET)])
+def test_one_teacher_is_reached(a: float, expected: float) -> None:
+    module = train(target_weight=a)
+    assert float(module.student.mu) == pytest.approx(expected, abs=0.05)
+    assert float(module.fake_score.mu) == pytest.approx(expected, abs=0.1)
+    assert hasattr(module, "target_teacher") == (a > 0)
+    assert hasattr(module, "source_teacher") == (a < 1)
+
+
+@pytest.mark.parametrize("weights", [(0.5, 0.5), (0.55, 0.45), (1.2, 1.0)])
+def test_between_two_teachers_the_student_settles_at_the_closed_form_point(weights: tuple[float, float]) -> None:
+    module = train(dmd_weights=weights)
+    table = karras().double()[20:981]
+    assert float(module.student.mu) == pytest.approx(fixed_point(*weights, table), abs=0.05)
+
+
+def test_the_closed_form_point_moves_with_the_weights() -> None:
+    table = karras().double()[20:981]
+    points = [fixed_point(1 - a, a, table) for a in (0.4, 0.45, 0.5, 0.55)]
+    assert points == sorted(points)
+    assert points[2] == pytest.approx(0, abs=1e-6)
+    assert points[1] < -0.2

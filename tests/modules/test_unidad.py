@@ -1,0 +1,348 @@
+"""One iteration of Uni-DAD: who gets which gradient, what every option does, resuming, accumulation."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.worlds import Stream, fit, random_images, tiny_unet, weights_sha
+from unidad_pl.backbones import NewUNet
+from unidad_pl.modules import Critic, GenerativeModule, Optimization, UniDAD
+from unidad_pl.modules.optimization import frozen
+
+FAST = Optimization(lr=1e-3, warmup=0)
+
+
+def unidad(**options: Any) -> UniDAD:
+    settings: dict[str, Any] = dict(
+        student_every=2, target_weight=0.5, ema_decay=0.9,
+        student_optimization=FAST, fake_optimization=FAST, target_optimization=FAST,
+    )  # fmt: skip
+    return UniDAD(tiny_unet(), **(settings | options))
+
+
+NETWORKS = ("source_teacher", "target_teacher", "fake_score", "student", "discriminator")
+
+
+def grads(module: UniDAD) -> set[str]:
+    return {n for n in NETWORKS if any(p.grad is not None for p in getattr(module, n).parameters())}
+
+
+@pytest.fixture
+def ready(monkeypatch: pytest.MonkeyPatch) -> UniDAD:
+    """A built module whose losses can be called without a trainer."""
+    module = unidad()
+    module.configure_model()
+    monkeypatch.setattr(module, "log", lambda *a, **k: None)
+    monkeypatch.setattr(module, "manual_backward", lambda loss, **k: loss.backward(**k))
+    return module
+
+
+def test_each_loss_reaches_its_own_group_and_nothing_else(ready: UniDAD) -> None:
+    real = torch.rand(2, 3, 16, 16) * 2 - 1
+    x = ready.draw_student_images(2, None)
+    ready.backward_into(ready.student_loss(x, None), "student")
+    assert grads(ready) == {"student"}
+    ready.student.zero_grad()
+    ready.backward_into(ready.fake_loss(x.detach(), real, None), "fake")
+    assert grads(ready) == {"fake_score", "discriminator"}
+    ready.fake_score.zero_grad()
+    ready.discriminator.zero_grad()
+    ready.backward_into(ready.target_loss(real, None), "target")
+    assert grads(ready) == {"target_teacher"}
+
+
+def test_no_graph_is_kept_for_the_networks_that_only_judge(ready: UniDAD) -> None:
+    x = ready.draw_student_images(2, None)
+    loss = ready.student_loss(x, None)
+    loss.backward()  # without inputs=: whatever still required gradients would now get one
+    assert grads(ready) == {"student"}
+
+
+def test_the_source_teacher_never_changes_and_never_trains() -> None:
+    module = unidad()
+    module.configure_model()
+    before = weights_sha(module.source_teacher)
+    module.requires_grad_(True)  # what un-froze the teachers in the released code
+    module.train()
+    fit(module, 3)
+    assert weights_sha(module.source_teacher) == before
+    assert all(p.grad is None for p in module.source_teacher.parameters())
+    assert not module.source_teacher.training
+    assert module.student.training
+
+
+def test_frozen_restores_every_flag_even_after_an_error() -> None:
+    net = tiny_unet().build()
+    first = next(net.parameters())
+    first.requires_grad_(False)
+    flags = [p.requires_grad for p in net.parameters()]
+    with pytest.raises(KeyError), frozen(net):
+        assert not any(p.requires_grad for p in net.parameters())
+        raise KeyError
+    assert [p.requires_grad for p in net.parameters()] == flags
+
+
+def test_the_first_iteration_starts_every_network_at_the_source() -> None:
+    module = unidad()
+    module.configure_model()
+    source = weights_sha(module.source_teacher)
+    for name in ("student", "fake_score", "target_teacher"):
+        assert weights_sha(getattr(module, name)) == source
+
+
+class Counting(UniDAD):
+    """Notes which group stepped in which iteration."""
+
+    def step(self, group: str) -> bool:
+        self.__dict__.setdefault("steps_seen", []).append((int(self.iteration), group))
+        return super().step(group)
+
+
+def run_counting(**options: Any) -> list[tuple[int, str]]:
+    module = Counting(tiny_unet(), student_every=3, target_weight=0.5, **options)
+    trainer = fit(module, 6)
+    assert trainer.global_step == 6
+    assert int(module.iteration) == 6
+    return module.__dict__["steps_seen"]
+
+
+def test_who_steps_when() -> None:
+    seen = run_counting()
+    assert [i for i, g in seen if g == "fake"] == list(range(6))
+    assert [i for i, g in seen if g == "student"] == [0, 3]
+    assert [i for i, g in seen if g == "target"] == [0, 3]
+    seen = run_counting(target_update="every")
+    assert [i for i, g in seen if g == "target"] == list(range(6))
+
+
+def test_the_optimisers_count_their_own_steps() -> None:
+    module = unidad(student_every=3, student_optimization=Optimization(lr=1.0, warmup=4))
+    trainer = fit(module, 6)
+    student, fake, target = trainer.optimizers
+    assert [int(next(iter(o.state.values()))["step"]) for o in (student, fake, target)] == [2, 6, 2]
+    assert student.param_groups[0]["lr"] == pytest.approx(3 / 4)  # two steps done: the third would use 3/4
+
+
+def train_sha(steps: int = 3, **options: Any) -> str:
+    source = options.pop("source", None) or tiny_unet()
+    settings: dict[str, Any] = dict(
+        student_every=2, target_weight=0.5, student_optimization=FAST, fake_optimization=FAST,
+        target_optimization=FAST, ema_decay=0.5,
+    )  # fmt: skip
+    module = UniDAD(source, **(settings | options))
+    fit(module, steps, Stream(random_images(), batch_size=4))
+    return weights_sha(module)
+
+
+EXACT = {
+    "source": dict(source=tiny_unet(layers=2)),
+    "student_source": dict(student_source=tiny_unet(sigma_data=0.7)),
+    "target_source": dict(target_source=tiny_unet(sigma_data=0.7)),
+    "target": dict(target_source=tiny_unet(sigma_data=0.7), target="frozen"),
+    "target_update": dict(target_update="every"),
+    "steps": dict(steps=2),
+    "sigma_max": dict(sigma_max=40.0),
+    "sigma_end": dict(sigma_end=1.0),
+    "gradient": dict(gradient="last"),
+    "gradient: backward_simulation": dict(gradient="backward_simulation"),
+    "student_every": dict(student_every=1),
+    "target_weight": dict(target_weight=0.75),
+    "dmd_weights": dict(dmd_weights=(0.5, 1.0)),
+    "dmd_range": dict(dmd_range=(0.3, 0.5)),
+    "normalizer": dict(normalizer="noisy"),
+    "weighting": dict(weighting="eps"),
+    "sigma_data": dict(sigma_data=1.0),
+    "student_optimization": dict(student_optimization=Optimization(lr=2e-3, warmup=0)),
+    "fake_optimization": dict(fake_optimization=Optimization(lr=2e-3, warmup=0)),
+    "target_optimization": dict(target_optimization=Optimization(lr=2e-3, warmup=0)),
+    "ema_decay": dict(ema_decay=0.1),
+    "seed": dict(seed=1),
+    "accumulate": dict(accumulate=2),
+    **{
+        f"critic.{name}: {value}": dict(critic=Critic(**({"student_weight": 0.1, "critic_weight": 0.2} | {name: value})))
+        for name, value in [
+            ("student_weight", 0.3), ("critic_weight", 0.5), ("taps", ["in1", "mid"]), ("kind", "patch"),
+            ("reduction", "per_head"), ("loss", "hinge"), ("loss", "lsgan"), ("loss", "wgan"), ("noise", "shared"),
+            ("sigma_max", 5.0), ("r1", 1.0), ("gradient_penalty", 1.0), ("lr", 1e-2),
+        ]
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base_shas() -> dict[str, str]:
+    return {
+        "plain": train_sha(),
+        "critic": train_sha(critic=Critic(student_weight=0.1, critic_weight=0.2)),
+        "target_source": train_sha(target_source=tiny_unet(sigma_data=0.7)),
+    }
+
+
+def test_every_constructor_argument_is_tested() -> None:
+    import dataclasses
+    import inspect
+
+    tested = {name.split(":")[0] for name in EXACT} | {"critic", "noise_table", "max_skipped"}
+    wanted = set(inspect.signature(UniDAD.__init__).parameters) - {"self"}
+    wanted |= {f"critic.{f.name}" for f in dataclasses.fields(Critic)}
+    assert wanted == tested
+
+
+@pytest.mark.parametrize("name", list(EXACT))
+def test_every_argument_changes_what_is_trained(name: str, base_shas: dict[str, str]) -> None:
+    options = EXACT[name]
+    base = "critic" if "critic" in options else "target_source" if options.get("target") else "plain"
+    changed = train_sha(**copy.deepcopy(options))
+    assert changed != base_shas[base]
+
+
+def test_noise_table_of_the_model() -> None:
+    vp = tiny_unet(prediction="epsilon")
+    module = UniDAD(vp, noise_table="model")
+    module.configure_model()
+    assert module.sigmas.shape == (1000,)
+    assert float(module.sigmas[999]) == pytest.approx(157.4, rel=1e-3)
+    assert train_sha(source=vp, noise_table="model") != train_sha(source=vp)
+    with pytest.raises(ValueError, match="karras"):
+        UniDAD(tiny_unet(), noise_table="model").configure_model()
+
+
+def test_training_is_deterministic_whatever_random_state_it_starts_in() -> None:
+    first = train_sha(steps=2)
+    torch.manual_seed(123)
+    assert train_sha(steps=2) == first
+
+
+class Broken(UniDAD):
+    """Non-finite student gradients from iteration 2 on."""
+
+    until: int = 10**9
+
+    def student_loss(self, x: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
+        loss = super().student_loss(x, cond)
+        return loss * float("nan") if 2 <= int(self.iteration) < self.until else loss
+
+
+def test_a_non_finite_gradient_skips_only_its_own_step_and_finally_stops_the_run() -> None:
+    module = Broken(tiny_unet(), student_every=1, target_weight=0.5, fake_optimization=FAST, max_skipped=3)
+    module.until = 4
+    trainer = fit(module, 6)
+    assert trainer.global_step == 6
+    assert all(bool(torch.isfinite(p).all()) for p in module.parameters())
+    assert int(next(iter(trainer.optimizers[0].state.values()))["step"]) == 4
+    module = Broken(tiny_unet(), student_every=1, max_skipped=3)
+    with pytest.raises(RuntimeError, match=r"3 iterations in a row had a non-finite gradient for 'student'"):
+        fit(module, 8)
+
+
+def test_non_finite_images_do_not_poison_any_weight() -> None:
+    images = random_images()
+
+    class Poisoned(UniDAD):
+        def draw_student_images(self, batch: int, cond: Any) -> torch.Tensor:
+            x = super().draw_student_images(batch, cond)
+            return x * float("inf") if int(self.iteration) == 1 else x
+
+    module = Poisoned(tiny_unet(), student_every=1, ema_decay=0.5)
+    trainer = fit(module, 3, Stream(images))
+    assert trainer.global_step == 3
+    assert all(bool(torch.isfinite(t).all()) for t in module.state_dict().values())
+
+
+def test_sample_17_is_the_same_in_any_batch() -> None:
+    module = unidad()
+    fit(module, 4)  # two student steps: the average starts as a copy
+    alone = module.sample([17])
+    in_batch = module.sample(range(15, 22))[2]
+    torch.testing.assert_close(alone[0], in_batch, atol=1e-5, rtol=0)
+    assert alone.abs().max() <= 1
+    assert not torch.equal(module.sample([17], weights="raw"), module.sample([17], weights="ema"))
+    with pytest.raises(ValueError, match="ema_decay"):
+        unidad(ema_decay=0.0).sample([1], weights="ema")
+
+
+def test_image_gradients_of_the_loss_terms_add_up(ready: UniDAD) -> None:
+    ready.keep_image_gradients = True
+    x = ready.draw_student_images(2, None)
+    loss = ready.student_loss(x, None)
+    (total,) = torch.autograd.grad(loss, x)
+    assert set(ready.image_gradients) == {"dmd_source", "dmd_target", "adversarial"}
+    torch.testing.assert_close(sum(ready.image_gradients.values()), total)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_weight": 1.5}, r"target_weight.*1\.5"),
+        ({"student_every": 0}, "student_every"),
+        ({"dmd_weights": (0.0, 0.0)}, "dmd_weights"),
+        ({"dmd_range": (0.5, 0.1)}, r"\[0\.5, 0\.1\]"),
+        ({"target": "frozen"}, "target_source"),
+        ({"steps": 0}, "at least 1 step"),
+        ({"gradient": "lats"}, "lats"),
+        ({"accumulate": 0}, "accumulate"),
+        ({"ema_decay": 1.0}, "ema_decay"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        unidad(**options)
+
+
+def test_unknown_tap_names_the_taps_there_are() -> None:
+    with pytest.raises(ValueError, match=r"in9.*in0, in1"):
+        unidad(critic=Critic(taps=["in9"])).configure_model()
+
+
+def test_images_of_another_size_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"32.*16"):
+        fit(unidad(), 1, Stream(random_images(size=32)))
+
+
+def test_an_uneven_micro_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"batch of 4.*accumulate=3"):
+        fit(unidad(accumulate=3), 1)
+
+
+def save_resume(tmp_path: Path, resumed: GenerativeModule) -> None:
+    fit(unidad(), 4, enable_checkpointing=False).save_checkpoint(tmp_path / "four.ckpt")
+    fit(resumed, 8, ckpt_path=tmp_path / "four.ckpt")
+
+
+def test_four_and_four_iterations_equal_eight(tmp_path: Path) -> None:
+    eight, resumed = unidad(), unidad()
+    trainer = fit(eight, 8)
+    save_resume(tmp_path, resumed)
+    assert weights_sha(resumed) == weights_sha(eight)
+    saved = torch.load(tmp_path / "four.ckpt", weights_only=True)
+    assert not any(k.startswith("source_teacher.") for k in saved["state_dict"])
+    assert len(saved["optimizer_states"]) == 3
+    assert trainer.global_step == 8
+
+
+def test_another_teacher_is_refused_on_resume(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="another 'source_teacher'"):
+        save_resume(tmp_path, unidad(seed=5))
+
+
+def test_missing_and_unexpected_weights_are_refused_on_resume(tmp_path: Path) -> None:
+    fit(unidad(), 1).save_checkpoint(tmp_path / "one.ckpt")
+    saved = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    saved["state_dict"].pop("student.unet.conv_in.weight")
+    torch.save(saved, tmp_path / "broken.ckpt")
+    with pytest.raises(RuntimeError, match=r"student\.unet\.conv_in\.weight"):
+        fit(unidad(), 2, ckpt_path=tmp_path / "broken.ckpt")
+
+
+def test_class_conditional_models_take_labels() -> None:
+    source = NewUNet(resolution=16, channels=(16, 16), attention_levels=(), norm_groups=4, head_channels=8, num_classes=3)
+    module = UniDAD(source)
+    module.configure_model()
+    labels = torch.tensor([0, 2])
+    assert module.draw_student_images(2, labels).shape == (2, 3, 16, 16)
+    assert not torch.equal(module.sample([4], torch.tensor([0])), module.sample([4], torch.tensor([1])))

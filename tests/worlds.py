@@ -1,0 +1,113 @@
+"""Tiny worlds with known answers that several tests use."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import warnings
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from unidad_pl.backbones import NewUNet
+from unidad_pl.data.batch import Batch
+from unidad_pl.data.few_shot import ShotStream
+from unidad_pl.denoiser import Denoiser, DenoiserSource, Prediction
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+class GaussianDenoiser(Denoiser):
+    """The exact denoiser of data N(mu, 1): ``E[x0 | x] = (x + sigma^2 mu) / (1 + sigma^2)``."""
+
+    def __init__(self, mu: float, size: int = 8) -> None:
+        super().__init__()
+        self.image_shape = (1, size, size)
+        self.mu = nn.Parameter(torch.tensor(float(mu)))
+
+    def predict(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Prediction:
+        s2 = sigma.view(-1, 1, 1, 1) ** 2
+        x0 = (x + s2 * self.mu) / (1 + s2)
+        return Prediction(x0, (x - self.mu) * s2.sqrt() / (1 + s2))
+
+    def taps(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> dict[str, Tensor]:
+        return {"in0": x * self.mu}
+
+    @property
+    def tap_channels(self) -> dict[str, int]:
+        return {"in0": 1}
+
+
+class AffineStudent(GaussianDenoiser):
+    """``G(x, sigma) = x / sigma + mu``: one step from noise gives N(mu, 1) exactly."""
+
+    def predict(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Prediction:
+        z = x / sigma.view(-1, 1, 1, 1)
+        return Prediction(z + self.mu, z)
+
+
+class Gaussian(DenoiserSource):
+    def __init__(self, mu: float, kind: type[GaussianDenoiser] = GaussianDenoiser) -> None:
+        self.mu, self.kind = mu, kind
+
+    def build(self) -> Denoiser:
+        return self.kind(self.mu)
+
+
+def tiny_unet(**overrides: Any) -> NewUNet:
+    """A two-level UNet with attention at 16 px: about 60 thousand parameters."""
+    settings: dict[str, Any] = dict(
+        resolution=16, channels=(16, 24), layers=1, attention_levels=(1,), head_channels=8, norm_groups=4, patch_size=2
+    )
+    return NewUNet(**(settings | overrides))
+
+
+class Stream(pl.LightningDataModule):
+    """Endless batches of ``images`` [N, C, H, W] uint8, and evaluation seeds 0..n-1."""
+
+    def __init__(self, images: Tensor, batch_size: int = 4, seeds: int = 4, flip: bool = False) -> None:
+        super().__init__()
+        self.images, self.size, self.seeds, self.flip = images, batch_size, seeds, flip
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        trainer = self.trainer
+        assert trainer is not None
+        stream = ShotStream(
+            self.images, self.size, self.flip, 0, trainer.global_step, trainer.world_size, trainer.global_rank
+        )
+        return DataLoader(stream, batch_size=None)
+
+    def val_dataloader(self) -> Any:
+        return DataLoader([{"seeds": torch.arange(self.seeds)}], batch_size=None)  # type: ignore[arg-type]
+
+    test_dataloader = predict_dataloader = val_dataloader
+
+
+def random_images(n: int = 6, size: int = 16) -> Tensor:
+    return torch.randint(0, 256, (n, 3, size, size), generator=torch.Generator().manual_seed(7)).to(torch.uint8)
+
+
+def fit(module: pl.LightningModule, steps: int, data: pl.LightningDataModule | None = None, **options: Any) -> pl.Trainer:
+    """Fit for ``steps`` iterations on the CPU, without files unless ``options`` ask for them."""
+    ckpt_path = options.pop("ckpt_path", None)
+    settings: dict[str, Any] = dict(
+        accelerator="cpu", max_steps=steps, max_epochs=-1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+    )  # fmt: skip
+    trainer = pl.Trainer(**(settings | options))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(module, data or Stream(random_images()), ckpt_path=ckpt_path)
+    return trainer
+
+
+def weights_sha(module: nn.Module) -> str:
+    """sha256 over every tensor of the state dict."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode() + tensor.detach().contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else
+                      name.encode() + str(tensor.item()).encode())  # fmt: skip
+    return digest.hexdigest()

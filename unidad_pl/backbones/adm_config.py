@@ -1,0 +1,204 @@
+"""The flags of OpenAI guided-diffusion (ADM) networks, and the ``UNet2DModel`` that computes the same function.
+
+Head width, order of the attention rows and the time embedding cannot be read off the weights (a wrong value loads and
+is silently wrong), so a config always accompanies a checkpoint. Reference: openai/guided-diffusion, ``script_util.py``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from unidad_pl.backbones.unet import UNetSpec
+
+CHANNEL_MULT = {512: "0.5,1,1,2,2,4,4", 256: "1,1,2,2,4,4", 128: "1,1,2,3,4", 64: "1,2,3,4"}
+"""What an empty ``channel_mult`` means, by image size."""
+
+WITHOUT_EFFECT = (
+    "num_heads", "num_heads_upsample",  # num_head_channels overrides both
+    "use_checkpoint", "use_fp16", "timestep_respacing", "use_kl", "rescale_learned_sigmas",
+)  # fmt: skip
+"""Flags of guided-diffusion that change neither the network's function nor how it is read."""
+
+
+@dataclass(frozen=True)
+class ADMConfig:
+    """The flags of guided-diffusion that define a network, under their own names and with their own defaults.
+
+    Attributes:
+        image_size: side of the image in pixels.
+        num_channels: width of the finest level.
+        num_res_blocks: residual blocks per level.
+        channel_mult: width of each level as a multiple of ``num_channels``, finest first, ``"1,2,4"``; empty means
+            guided-diffusion's choice for the image size. The first must be 1.
+        attention_resolutions: sides of the feature maps that have self-attention, ``"32,16,8"``.
+        num_head_channels: channels per attention head; -1 (a fixed number of heads) is not supported.
+        resblock_updown: residual blocks change the resolution, instead of strided convolution and upsampling.
+        use_scale_shift_norm: the time embedding scales and shifts, instead of being added.
+        use_new_attention_order: rows of ``qkv`` are [3, heads, channels], instead of [heads, 3, channels].
+        learn_sigma: twice the output channels; the second half is the variance, which a denoiser drops.
+        class_cond: a class-conditional network.
+        num_classes: number of classes if ``class_cond``; null is guided-diffusion's constant, 1000.
+        dropout: dropout inside residual blocks, in training mode only.
+        in_channels: colour channels.
+        diffusion_steps: length of the schedule.
+        noise_schedule: must be ``linear``.
+        predict_xstart: the network predicts the clean image, not the noise.
+        rescale_timesteps: must not change anything, that is ``diffusion_steps`` must then be 1000.
+
+    Raises:
+        ValueError: a combination that a ``UNet2DModel`` cannot represent; names the flag.
+    """
+
+    image_size: int = 64
+    num_channels: int = 128
+    num_res_blocks: int = 2
+    channel_mult: str = ""
+    attention_resolutions: str = "16,8"
+    num_head_channels: int = -1
+    resblock_updown: bool = False
+    use_scale_shift_norm: bool = True
+    use_new_attention_order: bool = False
+    learn_sigma: bool = False
+    class_cond: bool = False
+    num_classes: int | None = None
+    dropout: float = 0.0
+    in_channels: int = 3
+    diffusion_steps: int = 1000
+    noise_schedule: str = "linear"
+    predict_xstart: bool = False
+    rescale_timesteps: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.channel_mult and self.image_size not in CHANNEL_MULT:
+            raise ValueError(f"channel_mult is empty and has no default for image_size {self.image_size}: write it out")
+        first = (self.channel_mult or CHANNEL_MULT[self.image_size]).split(",")[0]
+        if float(first) != 1:
+            raise ValueError(
+                f"channel_mult must start with 1, got {first!r}: guided-diffusion's time embedding is num_channels "
+                f"wide, a UNet2DModel's is as wide as its first level"
+            )
+        if self.num_head_channels < 1:
+            raise ValueError(
+                f"num_head_channels must be set, got {self.num_head_channels}: a fixed num_heads gives each level its "
+                f"own head width, and a UNet2DModel has one for all"
+            )
+        for level, width in enumerate(self.widths):
+            # the deepest level counts whatever its attention flag says: the middle block has attention
+            if (self.attention[level] or level == len(self.widths) - 1) and width % self.num_head_channels:
+                raise ValueError(f"num_head_channels {self.num_head_channels} does not divide the {width} channels")
+        if self.noise_schedule != "linear":
+            raise ValueError(f"noise_schedule must be 'linear', got {self.noise_schedule!r}")
+        if self.rescale_timesteps and self.diffusion_steps != 1000:
+            raise ValueError(f"rescale_timesteps needs diffusion_steps 1000, got {self.diffusion_steps}")
+
+    @classmethod
+    def from_flags(cls, flags: Mapping[str, Any]) -> ADMConfig:
+        """A config from a mapping of flags; those without effect on the result are dropped.
+
+        Raises:
+            ValueError: an unknown flag, or an unsupported value.
+        """
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(flags) - known - set(WITHOUT_EFFECT))
+        if unknown:
+            raise ValueError(f"unknown guided-diffusion flags {unknown}: known are {sorted(known)}")
+        return cls(**{name: value for name, value in flags.items() if name in known})
+
+    @classmethod
+    def load(cls, name: str | Path) -> ADMConfig:
+        """The preset called ``name`` (see :data:`PRESETS`), or the flags in the JSON file ``name``.
+
+        Raises:
+            FileNotFoundError: neither a preset nor a file.
+            ValueError: the file is not a JSON object of known flags.
+        """
+        if str(name) in PRESETS:
+            return PRESETS[str(name)]
+        if not Path(name).is_file():
+            raise FileNotFoundError(
+                f"ADM config {str(name)!r} is neither a file nor a preset ({', '.join(PRESETS)}). Write the flags the "
+                f"checkpoint was trained with into a JSON file."
+            )
+        try:
+            flags = json.loads(Path(name).read_text())
+        except ValueError as error:
+            raise ValueError(f"ADM config {str(name)!r} is not JSON: {error}") from error
+        if not isinstance(flags, dict):
+            raise ValueError(f"ADM config {str(name)!r} must be a JSON object of flags, got a {type(flags).__name__}")
+        return cls.from_flags(flags)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level, finest first."""
+        multiples = (self.channel_mult or CHANNEL_MULT[self.image_size]).split(",")
+        return tuple(int(float(multiple) * self.num_channels) for multiple in multiples)
+
+    @property
+    def attention(self) -> tuple[bool, ...]:
+        """Whether each level has self-attention, finest first."""
+        factors = {self.image_size // int(side) for side in self.attention_resolutions.split(",") if side.strip()}
+        return tuple(2**level in factors for level in range(len(self.widths)))
+
+    @property
+    def classes(self) -> int | None:
+        """Number of classes; None for an unconditional network."""
+        return (self.num_classes or 1000) if self.class_cond else None
+
+    @property
+    def spec(self) -> UNetSpec:
+        """How the network is read. Guided-diffusion scales the betas so that any length ends at the same noise."""
+        scale = 1000 / self.diffusion_steps
+        return UNetSpec(
+            prediction="sample" if self.predict_xstart else "epsilon",
+            timestep="nearest",
+            beta_start=1e-4 * scale,
+            beta_end=0.02 * scale,
+            train_timesteps=self.diffusion_steps,
+        )
+
+
+PRESETS = {
+    # ddpm-segmentation's ffhq.pt (dropout 0.1 was used to train it, and acts in training mode only)
+    "ffhq256": ADMConfig(
+        image_size=256,
+        num_channels=256,
+        attention_resolutions="32,16,8",
+        num_head_channels=64,
+        resblock_updown=True,
+        learn_sigma=True,
+    )
+}
+
+
+def unet2d_config(adm: ADMConfig) -> dict[str, Any]:
+    """Constructor arguments of the ``UNet2DModel`` that computes the same function as the ADM network."""
+    plain = "ResnetDownsampleBlock2D" if adm.resblock_updown else "DownBlock2D"
+    down = ["AttnDownBlock2D" if attention else plain for attention in adm.attention]
+    resample = "resnet" if adm.resblock_updown else "conv"
+    return dict(
+        sample_size=adm.image_size,
+        in_channels=adm.in_channels,
+        out_channels=adm.in_channels * (2 if adm.learn_sigma else 1),
+        down_block_types=tuple(down),
+        up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
+        block_out_channels=adm.widths,
+        layers_per_block=adm.num_res_blocks,
+        downsample_type=resample,
+        upsample_type=resample,
+        downsample_padding=1,
+        time_embedding_type="positional",
+        flip_sin_to_cos=True,
+        freq_shift=0,
+        act_fn="silu",
+        attention_head_dim=adm.num_head_channels,
+        norm_num_groups=32,
+        norm_eps=1e-5,
+        attn_norm_num_groups=32,  # without it the middle attention loses its norm under scale_shift
+        resnet_time_scale_shift="scale_shift" if adm.use_scale_shift_norm else "default",
+        num_class_embeds=adm.classes,
+        dropout=adm.dropout,
+    )

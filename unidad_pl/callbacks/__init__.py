@@ -1,0 +1,22 @@
+"""Lightning callbacks: metrics, pictures and records of what a module generates; usable in any Lightning project."""
+
+from unidad_pl.callbacks.attributes import AttributeShare
+from unidad_pl.callbacks.balance import LossBalance
+from unidad_pl.callbacks.base import EvaluationCallback, Report
+from unidad_pl.callbacks.fid import FID
+from unidad_pl.callbacks.intra_lpips import IntraLPIPS
+from unidad_pl.callbacks.prediction_writer import PredictionWriter
+from unidad_pl.callbacks.records import read_records
+from unidad_pl.callbacks.sample_grid import SampleGrid
+
+__all__ = [
+    "FID",
+    "AttributeShare",
+    "EvaluationCallback",
+    "IntraLPIPS",
+    "LossBalance",
+    "PredictionWriter",
+    "Report",
+    "SampleGrid",
+    "read_records",
+]

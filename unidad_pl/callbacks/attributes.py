@@ -1,0 +1,99 @@
+"""The share of generated images that show a wanted attribute: was the new domain reached?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from unidad_pl.callbacks.base import STAGES, EvaluationCallback, Report, feature_name
+from unidad_pl.metrics.features import evaluating
+from unidad_pl.metrics.gather import RowMetric, distinct_in_order
+
+
+class Hits(RowMetric):
+    """Which samples show which attributes, over all ranks; ``compute`` gives the shares [A] float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_rows("index", 1, torch.long)
+        self.add_rows("hits", 2, torch.uint8)
+
+    def update(self, hits: Tensor, index: Tensor) -> None:
+        """``hits`` [B, A] bool of the samples numbered ``index`` [B]."""
+        self.append("hits", hits)
+        self.append("index", index)
+
+    def compute(self) -> Tensor:
+        distinct = distinct_in_order(self.rows("index"))
+        return self.rows("hits")[distinct].cpu().double().mean(0)
+
+
+class AttributeShare(EvaluationCallback):
+    """Logs ``<stage>/share/<factor>=<value>``: the share of samples for which a classifier sees the wanted value.
+
+    Args:
+        wanted: factor -> value, e.g. ``{"glasses": "dark"}``.
+        features: a module with ``predict(images) -> {factor: [N] int64}`` and ``categories: {factor: [names]}``;
+            default the network of the cartoon world.
+        key: see :class:`~unidad_pl.callbacks.base.EvaluationCallback`.
+        dataloader_idx: see there.
+        stages: see there.
+
+    Raises:
+        ValueError: nothing wanted. In ``setup``: a factor or value the classifier does not know.
+    """
+
+    def __init__(
+        self,
+        wanted: Mapping[str, str],
+        features: nn.Module | None = None,
+        key: str = "samples",
+        dataloader_idx: int = 0,
+        stages: Sequence[str] = STAGES,
+    ) -> None:
+        super().__init__(key, dataloader_idx, stages)
+        if not wanted:
+            raise ValueError("AttributeShare needs a wanted value of at least one factor, e.g. {'glasses': 'dark'}")
+        if features is None:
+            from unidad_pl.metrics.cartoon import CartoonFeatures
+
+            features = CartoonFeatures()
+        self.wanted = dict(wanted)
+        self.features = features
+        self._codes: dict[str, int] = {}
+        self._metric = Hits()
+
+    def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.load_features(trainer, self.features)
+        categories: dict[str, list[str]] = getattr(self.features, "categories", {})
+        for factor, value in self.wanted.items():
+            if factor not in categories:
+                raise ValueError(
+                    f"AttributeShare: {feature_name(self.features)} knows no factor {factor!r}, only "
+                    f"{', '.join(categories) or 'none'}"
+                )
+            if value not in categories[factor]:
+                raise ValueError(
+                    f"AttributeShare: factor {factor!r} has no value {value!r}, only {', '.join(categories[factor])}"
+                )
+            self._codes[factor] = list(categories[factor]).index(value)
+
+    def begin(self, pl_module: pl.LightningModule) -> None:
+        self.features.to(pl_module.device)
+        self._metric.to(pl_module.device).reset()
+
+    def update(self, trainer: pl.Trainer, pl_module: pl.LightningModule, images: Tensor, seeds: Tensor) -> None:
+        with evaluating(self.features):
+            seen: dict[str, Tensor] = self.features.predict(images)  # type: ignore[operator]
+        hits = torch.stack([seen[factor].to(images.device) == code for factor, code in self._codes.items()], 1)
+        self._metric.update(hits, seeds)
+
+    def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> Report:
+        shares = self._metric.compute().reshape(-1).tolist()
+        values = {
+            f"share/{factor}={value}": share for (factor, value), share in zip(self.wanted.items(), shares, strict=True)
+        }
+        return Report(values, {"extractor": feature_name(self.features)})

@@ -1,0 +1,85 @@
+"""``metrics.jsonl``: one line per evaluation, so that every number keeps what it was measured with."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+FILE = "metrics.jsonl"
+
+
+def run_folder(trainer: pl.Trainer) -> Path:
+    """Where this run writes: the first logger's folder, or ``default_root_dir``; the same on every rank.
+
+    To be called on all ranks together (the folder of rank 0 is broadcast).
+    """
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers JSON has no word for (NaN, infinity) become null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def append_record(path: Path, record: dict[str, Any]) -> None:
+    """Add one line to a JSON-lines file. A line that a killed run left half written stays a line of its own.
+
+    Raises:
+        OSError: the folder cannot be made, or the file not written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(_plain(record), allow_nan=False) + "\n"
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                line = "\n" + line
+        file.write(line.encode())
+
+
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """All whole lines of a JSON-lines file, in order; half-written ones are left out.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    records = []
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def on_rank_zero(trainer: pl.Trainer, what: str, action: Any) -> None:
+    """Run ``action()`` on rank 0; if it cannot write, every rank raises, so that none is left waiting.
+
+    Raises:
+        RuntimeError: names ``what`` could not be written, and why.
+    """
+    failure = None
+    if trainer.is_global_zero:
+        try:
+            action()
+        except OSError as error:
+            failure = f"{type(error).__name__}: {error}"
+    failure = trainer.strategy.broadcast(failure)
+    if failure is not None:
+        raise RuntimeError(
+            f"cannot write {what} ({failure}). Free disk space, restore the folder or its permissions, then resume "
+            f"from the last checkpoint; or remove the callback."
+        )

@@ -1,0 +1,175 @@
+"""Labelled cartoons of all domains: what the feature network of the cartoon metrics is trained on.
+
+Index ranges of the cartoon world, so that nothing is judged by a network that was trained on it:
+
+* ``0 ...``: reference sets of :class:`~unidad_pl.data.few_shot.FewShotDataModule`;
+* ``(s + 1) * 1_000_000 ...``: its shots for seed ``s``;
+* ``2_500_000 ... 2_999_999``: held-out validation images here;
+* ``3_500_000 ... 3_999_999``: training images here. Both start at half a million, clear of the shots of any seed as
+  long as there are fewer than 500 000 of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from unidad_pl.data import cartoons
+from unidad_pl.data.batch import to_float, to_uint8
+from unidad_pl.seeds import mix_seed
+
+VALIDATION_START = 2_500_000
+TRAIN_START = 3_500_000
+_SPAN = 500_000  # images in each of the two ranges
+
+
+@dataclass
+class LabelledBatch:
+    """Cartoons and what is in them.
+
+    Attributes:
+        images: [B, 3, R, R] float32 in [-1, 1].
+        labels: factor -> [B], as :func:`~unidad_pl.data.cartoons.factors` gives them.
+        domain: [B] int64, positions in :data:`~unidad_pl.data.cartoons.DOMAINS`.
+    """
+
+    images: Tensor
+    labels: dict[str, Tensor]
+    domain: Tensor
+
+
+def visible(labels: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Factor -> [B] bool: whether the factor can be seen in the image at all.
+
+    People have no fur and cats no hair; dark glasses hide the eyes; an open mouth shows how strong a smile is but not
+    its sign.
+    """
+    person = labels["species"] == cartoons.CATEGORIES["species"].index("person")
+    seen = {name: torch.ones_like(person) for name in (*cartoons.CATEGORIES, *cartoons.RANGES)}
+    seen |= dict.fromkeys(cartoons.PERSON_ONLY, person) | dict.fromkeys(cartoons.CAT_ONLY, ~person)
+    seen["eye_colour"] = labels["glasses"] == cartoons.CATEGORIES["glasses"].index("none")
+    seen["smile"] = person & (labels["mouth"] == cartoons.CATEGORIES["mouth"].index("closed"))
+    return seen
+
+
+class CartoonDataModule(pl.LightningDataModule):
+    """Labelled renders: an endless training stream over a pool held in memory, and a held-out set per domain.
+
+    The training image at position ``p`` of the run is a function of ``(seed, p)`` alone, so a resumed run continues
+    where it was. Every validation batch is of one domain.
+
+    Args:
+        domains: which domains, in turn: image ``i`` of the pool is of domain ``i mod len(domains)``.
+        pool_size: training images, rendered once and kept as uint8.
+        val_size: held-out images of each domain.
+        batch_size: images per training step and rank.
+        eval_batch_size: images per validation batch.
+        resolution: image side in pixels.
+        seed: of the order of the training images.
+
+    Raises:
+        ValueError: an unknown domain or none, or a size outside of its index range.
+    """
+
+    def __init__(
+        self,
+        domains: Sequence[str] = cartoons.DOMAINS,
+        pool_size: int = 60_000,
+        val_size: int = 1000,
+        batch_size: int = 128,
+        eval_batch_size: int = 250,
+        resolution: int = 32,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not domains:
+            raise ValueError(f"domains must name at least one of {', '.join(cartoons.DOMAINS)}, got none")
+        for domain in domains:
+            cartoons.check_domain(domain)
+        for name, value in (("pool_size", pool_size), ("val_size", val_size)):
+            if not 1 <= value <= _SPAN:
+                raise ValueError(f"{name} must be in 1..{_SPAN}, got {value}")
+        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.domains, self.pool_size, self.val_size = tuple(domains), pool_size, val_size
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.resolution, self.seed = resolution, seed
+        self._pool: LabelledBatch | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Render the training pool once, into memory; nothing at validation alone."""
+        if self._pool is None and stage == "fit":
+            step = len(self.domains)
+            parts = [
+                draw(range(TRAIN_START + start, TRAIN_START + self.pool_size, step), domain, self.resolution)
+                for start, domain in enumerate(self.domains[: self.pool_size])
+            ]
+            labels = {name: torch.cat([part.labels[name] for part in parts]) for name in parts[0].labels}
+            images, domain_ = torch.cat([p.images for p in parts]), torch.cat([p.domain for p in parts])
+            self._pool = LabelledBatch(images, labels, domain_)
+
+    def train_dataloader(self) -> DataLoader[LabelledBatch]:
+        self.setup("fit")
+        assert self._pool is not None
+        trainer = self.trainer
+        world, rank = (trainer.world_size, trainer.global_rank) if trainer is not None else (1, 0)
+        start = trainer.global_step if trainer is not None else 0
+        return DataLoader(LabelledStream(self._pool, self.batch_size, self.seed, start, world, rank), batch_size=None)
+
+    def val_dataloader(self) -> DataLoader[LabelledBatch]:
+        held_out = range(VALIDATION_START, VALIDATION_START + self.val_size)
+        batches = [
+            _as_float(draw(held_out[i : i + self.eval_batch_size], domain, self.resolution))
+            for domain in self.domains
+            for i in range(0, self.val_size, self.eval_batch_size)
+        ]
+        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+
+
+class LabelledStream(IterableDataset[LabelledBatch]):
+    """Endless batches; the image at position p is drawn from the pool, with replacement, by (seed, p) alone.
+
+    Args:
+        pool: labelled images, [N, 3, R, R] uint8.
+        batch_size: images per batch.
+        seed: of the draws.
+        start: iterations already done.
+        world: number of ranks; each takes its own share of every global batch.
+        rank: this rank.
+    """
+
+    def __init__(
+        self, pool: LabelledBatch, batch_size: int, seed: int, start: int = 0, world: int = 1, rank: int = 0
+    ) -> None:
+        self.pool, self.batch_size, self.seed = pool, batch_size, seed
+        self.start, self.world, self.rank = start, world, rank
+
+    def __iter__(self) -> Iterator[LabelledBatch]:
+        for iteration in count(self.start):
+            first = (iteration * self.world + self.rank) * self.batch_size
+            yield self.batch_at(range(first, first + self.batch_size))
+
+    def batch_at(self, positions: range) -> LabelledBatch:
+        """The images at ``positions`` of the stream."""
+        rows = torch.tensor([mix_seed(self.seed, 3, position) % len(self.pool.images) for position in positions])
+        labels = {name: values[rows] for name, values in self.pool.labels.items()}
+        return _as_float(LabelledBatch(self.pool.images[rows], labels, self.pool.domain[rows]))
+
+
+def draw(indices: range, domain: str, resolution: int = 32) -> LabelledBatch:
+    """The cartoons ``indices`` of ``domain`` and their labels, images as uint8."""
+    parts = [indices[i : i + 500] for i in range(0, len(indices), 500)]
+    images = torch.cat([to_uint8(cartoons.render(part, domain, resolution)) for part in parts])
+    number = torch.full((len(indices),), cartoons.DOMAINS.index(domain))
+    return LabelledBatch(images, cartoons.factors(indices, domain), number)
+
+
+def _as_float(batch: LabelledBatch) -> LabelledBatch:
+    return LabelledBatch(to_float(batch.images), batch.labels, batch.domain)

@@ -1,0 +1,79 @@
+"""The LightningCLI behind ``unidad``; apart from ``cli.py`` so that ``unidad --version`` needs no torch."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from unidad_pl import distributed
+from unidad_pl.callbacks.prediction_writer import PredictionWriter
+from unidad_pl.cli import DESCRIPTION
+from unidad_pl.summary import fit_summary
+
+
+class UnidadCLI(LightningCLI):
+    """LightningCLI with one seed for everything, a picture writer for ``predict``, and a summary after ``fit``."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--summary", type=bool, default=True,
+            help="evaluate before and after fit, and end with a table of both (one more validation before training)",
+        )  # fmt: skip
+        parser.add_lightning_class_args(PredictionWriter, "predictions")
+
+    def before_instantiate_classes(self) -> None:
+        """``seed_everything`` seeds the model and the data too, wherever they take a seed and were not given one."""
+        config = self.config[self.subcommand]
+        seed = config.seed_everything
+        for part in ("model", "data"):
+            init = (config.get(part) or {}).get("init_args")
+            if init is not None and "seed" in init and init["seed"] is None:
+                init["seed"] = int(seed) if not isinstance(seed, bool) else 0
+
+    def before_fit(self) -> None:
+        self.metrics_before = self._validate() if not self._get(self.config, "ckpt_path") else None
+
+    def after_fit(self) -> None:
+        after = self._validate()
+        if self.trainer.is_global_zero and self._get(self.config, "summary"):
+            fit_summary(self.trainer, self.metrics_before, after)
+
+    def _validate(self) -> dict[str, float] | None:
+        """Metrics of the current weights, or None where there is nothing to validate with."""
+        wanted = self._get(self.config, "summary") and self.trainer.limit_val_batches
+        if not wanted or self.trainer.interrupted:
+            return None
+        results = self.trainer.validate(self.model, self.datamodule, verbose=False)
+        return {name: float(value) for result in results for name, value in result.items()}
+
+
+def _quieten() -> None:
+    """Drop warnings about things that are meant to be so here."""
+    # Our evaluation loaders yield ready batches of seeds and frozen networks are in eval mode by design.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode at the start of training.*")
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+    warnings.filterwarnings("ignore", message=".*no `saved_models`.*|.*pre-optimization state.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
+
+
+def run(args: Sequence[str]) -> UnidadCLI:
+    """Parse ``args`` and run the subcommand they name."""
+    _quieten()
+    distributed.register()
+    return UnidadCLI(
+        pl.LightningModule,
+        pl.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        args=list(args),
+        parser_kwargs={"description": DESCRIPTION},
+        save_config_kwargs={"overwrite": True},
+    )

@@ -1,0 +1,25 @@
+"""Metrics of generated images, as ``torchmetrics.Metric`` classes and pure functions; usable without Lightning.
+
+They need nothing of this package but each other. Every one gives the same number on one process and on many.
+"""
+
+from unidad_pl.metrics.features import FeatureModule, InceptionFeatures, LPIPSFeatures
+from unidad_pl.metrics.frechet import Frechet, frechet_distance
+from unidad_pl.metrics.intra_lpips import IntraLPIPS, IntraLPIPSResult
+from unidad_pl.metrics.kernel import KID, kid
+from unidad_pl.metrics.prdc import PRDC
+from unidad_pl.metrics.two_sample import TwoSample
+
+__all__ = [
+    "KID",
+    "PRDC",
+    "FeatureModule",
+    "Frechet",
+    "InceptionFeatures",
+    "IntraLPIPS",
+    "IntraLPIPSResult",
+    "LPIPSFeatures",
+    "TwoSample",
+    "frechet_distance",
+    "kid",
+]

@@ -1,0 +1,271 @@
+"""The judge of the cartoon world: a small network that reads the factors of an image, and features for metrics.
+
+Frechet distances, diversity and attribute shares normally need Inception or VGG weights. For the embedded world this
+network of under 0.8 MB takes their place: it was trained to name every factor of a cartoon (species, glasses, hair,
+pose, ...) and how noisy and blurred the image is, so images that differ in any of these differ in its features.
+
+    >>> judge = CartoonFeatures()
+    >>> judge(images)                       # images [N, 3, H, W] in [-1, 1] -> features [N, 96]
+    >>> judge.predict(images)["glasses"]    # [N] int64, positions in judge.categories["glasses"]
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+BUILTIN = "builtin:"
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+REBUILD = "unidad fit --config configs/assets/features.yaml"
+INPUT_SIZE = 32  # pixels; other sizes are resampled to it
+_GROUPS = 8  # of every GroupNorm
+
+
+@dataclass(frozen=True)
+class FactorOutput:
+    """What :class:`FactorNetwork` sees in N images.
+
+    Attributes:
+        features: [N, D] penultimate activations.
+        logits: categorical factor -> [N, number of its values].
+        values: continuous factor -> [N], its range mapped to [-1, 1].
+    """
+
+    features: Tensor
+    logits: dict[str, Tensor]
+    values: dict[str, Tensor]
+
+
+class _Residual(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(_GROUPS, channels)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(F.silu(self.norm(x)))
+
+
+class FactorNetwork(nn.Module):
+    """Images -> features -> one head per categorical factor and one for all continuous ones.
+
+    No layer behaves differently in training and evaluation, and every image is judged independently of its batch.
+
+    Args:
+        categories: categorical factor -> names of its values, at least two.
+        ranges: continuous factor -> [low, high].
+        channels: width of each level; every level after the first halves the side. Multiples of 8, four or fewer
+            halvings.
+        features: D, the number of features.
+
+    Raises:
+        ValueError: a factor with fewer than two values, an empty range, or widths that cannot be built.
+    """
+
+    def __init__(
+        self,
+        categories: Mapping[str, Sequence[str]],
+        ranges: Mapping[str, Sequence[float]],
+        channels: Sequence[int] = (16, 40, 80, 120),
+        features: int = 96,
+    ) -> None:
+        super().__init__()
+        self.categories = {name: list(values) for name, values in categories.items()}
+        self.ranges = {name: (float(low), float(high)) for name, (low, high) in ranges.items()}
+        self.channels, self.num_features = tuple(channels), features
+        self._check()
+        layers: list[nn.Module] = [nn.Conv2d(3, channels[0], 3, padding=1)]
+        for narrow, wide in pairwise(channels):
+            layers += [nn.GroupNorm(_GROUPS, narrow), nn.SiLU(), nn.Conv2d(narrow, wide, 3, 2, 1), _Residual(wide)]
+        layers += [nn.GroupNorm(_GROUPS, channels[-1]), nn.SiLU(), nn.Conv2d(channels[-1], 32, 1)]
+        self.trunk = nn.Sequential(*layers)
+        # Flattened, not averaged over the image: pose is where things are.
+        side = INPUT_SIZE // 2 ** (len(channels) - 1)
+        self.project = nn.Linear(32 * side * side, features)
+        # The norm gives features a scale of order 1, whatever the training made of the weights.
+        self.norm = nn.LayerNorm(features)
+        self.heads = nn.ModuleDict({name: nn.Linear(features, len(v)) for name, v in self.categories.items()})
+        self.regression = nn.Linear(features, len(self.ranges))
+
+    def _check(self) -> None:
+        for name, values in self.categories.items():
+            if len(values) < 2:
+                raise ValueError(f"categorical factor {name!r} needs at least two values, got {values}")
+        for name, (low, high) in self.ranges.items():
+            if low >= high:
+                raise ValueError(f"the range of {name!r} must go up, got [{low}, {high}]")
+        if not 1 <= len(self.channels) <= 5 or any(c < _GROUPS or c % _GROUPS for c in self.channels):
+            raise ValueError(f"channels must be 1 to 5 multiples of {_GROUPS}, got {self.channels}")
+        if self.num_features < 1:
+            raise ValueError(f"features must be at least 1, got {self.num_features}")
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features [N, D] of ``images`` [N, 3, H, W], float in [-1, 1] (clamped, as a picture file would).
+
+        Raises:
+            ValueError: not RGB images, or integers.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ValueError(
+                f"expected float images [N, 3, H, W] in [-1, 1], got {images.dtype} of shape {tuple(images.shape)}"
+            )
+        x = images.to(self.project.weight.dtype)
+        if x.shape[-2:] != (INPUT_SIZE, INPUT_SIZE):
+            x = F.interpolate(x, size=(INPUT_SIZE, INPUT_SIZE), mode="bilinear", antialias=True)
+        x = x.clamp(-1, 1).contiguous(memory_format=torch.channels_last)
+        return F.silu(self.norm(self.project(self.trunk(x).flatten(1))))
+
+    def forward(self, images: Tensor) -> FactorOutput:
+        """See :meth:`features` for the input."""
+        features = self.features(images)
+        logits = {name: self.heads[name](features) for name in self.categories}
+        values = dict(zip(self.ranges, self.regression(features).unbind(1), strict=True))
+        return FactorOutput(features, logits, values)
+
+    def predict(self, images: Tensor) -> dict[str, Tensor]:
+        """The likeliest value of every categorical factor: name -> [N] int64, positions in :attr:`categories`."""
+        return {name: logits.argmax(1) for name, logits in self(images).logits.items()}
+
+    def estimate(self, images: Tensor) -> dict[str, Tensor]:
+        """Every continuous factor in its own units: name -> [N]."""
+        return {name: self.denormalise(name, value) for name, value in self(images).values.items()}
+
+    def normalise(self, name: str, value: Tensor) -> Tensor:
+        """The range of factor ``name`` -> [-1, 1]."""
+        low, high = self.ranges[name]
+        return (value - low) * (2 / (high - low)) - 1
+
+    def denormalise(self, name: str, value: Tensor) -> Tensor:
+        """[-1, 1] -> the range of factor ``name``; the inverse of :meth:`normalise`."""
+        low, high = self.ranges[name]
+        return (value + 1) * ((high - low) / 2) + low
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write ``config.json`` and ``model.safetensors`` (weights as ``dtype``) into ``folder``, made if missing."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            "categories": self.categories,
+            "ranges": {name: list(limits) for name, limits in self.ranges.items()},
+            "channels": list(self.channels),
+            "features": self.num_features,
+        }
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        weights = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in self.state_dict().items()}
+        (folder / WEIGHTS_FILE).write_bytes(save(weights))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> FactorNetwork:
+        """The network written by :meth:`save_pretrained`, in float32 on the CPU.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: the config or the weights hold too little, too much, or something of another shape.
+        """
+        folder = Path(folder)
+        with torch.random.fork_rng(devices=[]):  # layers are initialised before the weights are read
+            network = cls(**read_config(folder))
+        weights = load_file(_existing(folder, WEIGHTS_FILE))
+        own = network.state_dict()
+        _same_names(set(own), set(weights), folder / WEIGHTS_FILE)
+        for name, tensor in weights.items():
+            if tensor.shape != own[name].shape:
+                raise ValueError(
+                    f"{folder / WEIGHTS_FILE}: {name!r} has shape {tuple(tensor.shape)}, but {CONFIG_FILE} describes "
+                    f"{tuple(own[name].shape)}: the two files do not belong together. Rebuild with: {REBUILD}"
+                )
+        network.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+        return network
+
+
+def _existing(folder: Path, name: str) -> Path:
+    if not (folder / name).is_file():
+        raise FileNotFoundError(f"no {name} in folder {folder}: check the path, or rebuild it with: {REBUILD}")
+    return folder / name
+
+
+def _same_names(wanted: set[str], seen: set[str], where: Path) -> None:
+    if wanted != seen:
+        raise ValueError(
+            f"{where}: missing {sorted(wanted - seen)}, unknown {sorted(seen - wanted)}. Rebuild it with: {REBUILD}"
+        )
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The arguments of the :class:`FactorNetwork` saved in ``folder``, without its weights.
+
+    Raises:
+        FileNotFoundError: no such config.
+        ValueError: it is not JSON of exactly these arguments.
+    """
+    path = _existing(Path(folder), CONFIG_FILE)
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}")
+    _same_names({"categories", "ranges", "channels", "features"}, set(config), path)
+    return config
+
+
+class CartoonFeatures(nn.Module):
+    """The feature extractor of the cartoon world, for any metric that wants features or attributes.
+
+    Light until used: the network is read from disk at the first call, and follows the images' device. It is frozen,
+    float32, and part of no checkpoint: whoever holds this extractor saves and loads the same with and without it read.
+
+    Args:
+        path: folder written by :meth:`FactorNetwork.save_pretrained`, or ``builtin:NAME`` for one that ships with the
+            package.
+    """
+
+    name = "cartoon_features"
+
+    def __init__(self, path: str = "builtin:cartoon_features") -> None:
+        super().__init__()
+        self.path = path
+        self._loaded: list[FactorNetwork] = []  # in a list, so that torch does not register it
+
+    @property
+    def folder(self) -> Path:
+        """Where the network lies."""
+        if self.path.startswith(BUILTIN):
+            return ASSETS / self.path.removeprefix(BUILTIN)
+        return Path(self.path)
+
+    @property
+    def categories(self) -> dict[str, list[str]]:
+        """Categorical factor -> names of its values. Reads the config only."""
+        found: dict[str, list[str]] = read_config(self.folder)["categories"]
+        return found
+
+    @property
+    def num_features(self) -> int:
+        """D. Reads the config only."""
+        return int(read_config(self.folder)["features"])
+
+    def load(self) -> FactorNetwork:
+        """The network, read from disk once; errors as in :meth:`FactorNetwork.from_pretrained`."""
+        if not self._loaded:
+            with torch.inference_mode(False):  # first used at validation, it can still pass gradients later
+                self._loaded.append(FactorNetwork.from_pretrained(self.folder).requires_grad_(False).eval())
+        return self._loaded[0]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features [N, D] float32 of ``images`` [N, 3, H, W] in [-1, 1]; gradients pass to the images."""
+        with torch.autocast(images.device.type, enabled=False):
+            return self.load().to(images.device).features(images)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> dict[str, Tensor]:
+        """The likeliest value of every categorical factor: name -> [N] int64, positions in :attr:`categories`."""
+        with torch.autocast(images.device.type, enabled=False):
+            return self.load().to(images.device).predict(images)

@@ -1,0 +1,256 @@
+"""Feature extractors: the one interface through which every metric looks at images.
+
+A feature module maps images [N, 3, H, W] float in [-1, 1] to features [N, D] float and has a ``name`` that goes into
+the records, because values of different extractors can never be compared. ``load`` makes the network; it is called
+before training begins, so that missing weights end a run in its first second and not after hours.
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
+LOADING_ERRORS = (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError)
+
+
+class FeatureModule(nn.Module):
+    """Base of the extractors here. Any ``nn.Module`` with the same ``forward`` will do instead of a subclass.
+
+    Attributes:
+        name: identifies extractor and weights.
+    """
+
+    name: str = "features"
+
+    def load(self) -> None:
+        """Make the network, once; nothing by default.
+
+        Raises:
+            RuntimeError: its weights cannot be found; says which, and what to do.
+        """
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [N, 3, H, W] float in [-1, 1] -> features [N, D] float."""
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> FeatureModule:
+        """Extractors never train: dropout or batch statistics would change the metric."""
+        return super().train(False)
+
+
+def missing_weights(owner: str, file: str, size: str, url: str, path: str | None, error: BaseException) -> RuntimeError:
+    """The error to raise when the weights of ``owner`` cannot be read from ``path`` or, if None, be downloaded."""
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    if path is not None:
+        found = f"weights_path={path!r} could not be loaded: {error}."
+    else:
+        found = f"Not found at {folder / file} and the download failed: {error}."
+    return RuntimeError(
+        f"{owner} needs the weights {file} ({size}). {found} Download {url} and put it in {folder}/, "
+        f"or pass weights_path=<the file>."
+    )
+
+
+class InceptionFeatures(FeatureModule):
+    """The 2048 pooled features of the Inception network that FID is defined with (torch-fidelity's port).
+
+    Images are rounded to uint8 and resized to 299 pixels as TensorFlow 1 did, inside.
+
+    Args:
+        weights_path: the weight file. Default: torch's hub folder, downloaded (96 MB) if it is not there.
+    """
+
+    name = "inception-v3-compat-2048"
+
+    def __init__(self, weights_path: str | None = None) -> None:
+        super().__init__()
+        self.weights_path = weights_path
+        self.network: nn.Module | None = None
+
+    def load(self) -> None:
+        if self.network is not None:
+            return
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        try:
+            with torch.random.fork_rng(devices=[]):  # its layers are initialised before the weights are read
+                self.network = FeatureExtractorInceptionV3(
+                    "inception-v3-compat", ["2048"], feature_extractor_weights_path=self.weights_path, verbose=False
+                )
+        except LOADING_ERRORS as error:
+            raise missing_weights(
+                "InceptionFeatures", INCEPTION_FILE, "96 MB", INCEPTION_URL, self.weights_path, error
+            ) from error
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.network is None:
+            self.load()
+            self.to(images.device)
+        assert self.network is not None
+        rounded = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        with torch.autocast(images.device.type, enabled=False):
+            features: Tensor = self.network(rounded)[0]
+        return features
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A torchvision classifier LPIPS is built on.
+
+    Attributes:
+        builder: its function in ``torchvision.models``.
+        file: its ImageNet weights.
+        size: of that file.
+        taps: positions in ``features`` whose outputs LPIPS compares.
+    """
+
+    builder: str
+    file: str
+    size: str
+    taps: tuple[int, ...]
+
+    @property
+    def url(self) -> str:
+        return f"https://download.pytorch.org/models/{self.file}"
+
+
+BACKBONES = {
+    "vgg": Backbone("vgg16", "vgg16-397923af.pth", "528 MB", (3, 8, 15, 22, 29)),
+    "alex": Backbone("alexnet", "alexnet-owt-7be5be79.pth", "233 MB", (1, 4, 7, 9, 11)),
+    "squeeze": Backbone("squeezenet1_1", "squeezenet1_1-b8a52dc0.pth", "5 MB", (1, 4, 7, 9, 10, 11, 12)),
+}
+
+
+class LPIPSFeatures(FeatureModule):
+    """The map phi with ``LPIPS(x, y) = |phi(x) - phi(y)|^2`` (Zhang et al. 2018, version 0.1).
+
+    LPIPS is a weighted sum of squared differences of unit-normalised feature maps with weights >= 0, so it is a squared
+    Euclidean distance: ``phi = concat_l sqrt(w_l / (H_l W_l)) n_l``. One pass per image replaces two per pair. The
+    linear weights come with the ``lpips`` package, the backbone from torchvision.
+
+    Args:
+        net: ``vgg`` (what intra-LPIPS is defined with), ``alex`` or ``squeeze``.
+        weights_path: torchvision's file of the backbone. Default: torch's hub folder, downloaded if it is not there.
+        pnet_rand: a random backbone, the same everywhere; no download. For tests: values mean nothing.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        net: Literal["vgg", "alex", "squeeze"] = "vgg",
+        weights_path: str | None = None,
+        pnet_rand: bool = False,
+    ) -> None:
+        super().__init__()
+        if net not in BACKBONES:
+            raise ValueError(f"net must be one of {', '.join(BACKBONES)}, got {net!r}")
+        if pnet_rand and weights_path is not None:
+            raise ValueError(f"pnet_rand=True uses no weights: leave weights_path out (got {weights_path!r})")
+        self.net, self.weights_path, self.pnet_rand = net, weights_path, pnet_rand
+        self.name = f"lpips-{net}-v0.1" + ("-random" if pnet_rand else "")
+        self.backbone: nn.Sequential | None = None
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
+        self._weights: list[str] = []
+
+    def load(self) -> None:
+        if self.backbone is not None:
+            return
+        weights, backbone = self._linear_weights(), self._build_backbone()
+        for layer, weight in enumerate(weights):
+            self.register_buffer(f"weight{layer}", weight.to(self.shift.device))
+            self._weights.append(f"weight{layer}")
+        self.backbone = backbone.requires_grad_(False).to(self.shift.device).eval()
+
+    def _linear_weights(self) -> list[Tensor]:
+        """The calibrated layers of version 0.1, each [1, C, 1, 1] and >= 0, read without importing lpips (slow)."""
+        spec = find_spec("lpips")
+        if spec is None or not spec.submodule_search_locations:
+            raise RuntimeError("LPIPSFeatures needs the linear weights of the package lpips: pip install lpips")
+        path = Path(spec.submodule_search_locations[0]) / "weights" / "v0.1" / f"{self.net}.pth"
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        weights = [state[f"lin{layer}.model.1.weight"] for layer in range(len(BACKBONES[self.net].taps))]
+        if any((weight < 0).any() for weight in weights):
+            raise RuntimeError(f"{path} holds negative weights: this is not LPIPS v0.1, reinstall lpips")
+        return weights
+
+    def _build_backbone(self) -> nn.Sequential:
+        from torchvision import models
+
+        known = BACKBONES[self.net]
+        build = getattr(models, known.builder)
+        depth = known.taps[-1] + 1
+        if self.pnet_rand:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                network: nn.Sequential = build(weights=None).features[:depth]
+            return network
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # initialising meta tensors does nothing, and says so
+            network = build(weights=None).features[:depth]
+        try:
+            state = self._read_backbone()
+            wanted = {key: state[f"features.{key}"] for key in network.state_dict()}
+            network.load_state_dict(wanted, assign=True)
+        except LOADING_ERRORS as error:
+            raise missing_weights(
+                "LPIPSFeatures", known.file, known.size, known.url, self.weights_path, error
+            ) from error
+        return network
+
+    def _read_backbone(self) -> dict[str, Any]:
+        if self.weights_path is not None:
+            return dict(torch.load(self.weights_path, map_location="cpu", weights_only=True))
+        return dict(
+            torch.hub.load_state_dict_from_url(
+                BACKBONES[self.net].url, map_location="cpu", progress=False, check_hash=True, weights_only=True
+            )
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.backbone is None:
+            self.load()
+            self.to(images.device)
+        assert self.backbone is not None
+        taps = BACKBONES[self.net].taps
+        parts: list[Tensor] = []
+        with torch.autocast(images.device.type, enabled=False):
+            x = (images.float() - self.shift) / self.scale
+            for position, layer in enumerate(self.backbone):
+                x = layer(x)
+                if position in taps:
+                    unit = x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
+                    weight: Tensor = getattr(self, self._weights[len(parts)])
+                    parts.append((unit * (weight / (x.shape[2] * x.shape[3])).sqrt()).flatten(1))
+        return torch.cat(parts, 1)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """``module`` is in eval mode inside; afterwards every part of it is in the mode it was in."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+def extract(features: nn.Module, images: Tensor, batch_size: int) -> Tensor:
+    """Features [N, D] float32 of images [N, 3, H, W] in [-1, 1], ``batch_size`` at a time; eval mode, no gradient."""
+    with torch.no_grad(), evaluating(features):
+        return torch.cat([features(part).float() for part in images.split(batch_size)])

@@ -1,0 +1,94 @@
+"""Optimiser settings of one group of parameters, and what the manual optimisation needs around them."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+
+@dataclass
+class Optimization:
+    """Optimiser of one group of parameters, its warm-up, decay and clipping; all counted in its OWN steps.
+
+    Attributes:
+        lr: peak learning rate.
+        betas: Adam's moment decays.
+        weight_decay: decoupled weight decay.
+        warmup: steps over which the rate rises linearly; the first step uses ``lr / warmup``. 0: none.
+        decay_to: fraction of ``lr`` reached at the last step of the run, along a half cosine. 1: constant.
+        decay_from: fraction of the run after which the decay begins. A run stopped before that point can be resumed
+            with another ``max_steps``: nothing it did so far depended on it.
+        clip: largest gradient norm of the group; 0: no clipping.
+        optimizer: class path of the optimiser, called with ``lr``, ``betas`` and ``weight_decay``.
+        options: further keyword arguments for it, e.g. ``{fused: true}``.
+    """
+
+    lr: float = 2e-6
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    warmup: int = 500
+    decay_to: float = 1.0
+    decay_from: float = 0.0
+    clip: float = 10.0
+    optimizer: str = "torch.optim.AdamW"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def build(self, parameters: Any, total_steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
+        """The optimiser over ``parameters`` and its schedule for ``total_steps`` of its own steps."""
+        module, _, name = self.optimizer.rpartition(".")
+        kind = getattr(importlib.import_module(module), name)
+        optimizer = kind(parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, **self.options)
+        return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """Multiple of ``lr`` used by step number ``step`` (0-based)."""
+        warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        start = self.decay_from * (total_steps - 1)
+        progress = min(1.0, max(0.0, step - start) / max(1.0, total_steps - 1 - start))
+        return warm * (self.decay_to + (1 - self.decay_to) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def content_hash(module: nn.Module) -> str:
+    """sha256 over names, shapes and float32 bytes of a module's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """No gradient reaches the parameters of ``modules`` inside; every flag is restored exactly afterwards."""
+    held = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for p in held:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in held:
+            p.requires_grad_(True)
+
+
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Replace the gradients by their mean over all ranks: one all-reduce per dtype. Nothing on a single process."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    grads = [p.grad for p in parameters if p.grad is not None]
+    for dtype in {g.dtype for g in grads}:
+        same = [g for g in grads if g.dtype == dtype]
+        flat = torch.cat([g.flatten() for g in same])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for g, part in zip(same, flat.split([g.numel() for g in same]), strict=True):
+            g.copy_(part.view_as(g))

@@ -1,0 +1,307 @@
+"""Uni-DAD: distil a diffusion model to a few steps AND adapt it to a new domain, in one run (arXiv 2511.18281).
+
+Four networks of one architecture (METHOD 1): the frozen source teacher S, the target teacher T, the fake score F with
+discriminator heads on its encoder, and the student G. ``training_step`` is one iteration of METHOD section 6.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from unidad_pl.data.batch import Batch
+from unidad_pl.denoiser import Denoiser, DenoiserSource
+from unidad_pl.discriminator import Critic, MultiHeadDiscriminator
+from unidad_pl.losses import (
+    Normalizer,
+    Weighting,
+    critic_loss,
+    denoising_loss,
+    dmd_gradient,
+    dmd_loss,
+    generator_loss,
+    gradient_penalty,
+    r1_penalty,
+)
+from unidad_pl.modules.base import GenerativeModule
+from unidad_pl.modules.optimization import Optimization, frozen
+from unidad_pl.sampling import FewStepSampler, GradientMode, random_noise, seeded_noise
+from unidad_pl.schedules import index_range, karras, log_linear
+
+
+class UniDAD(GenerativeModule):
+    """Student, fake score with discriminator heads, and target teacher, trained together (METHOD 1-6).
+
+    The defaults are METHOD 7's for few-shot image generation.
+
+    Args:
+        source: the source model S; F, G and T start from it too.
+        student_source: where G starts from instead, e.g. an already distilled student.
+        target_source: where T starts from instead, e.g. an already adapted model.
+        target: ``train`` T on the shots, or use it ``frozen``.
+        target_update: T is trained on the iterations that update the ``student``, or on ``every`` one.
+        steps: K, the student's sampling steps.
+        sigma_max: sigma of the student's first step.
+        sigma_end: sigma of its last step.
+        gradient: ``unroll``, ``last`` or ``backward_simulation``, see :class:`~unidad_pl.sampling.FewStepSampler`.
+        student_every: r, the student is updated on every r-th iteration.
+        target_weight: a in [0, 1]; the student follows ``(1 - a) g_S + a g_T``. 0: T is not built, 1: S is not.
+        dmd_weights: (w_S, w_T) instead of (1 - a, a), for weights that do not sum to one.
+        dmd_range: part of the noise table the DMD sigmas are drawn from, as two fractions of its length.
+        normalizer: ``clean`` or ``noisy``, see :func:`~unidad_pl.losses.dmd_gradient`.
+        noise_table: ``karras`` (1000 entries, rho 7, 0.002..80) or the ``model``'s own sigmas.
+        weighting: of the denoising losses, ``edm`` or ``eps``, see :func:`~unidad_pl.losses.denoising_weight`.
+        sigma_data: standard deviation of the data in the ``edm`` weighting.
+        critic: the GAN's settings.
+        student_optimization: G's optimiser.
+        fake_optimization: the optimiser of F and the heads.
+        target_optimization: T's optimiser.
+        ema_decay: see :class:`~unidad_pl.modules.base.GenerativeModule`; the average is over G.
+        seed: see there.
+        accumulate: see there.
+        max_skipped: see there.
+
+    Raises:
+        ValueError: a weight or range that makes no sense; the message says which.
+    """
+
+    clock = "fake"
+
+    def __init__(
+        self,
+        source: DenoiserSource,
+        student_source: DenoiserSource | None = None,
+        target_source: DenoiserSource | None = None,
+        target: Literal["train", "frozen"] = "train",
+        target_update: Literal["student", "every"] = "student",
+        steps: int = 3,
+        sigma_max: float = 80.0,
+        sigma_end: float = 0.5,
+        gradient: GradientMode = "unroll",
+        student_every: int = 5,
+        target_weight: float = 0.25,
+        dmd_weights: tuple[float, float] | None = None,
+        dmd_range: tuple[float, float] = (0.02, 0.98),
+        normalizer: Normalizer = "clean",
+        noise_table: Literal["karras", "model"] = "karras",
+        weighting: Weighting = "edm",
+        sigma_data: float = 0.5,
+        critic: Critic = Critic(),  # noqa: B008 (a value, never mutated)
+        student_optimization: Optimization = Optimization(),  # noqa: B008
+        fake_optimization: Optimization = Optimization(),  # noqa: B008
+        target_optimization: Optimization = Optimization(),  # noqa: B008
+        ema_decay: float = 0.0,
+        seed: int | None = None,
+        accumulate: int = 1,
+        max_skipped: int = 10,
+    ) -> None:
+        super().__init__(seed=seed, accumulate=accumulate, ema_decay=ema_decay, max_skipped=max_skipped)
+        if not 0 <= target_weight <= 1:
+            raise ValueError(f"target_weight (a) must be in [0, 1], got {target_weight}")
+        if student_every < 1:
+            raise ValueError(f"student_every must be >= 1, got {student_every}")
+        self.source_weight, self.target_weight = dmd_weights or (1 - target_weight, target_weight)
+        if min(self.source_weight, self.target_weight) < 0 or self.source_weight + self.target_weight == 0:
+            raise ValueError(f"dmd_weights must be >= 0 and not both 0, got {dmd_weights}")
+        if self.target_weight and target == "frozen" and target_source is None:
+            raise ValueError(
+                "a frozen target teacher that starts from the source model is the source model: give target_source, "
+                "or train it (target: train), or use target_weight: 0"
+            )
+        self.source, self.student_source, self.target_source = source, student_source, target_source
+        self.trains_target = self.target_weight > 0 and target == "train"
+        self.frozen_networks = ("source_teacher",) * (self.source_weight > 0)
+        self.frozen_networks += ("target_teacher",) * (self.target_weight > 0 and target == "frozen")
+        self.target_update, self.student_every = target_update, student_every
+        self.sampler = FewStepSampler(log_linear(steps, sigma_max, sigma_end), gradient)
+        self.dmd_range, self.normalizer, self.noise_table = dmd_range, normalizer, noise_table
+        self.weighting, self.sigma_data = weighting, sigma_data
+        self.critic = critic
+        self._optimizations = {"student": student_optimization, "fake": fake_optimization}
+        if self.trains_target:
+            self._optimizations["target"] = target_optimization
+        index_range(1000, *dmd_range)  # refuse a wrong range now, not at the first iteration
+        self.keep_image_gradients = False
+        self.image_gradients: dict[str, Tensor] = {}
+
+    # -- networks and optimisers ---------------------------------------------------------------------------------
+
+    def build_networks(self) -> None:
+        source = self.source.build()
+        self.fake_score = copy.deepcopy(source)
+        self.student = self.student_source.build() if self.student_source else copy.deepcopy(source)
+        if self.target_weight:
+            self.target_teacher = self.target_source.build() if self.target_source else copy.deepcopy(source)
+        if self.source_weight:
+            self.source_teacher = source
+        if self.critic.critic_weight:
+            self.discriminator = MultiHeadDiscriminator(self._head_taps(), self.critic.kind, self.critic.reduction)
+        sigmas = karras() if self.noise_table == "karras" else source.native_sigmas
+        self.register_buffer("sigmas", sigmas, persistent=False)
+        self.sigmas: Tensor
+        critic_max = self.critic.sigma_max if self.critic.sigma_max is not None else float("inf")
+        self.critic_entries = int((sigmas <= critic_max).sum())
+        if not self.critic_entries:
+            raise ValueError(f"critic sigma_max {critic_max} is below the smallest sigma {float(sigmas[0]):g}")
+
+    def _head_taps(self) -> dict[str, int]:
+        channels = self.fake_score.tap_channels
+        chosen = self.critic.taps if self.critic.taps is not None else list(channels)
+        unknown = [name for name in chosen if name not in channels]
+        if unknown:
+            raise ValueError(f"critic taps {unknown} do not exist: this model has {', '.join(channels)}")
+        return {name: channels[name] for name in chosen}
+
+    @property
+    def sampled_network(self) -> Denoiser:
+        return self.student
+
+    def optimizations(self) -> dict[str, Optimization]:
+        return self._optimizations
+
+    def groups(self) -> dict[str, list[dict[str, Any]]]:
+        fake: list[dict[str, Any]] = [{"params": list(self.fake_score.parameters())}]
+        if self.critic.critic_weight:
+            lr = self.critic.lr if self.critic.lr is not None else self._optimizations["fake"].lr
+            fake.append({"params": list(self.discriminator.parameters()), "lr": lr})
+        groups = {"student": [{"params": list(self.student.parameters())}], "fake": fake}
+        if self.trains_target:
+            groups["target"] = [{"params": list(self.target_teacher.parameters())}]
+        return groups
+
+    def steps_of(self, group: str, iterations: int) -> int:
+        every = group == "fake" or (group == "target" and self.target_update == "every")
+        return iterations if every else -(-iterations // self.student_every)
+
+    # -- one iteration (METHOD 6) --------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        update = int(self.iteration) % self.student_every == 0
+        update_target = self.trains_target and (update or self.target_update == "every")
+        for real, cond in self.micro_batches(batch.images, batch.cond):
+            with torch.set_grad_enabled(update):
+                x = self.draw_student_images(len(real), cond)
+            if update:
+                self.backward_into(self.student_loss(x, cond), "student")
+            self.backward_into(self.fake_loss(x.detach(), real, cond), "fake")
+            if update_target:
+                self.backward_into(self.target_loss(real, cond), "target")
+        stepped = update and self.step("student")
+        self.step("fake")
+        if update_target:
+            self.step("target")
+        self.finish_iteration(stepped)
+
+    def draw_student_images(self, batch: int, cond: Tensor | None) -> Tensor:
+        """``x = G-unroll(z)`` [B, C, H, W]; ``backward_simulation`` stops at a step all ranks draw alike."""
+        simulated = self.sampler.gradient == "backward_simulation"
+        stop = self.shared_randint(len(self.sampler)) if simulated else None
+        return self.sampler(self.student, random_noise(batch, self.student.image_shape, self.device), cond, stop)
+
+    def student_loss(self, x: Tensor, cond: Tensor | None) -> Tensor:
+        """``L_G = L_DMD + lambda_G L_adv`` on student images ``x`` with a graph to G."""
+        terms = self.dmd_terms(x, cond)
+        if self.critic.student_weight:
+            adversarial = generator_loss(self._frozen_logits(x, cond), self.critic.loss)
+            self._log_loss("student_adversarial", adversarial)
+            terms["adversarial"] = self.critic.student_weight * adversarial
+        if self.keep_image_gradients:
+            self.image_gradients = {
+                name: torch.autograd.grad(term, x, retain_graph=True)[0].detach() for name, term in terms.items()
+            }
+        return torch.stack(list(terms.values())).sum()
+
+    def dmd_terms(self, x: Tensor, cond: Tensor | None) -> dict[str, Tensor]:
+        """The weighted DMD losses of the two teachers; both see the same noisy images as F (eq. 3-5)."""
+        first, last = index_range(len(self.sigmas), *self.dmd_range)
+        noisy, sigma = self.add_noise(x.detach(), first, last)
+        teachers = {}
+        if self.source_weight:
+            teachers["source"] = (self.source_weight, self.source_teacher)
+        if self.target_weight:
+            teachers["target"] = (self.target_weight, self.target_teacher)
+        terms = {}
+        with torch.no_grad():
+            fake_eps = self.fake_score.predict(noisy, sigma, cond).eps
+            teacher_eps = {name: teacher.predict(noisy, sigma, cond).eps for name, (_, teacher) in teachers.items()}
+        for name, (weight, _) in teachers.items():
+            direction = dmd_gradient(x.detach(), noisy, sigma, fake_eps, teacher_eps[name], self.normalizer)
+            loss = dmd_loss(x, direction)
+            self._log_loss(f"dmd_{name}", loss)
+            terms[f"dmd_{name}"] = weight * loss
+        return terms
+
+    def fake_loss(self, x: Tensor, real: Tensor, cond: Tensor | None) -> Tensor:
+        """``L_F = L_denoise + lambda_D L_adv`` on detached student images ``x`` and real images (eq. 6 and 8)."""
+        loss = self.denoise(self.fake_score, x, cond)
+        self._log_loss("fake", loss, prog_bar=True)
+        if self.critic.critic_weight:
+            loss = loss + self.critic.critic_weight * self.critic_loss(x, real, cond)
+        return loss
+
+    def target_loss(self, real: Tensor, cond: Tensor | None) -> Tensor:
+        """T's denoising loss on the real images (eq. 7)."""
+        loss = self.denoise(self.target_teacher, real, cond)
+        self._log_loss("target", loss, prog_bar=True)
+        return loss
+
+    def denoise(self, network: Denoiser, images: Tensor, cond: Tensor | None) -> Tensor:
+        """Denoising loss of ``network`` at sigmas of the whole table."""
+        noisy, sigma = self.add_noise(images, 0, len(self.sigmas) - 1)
+        return denoising_loss(network(noisy, sigma, cond), images, sigma, self.weighting, self.sigma_data)
+
+    def critic_loss(self, x: Tensor, real: Tensor, cond: Tensor | None) -> Tensor:
+        """The discriminator's loss with its penalties; gradient into the heads and F's encoder."""
+        noisy_real, sigma = self.add_noise(real, 0, self.critic_entries - 1)
+        noisy_real.requires_grad_(self.critic.r1 > 0)
+        shared = sigma if self.critic.noise == "shared" else None
+        noisy_fake, sigma_fake = self.add_noise(x, 0, self.critic_entries - 1, shared)
+        logits_real = self.logits(noisy_real, sigma, cond)
+        logits_fake = self.logits(noisy_fake, sigma_fake, cond)
+        loss = critic_loss(logits_real, logits_fake, self.critic.loss)
+        self._log_loss("critic", loss)
+        with torch.no_grad():
+            right = [
+                (r > 0).float().mean() + (f < 0).float().mean() for r, f in zip(logits_real, logits_fake, strict=True)
+            ]
+        self.log("critic/accuracy", torch.stack(right).mean() / 2, rank_zero_only=True)
+        if self.critic.r1:
+            loss = loss + self.critic.r1 * r1_penalty(logits_real, noisy_real)
+        if self.critic.gradient_penalty:
+            share = torch.rand(len(x), 1, 1, 1, device=x.device)
+            between, sigma = self.add_noise(share * real + (1 - share) * x, 0, self.critic_entries - 1)
+            between.requires_grad_(True)
+            loss = loss + self.critic.gradient_penalty * gradient_penalty(self.logits(between, sigma, cond), between)
+        return loss
+
+    def logits(self, noisy: Tensor, sigma: Tensor, cond: Tensor | None) -> list[Tensor]:
+        """The heads' logits of noisy images; only F's encoder and middle block are evaluated."""
+        # Fused attention kernels have no second derivative, which the penalties need.
+        penalised = self.critic.r1 or self.critic.gradient_penalty
+        with sdpa_kernel(SDPBackend.MATH) if penalised else nullcontext():
+            return self.discriminator(self.fake_score.taps(noisy, sigma, cond))
+
+    def _frozen_logits(self, x: Tensor, cond: Tensor | None) -> list[Tensor]:
+        with frozen(self.fake_score, self.discriminator):
+            noisy, sigma = self.add_noise(x, 0, self.critic_entries - 1)
+            return self.logits(noisy, sigma, cond)
+
+    def add_noise(self, images: Tensor, first: int, last: int, sigma: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``images + sigma * eps`` with one table entry in [first, last] and one eps per image, or the given sigma."""
+        if sigma is None:
+            index = torch.randint(first, last + 1, (len(images),), device=images.device)
+            sigma = self.sigmas[index].to(images.dtype)
+        return images + sigma.view(-1, 1, 1, 1) * torch.randn_like(images), sigma
+
+    def _log_loss(self, name: str, value: Tensor, prog_bar: bool = False) -> None:
+        self.log(f"loss/{name}", value.detach(), prog_bar=prog_bar, rank_zero_only=True)
+
+    # -- sampling ------------------------------------------------------------------------------------------------
+
+    def generate(self, network: Denoiser, seeds: Tensor, cond: Tensor | None) -> Tensor:
+        return self.sampler(network, seeded_noise(seeds, network.image_shape, self.device), cond)

@@ -1,0 +1,51 @@
+"""What a run prints when training ends: numbers before and after, where the files lie, what to run next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+
+def fit_summary(trainer: pl.Trainer, before: dict[str, float] | None, after: dict[str, float] | None) -> None:
+    """Print the closing summary of ``fit`` on this process.
+
+    Args:
+        trainer: the trainer that has fitted.
+        before: metric name -> value of the untrained weights; None leaves the column out.
+        after: metric name -> value of the trained weights; None leaves the table out.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if after:
+        table = Table(title=f"after {trainer.global_step} iterations", title_justify="left")
+        table.add_column("metric")
+        for heading in ("before", "after") if before else ("after",):
+            table.add_column(heading, justify="right")
+        for name in after:
+            cells = [f"{before[name]:.4g}" if name in before else "-"] if before else []
+            table.add_row(name, *cells, f"{after[name]:.4g}")
+        console.print(table)
+    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    checkpoint = _last_checkpoint(trainer)
+    console.print(f"run folder    {folder}", soft_wrap=True, highlight=False)
+    for label, path in (("pictures", folder / "samples"), ("numbers", folder / "metrics.jsonl")):
+        if path.exists():
+            console.print(f"{label:<13} {path}", soft_wrap=True, highlight=False)
+    if checkpoint is not None:
+        console.print(f"checkpoint    {checkpoint}", soft_wrap=True, highlight=False)
+        command = f"unidad predict --config {folder / 'config.yaml'} --ckpt_path {checkpoint}"
+        console.print(f"next          {command}", soft_wrap=True, highlight=False)
+
+
+def _last_checkpoint(trainer: pl.Trainer) -> str | None:
+    """The newest checkpoint the run wrote, if it wrote one."""
+    callback = trainer.checkpoint_callback
+    for name in ("last_model_path", "best_model_path"):
+        if path := getattr(callback, name, ""):
+            return str(path)
+    return None
