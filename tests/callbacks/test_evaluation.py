@@ -51,7 +51,9 @@ def everything() -> list[pl.Callback]:
     ]  # fmt: skip
 
 
-def fit(folder: Path, *callbacks: pl.Callback, module: Toy | None = None, data: object = None, **options: object) -> Toy:
+def fit(
+    folder: Path, *callbacks: pl.Callback, module: Toy | None = None, data: object = None, **options: object
+) -> Toy:
     pl.seed_everything(0)
     module = Toy() if module is None else module
     trainer(folder, *callbacks, **options).fit(module, datamodule=Data() if data is None else data)
@@ -176,7 +178,9 @@ def test_key_and_grey_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [FID, IntraLPIPS])
-def test_missing_weights_end_the_run_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type) -> None:
+def test_missing_weights_end_the_run_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise OSError("no network")
 

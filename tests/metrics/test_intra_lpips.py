@@ -70,9 +70,7 @@ def test_equals_the_literal_loops(protocol: str, cap: int | None) -> None:
     metric.update(samples[5:], range(5, 8))
     result = metric.compute()
     with torch.no_grad():
-        mean, means, counts = literal(
-            lambda x, y: float(official(x, y)), shots, samples, protocol, metric.cap
-        )
+        mean, means, counts = literal(lambda x, y: float(official(x, y)), shots, samples, protocol, metric.cap)
     assert result.mean == pytest.approx(mean, abs=1e-7)
     assert result.cluster_means == pytest.approx(means, abs=1e-7, nan_ok=True)
     assert result.cluster_counts == counts

@@ -3,6 +3,7 @@
 They need nothing of this package but each other. Every one gives the same number on one process and on many.
 """
 
+from unidad_pl.metrics.cartoon import CartoonFeatures
 from unidad_pl.metrics.features import FeatureModule, InceptionFeatures, LPIPSFeatures
 from unidad_pl.metrics.frechet import Frechet, frechet_distance
 from unidad_pl.metrics.intra_lpips import IntraLPIPS, IntraLPIPSResult
@@ -13,6 +14,7 @@ from unidad_pl.metrics.two_sample import TwoSample
 __all__ = [
     "KID",
     "PRDC",
+    "CartoonFeatures",
     "FeatureModule",
     "Frechet",
     "InceptionFeatures",

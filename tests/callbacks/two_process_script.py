@@ -1,0 +1,103 @@
+"""Run by test_two_processes.py: the records of two ranks must equal those of one, and errors must reach both."""
+
+from __future__ import annotations
+
+import math
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from tests.callbacks.toys import Data, Judge, Toy, trainer
+from tests.metrics.toys import TinyFeatures
+from unidad_pl.callbacks import FID, AttributeShare, IntraLPIPS, PredictionWriter, SampleGrid, read_records
+
+
+class Uneven(Data):
+    """One seed on rank 1, the others on rank 0 (Lightning skips the loop of a rank that has none)."""
+
+    def val_dataloader(self) -> Any:
+        assert self.trainer is not None
+        own = range(self.seeds)[1:] if self.trainer.global_rank == 0 else range(1)
+        return DataLoader(own, batch_size=self.batch)
+
+
+class OnlyFirst(TinyFeatures):
+    """Can be loaded on rank 0 only."""
+
+    def load(self) -> None:
+        if torch.distributed.is_initialized() and torch.distributed.get_rank() == 1:
+            raise RuntimeError("no such file on this machine")
+
+
+def callbacks() -> list[pl.Callback]:
+    return [
+        FID(TinyFeatures()), IntraLPIPS(TinyFeatures(), relative=True, cap=3), AttributeShare({"glasses": "dark"}, Judge()),
+        SampleGrid(count=5, scale=1),
+    ]  # fmt: skip
+
+
+def validate(folder: Path, devices: int, data: Data, **options: Any) -> list[dict[str, Any]]:
+    strategy = "ddp_fork" if devices > 1 else "auto"
+    run = trainer(folder, *callbacks(), devices=devices, strategy=strategy, **options)
+    run.validate(Toy(), datamodule=data, verbose=False)
+    return [{key: value for key, value in record.items() if key != "time"} for record in records(folder)]
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return read_records(folder / "metrics.jsonl")
+
+
+def close(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(close(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(close, a, b))
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-9)
+    return bool(a == b)
+
+
+def failure(folder: Path, *own: pl.Callback) -> str:
+    run = trainer(folder, *own, devices=2, strategy="ddp_fork")
+    try:
+        run.validate(Toy(), datamodule=Data(), verbose=False)
+    except Exception as error:  # noqa: BLE001 (the launcher wraps what a rank raised)
+        return str(error)
+    return "nothing went wrong"
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        single = validate(root / "one", 1, Data(seeds=23))
+        picture = (root / "one" / "samples" / "val_step00000000.png").read_bytes()
+        runs = {
+            "dealt and padded": validate(root / "two", 2, Data(seeds=23)),
+            "uneven": validate(root / "three", 2, Uneven(seeds=23), use_distributed_sampler=False),
+        }
+        assert len(single) == 3
+        for case, found in runs.items():
+            assert close(found, single), (case, found, single)
+        for folder in ("two", "three"):
+            assert (root / folder / "samples" / "val_step00000000.png").read_bytes() == picture
+        writer = trainer(root / "four", PredictionWriter(), devices=2, strategy="ddp_fork")
+        writer.predict(Toy(), datamodule=Data(seeds=23), return_predictions=False)
+        assert len(list((root / "four" / "predictions").iterdir())) == 23
+        message = failure(root / "five", FID(OnlyFirst()))
+        assert "FID cannot begin" in message, message
+        (root / "six" / "metrics.jsonl").mkdir(parents=True)
+        message = failure(root / "six", FID(TinyFeatures()))
+        assert "cannot write" in message, message
+    assert isinstance(OnlyFirst(), nn.Module)
+    sys.stdout.write("all equal\n")
+
+
+if __name__ == "__main__":
+    main()
