@@ -56,7 +56,7 @@ def test_fid_computes_the_reference_once_per_run(tmp_path: Path) -> None:
 def test_fid_refuses_one_image_and_warns_of_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="at least 2 generated and 2 reference images, got 1 and 40"):
         validate(tmp_path, FID(TinyFeatures()), seeds=1)
-    with pytest.raises(ValueError, match="at least 6 generated .* got 4 and 40"):
+    with pytest.raises(ValueError, match=r"at least 6 generated .* got 4 and 40"):
         validate(tmp_path, FID(TinyFeatures()), seeds=4)
     network = InceptionFeatures()
     monkeypatch.setattr(network, "load", lambda: None)
@@ -242,7 +242,20 @@ def test_loss_balance(tmp_path: Path, every: int, asked: list[int]) -> None:
 
 
 def test_loss_balance_errors(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="keep_image_gradients and image_gradients.*Toy has none"):
+    with pytest.raises(TypeError, match=r"keep_image_gradients and image_gradients.*Toy has none"):
         trainer(tmp_path, LossBalance()).fit(Toy(), datamodule=Data())
     with pytest.raises(ValueError, match="every_n_steps must be at least 1, got 0"):
         LossBalance(0)
+
+
+def test_loss_balance_of_unidad_changes_no_weight() -> None:
+    from tests.worlds import fit, tiny_unet, weights_sha
+    from unidad_pl.modules import UniDAD
+
+    modules = [UniDAD(tiny_unet(), student_every=2, target_weight=0.5) for _ in range(2)]
+    fit(modules[0], 4)
+    logged = fit(modules[1], 4, callbacks=[LossBalance(every_n_steps=3)]).callback_metrics
+    assert weights_sha(modules[0]) == weights_sha(modules[1])
+    shares = [float(value) for name, value in logged.items() if name.endswith("_share")]
+    assert len(shares) == 3  # source, target, adversarial
+    assert sum(shares) == pytest.approx(1, abs=1e-5)

@@ -257,3 +257,13 @@ def test_records_survive_killed_runs_and_say_why_they_fail(tmp_path: Path) -> No
     path.mkdir()  # nothing can be written there
     with pytest.raises(RuntimeError, match=r"cannot write .*metrics\.jsonl \(IsADirectoryError.*resume"):
         fit(tmp_path, Counting())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_what_the_cpu_gives(tmp_path: Path) -> None:
+    found = []
+    for accelerator in ("cpu", "gpu"):
+        run = trainer(tmp_path / accelerator, *everything(), accelerator=accelerator)
+        run.validate(Toy(), datamodule=Data(), verbose=False)
+        found.append({name: float(value) for name, value in run.callback_metrics.items() if "broken" not in name})
+    assert found[0] == pytest.approx(found[1], rel=1e-2, abs=1e-3)

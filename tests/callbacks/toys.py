@@ -45,7 +45,7 @@ class Plain(Data):
 
 
 class Toy(pl.LightningModule):
-    """Learns a mean image; a sample is that mean plus noise of its own seed. Dropout makes training use random numbers."""
+    """Learns a mean image; a sample is that mean plus noise of its own seed. Training draws random numbers."""
 
     def __init__(self, extra: bool = True, scale: float = 0.3) -> None:
         super().__init__()

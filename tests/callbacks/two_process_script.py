@@ -37,9 +37,11 @@ class OnlyFirst(TinyFeatures):
 
 def callbacks() -> list[pl.Callback]:
     return [
-        FID(TinyFeatures()), IntraLPIPS(TinyFeatures(), relative=True, cap=3), AttributeShare({"glasses": "dark"}, Judge()),
+        FID(TinyFeatures()),
+        IntraLPIPS(TinyFeatures(), relative=True, cap=3),
+        AttributeShare({"glasses": "dark"}, Judge()),
         SampleGrid(count=5, scale=1),
-    ]  # fmt: skip
+    ]
 
 
 def validate(folder: Path, devices: int, data: Data, **options: Any) -> list[dict[str, Any]]:

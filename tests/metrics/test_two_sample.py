@@ -108,7 +108,8 @@ def test_metric_classes_use_the_pure_functions_and_their_arguments() -> None:
         for part in x.split(7):
             metric.update(part, real=False)
     expected = [
-        frechet_distance(x, y), kid(x, y), kid(x, y, 2), kid(x, y, 100, 10), kid(x, y, seed=1), prdc(x, y), prdc(x, y, 2)
+        frechet_distance(x, y), kid(x, y), kid(x, y, 2), kid(x, y, 100, 10), kid(x, y, seed=1),
+        prdc(x, y), prdc(x, y, 2),
     ]  # fmt: skip
     assert [metric.compute() for metric in metrics] == expected
     assert len({str(value) for value in expected}) == len(expected)

@@ -169,11 +169,12 @@ class LPIPSFeatures(FeatureModule):
     def load(self) -> None:
         if self.backbone is not None:
             return
-        weights, backbone = self._linear_weights(), self._build_backbone()
-        for layer, weight in enumerate(weights):
-            self.register_buffer(f"weight{layer}", weight.to(self.shift.device))
-            self._weights.append(f"weight{layer}")
-        self.backbone = backbone.requires_grad_(False).to(self.shift.device).eval()
+        with torch.inference_mode(False):  # loaded during validation, it can still pass gradients to images later
+            weights, backbone = self._linear_weights(), self._build_backbone()
+            for layer, weight in enumerate(weights):
+                self.register_buffer(f"weight{layer}", weight.to(self.shift.device))
+                self._weights.append(f"weight{layer}")
+            self.backbone = backbone.requires_grad_(False).to(self.shift.device).eval()
 
     def _linear_weights(self) -> list[Tensor]:
         """The calibrated layers of version 0.1, each [1, C, 1, 1] and >= 0, read without importing lpips (slow)."""
