@@ -90,7 +90,9 @@ def random_images(n: int = 6, size: int = 16) -> Tensor:
     return torch.randint(0, 256, (n, 3, size, size), generator=torch.Generator().manual_seed(7)).to(torch.uint8)
 
 
-def fit(module: pl.LightningModule, steps: int, data: pl.LightningDataModule | None = None, **options: Any) -> pl.Trainer:
+def fit(
+    module: pl.LightningModule, steps: int, data: pl.LightningDataModule | None = None, **options: Any
+) -> pl.Trainer:
     """Fit for ``steps`` iterations on the CPU, without files unless ``options`` ask for them."""
     ckpt_path = options.pop("ckpt_path", None)
     settings: dict[str, Any] = dict(
@@ -108,6 +110,6 @@ def weights_sha(module: nn.Module) -> str:
     """sha256 over every tensor of the state dict."""
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
-        digest.update(name.encode() + tensor.detach().contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else
-                      name.encode() + str(tensor.item()).encode())  # fmt: skip
+        digest.update(name.encode())
+        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

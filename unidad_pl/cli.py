@@ -32,7 +32,7 @@ def main(args: Sequence[str] | None = None) -> None:
         return
     from unidad_pl.lightning_cli import run
 
-    run(given)
+    run(None if args is None else given)
 
 
 if __name__ == "__main__":

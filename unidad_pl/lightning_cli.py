@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Sequence
 
 import lightning.pytorch as pl
+import torch
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from unidad_pl import distributed
@@ -23,11 +25,17 @@ class UnidadCLI(LightningCLI):
             "--summary", type=bool, default=True,
             help="evaluate before and after fit, and end with a table of both (one more validation before training)",
         )  # fmt: skip
+        parser.add_argument(
+            "--threads", type=PositiveInt | None, default=None,
+            help="CPU threads of torch; null leaves them to torch. 1 suits small models, above all on a shared machine",
+        )  # fmt: skip
         parser.add_lightning_class_args(PredictionWriter, "predictions")
 
     def before_instantiate_classes(self) -> None:
         """``seed_everything`` seeds the model and the data too, wherever they take a seed and were not given one."""
         config = self.config[self.subcommand]
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
         seed = config.seed_everything
         for part in ("model", "data"):
             init = (config.get(part) or {}).get("init_args")
@@ -63,8 +71,8 @@ def _quieten() -> None:
     )
 
 
-def run(args: Sequence[str]) -> UnidadCLI:
-    """Parse ``args`` and run the subcommand they name."""
+def run(args: Sequence[str] | None) -> UnidadCLI:
+    """Parse ``args`` (the command line's if None) and run the subcommand they name."""
     _quieten()
     distributed.register()
     return UnidadCLI(
@@ -73,7 +81,7 @@ def run(args: Sequence[str]) -> UnidadCLI:
         subclass_mode_model=True,
         subclass_mode_data=True,
         seed_everything_default=0,
-        args=list(args),
+        args=None if args is None else list(args),
         parser_kwargs={"description": DESCRIPTION},
         save_config_kwargs={"overwrite": True},
     )

@@ -81,7 +81,8 @@ _COLOURS = {name: _rgb(hexes) for name, hexes in _PALETTES.items()}
 def _uniform(indices: np.ndarray, stream: int) -> np.ndarray:
     """Counter-based uniforms in [0, 1): splitmix64 of (index, stream), equal on all platforms."""
     with np.errstate(over="ignore"):
-        z = indices.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(stream) * np.uint64(0xD1B54A32D192ED03)
+        z = indices.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        z = z + np.uint64(stream) * np.uint64(0xD1B54A32D192ED03)
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
             z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
         z ^= z >> np.uint64(31)

@@ -261,8 +261,9 @@ class UniDAD(GenerativeModule):
         noisy_real.requires_grad_(self.critic.r1 > 0)
         shared = sigma if self.critic.noise == "shared" else None
         noisy_fake, sigma_fake = self.add_noise(x, 0, self.critic_entries - 1, shared)
-        logits_real = self.logits(noisy_real, sigma, cond)
-        logits_fake = self.logits(noisy_fake, sigma_fake, cond)
+        both = None if cond is None else torch.cat([cond, cond])
+        logits = self.logits(torch.cat([noisy_real, noisy_fake]), torch.cat([sigma, sigma_fake]), both)
+        logits_real, logits_fake = zip(*(logit.chunk(2) for logit in logits), strict=True)  # one pass for both
         loss = critic_loss(logits_real, logits_fake, self.critic.loss)
         self._log_loss("critic", loss)
         with torch.no_grad():

@@ -1,0 +1,176 @@
+"""The command line, as a user runs it: every config, fit - test - predict on a folder of photographs, kill -9."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from unidad_pl.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs"
+TRAINING = [p for p in sorted(CONFIGS.rglob("*.yaml")) if "model" in yaml.safe_load(p.read_text())]
+
+
+class Output(str):
+    """What a command printed, and how it ended."""
+
+    code: int = 0
+
+
+@pytest.fixture
+def unidad(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run a command in this process, in an empty folder; returns what it printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: str, fails: bool = False) -> Output:
+        code, message = 0, ""
+        try:
+            main(list(arguments))
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        except Exception as error:
+            if not fails:
+                raise
+            code, message = 1, f"{type(error).__name__}: {error}"
+        captured = capsys.readouterr()
+        output = Output(captured.out + captured.err + message)
+        output.code = code
+        assert (code != 0) == fails, output
+        return output
+
+    return run
+
+
+def start(*arguments: str, cwd: Path) -> subprocess.Popen[bytes]:
+    """Run a command in a process of its own."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "unidad_pl.cli", *arguments]
+    return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+SMALL = ("--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--data.val_samples", "12",
+         "--data.test_samples", "12", "--data.predict_samples", "3", "--data.reference_size", "12")  # fmt: skip
+
+
+@pytest.mark.parametrize("config", TRAINING, ids=lambda p: str(p.relative_to(CONFIGS)))
+def test_every_config_runs_two_iterations(config: Path, tmp_path: Path, unidad: Any) -> None:
+    options = list(SMALL)
+    if config.name == "features.yaml":
+        options = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--data.pool_size", "60",
+                   "--data.val_size", "6"]  # fmt: skip
+    if config.name == "teacher.yaml":
+        options += ["--data.shots", "64"]
+    unidad("fit", "--config", str(config), *options)
+    assert list(tmp_path.rglob("metrics.jsonl")) or list(tmp_path.rglob("*.ckpt")) or list(tmp_path.rglob("curve.csv"))
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    generator = torch.Generator().manual_seed(0)
+    for i in range(10):
+        pixels = torch.randint(0, 256, (4, 5, 3), generator=generator).to(torch.uint8).numpy()
+        Image.fromarray(pixels).resize((50, 40), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg")
+    return folder
+
+
+def test_the_quickstart_on_the_users_own_photographs(photographs: Path, tmp_path: Path, unidad: Any) -> None:
+    own = ("--data.domain", "null", "--data.root", str(photographs))
+    printed = unidad("fit", "--config", str(CONFIGS / "quickstart.yaml"), *own, *SMALL)
+    run = Path("runs/quickstart/version_0")
+    assert "before" in printed
+    assert str(run) in printed
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {r["step"] for r in records} == {0, 2}
+    assert all({"samples", "extractor", "weights", "first_seed"} <= set(r) for r in records)
+    assert (run / "samples" / "val_step00000002.png").exists()
+    (next_command,) = [line for line in printed.splitlines() if line.startswith("next")]
+    arguments = next_command.split("unidad ")[1].split()
+    unidad(*arguments)
+    pictures = sorted(p.name for p in tmp_path.rglob("predictions/*.png"))
+    assert pictures == ["000000.png", "000001.png", "000002.png"]
+    assert "test/fid" in unidad("test", *arguments[1:])
+
+
+def test_kill_9_and_resume_equals_an_undisturbed_run(tmp_path: Path) -> None:
+    """Killed hard as soon as iteration 4 is on disk; the resumed run ends with the bits of the one never killed."""
+    config = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
+    config["trainer"] |= {"limit_val_batches": 0, "max_steps": 12}
+    config["trainer"]["callbacks"] = [
+        {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+         "init_args": {"every_n_train_steps": 4, "save_top_k": -1}}
+    ]  # fmt: skip
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    command = ("fit", "--config", str(tmp_path / "config.yaml"), "--summary", "false")
+    victim = start(*command, cwd=tmp_path)
+    deadline = time.time() + 120
+    while not list(tmp_path.rglob("*step=4.ckpt")):
+        assert victim.poll() is None, "the run ended before its first checkpoint"
+        assert time.time() < deadline
+        time.sleep(0.02)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    (saved,) = tmp_path.rglob("*step=4.ckpt")
+    for name, extra in (("resumed", ("--ckpt_path", str(saved))), ("whole", ())):
+        (tmp_path / name).mkdir()
+        assert start(*command, *extra, cwd=tmp_path / name).wait(120) == 0
+    resumed, whole = (
+        torch.load(next((tmp_path / name).rglob("*step=12.ckpt")), weights_only=True) for name in ("resumed", "whole")
+    )
+    assert resumed["state_dict"].keys() == whole["state_dict"].keys()
+    assert all(torch.equal(v, whole["state_dict"][k]) for k, v in resumed["state_dict"].items())
+    for a, b in zip(resumed["optimizer_states"], whole["optimizer_states"], strict=True):
+        assert all(torch.equal(x["exp_avg"], b["state"][k]["exp_avg"]) for k, x in a["state"].items())
+
+
+def test_help_explains_every_option(unidad: Any) -> None:
+    assert "quickstart.yaml" in unidad("--help")
+    text = unidad("fit", "--model.help", "unidad_pl.modules.UniDAD")
+    for phrase in ("the student is updated on every r-th iteration", "lambda_G", "half cosine"):
+        assert phrase in " ".join(text.split())
+
+
+def test_print_config_is_complete(unidad: Any) -> None:
+    text = unidad("fit", "--config", str(CONFIGS / "quickstart.yaml"), "--print_config")
+    config = yaml.safe_load(text)
+    assert config["model"]["init_args"]["critic"]["reduction"] == "mean_logit"
+    assert config["data"]["init_args"]["shots"] == 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model.target_wieght", "0.5"), "target_wieght"),
+        (("--data.domain", "dogs"), "dogs"),
+        (("--model.gradient", "lats"), "lats"),
+        (("--data.root", "/nowhere", "--data.domain", "null"), "/nowhere"),
+        (("--model.source.path", "/nowhere"), "/nowhere"),
+        (("--trainer.strategy", "ddp"), "unidad_ddp"),
+        (("--data.resolution", "64"), "resolution"),
+    ],
+)
+def test_mistakes_are_named(arguments: tuple[str, ...], message: str, unidad: Any) -> None:
+    small = (*SMALL, "--summary", "false", "--trainer.limit_val_batches", "0")
+    assert message in unidad("fit", "--config", str(CONFIGS / "quickstart.yaml"), *small, *arguments, fails=True)
+
+
+def test_version_needs_no_torch(tmp_path: Path) -> None:
+    code = "import sys; from unidad_pl.cli import main; main(['--version']); assert 'torch' not in sys.modules"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("unidad 0.")
