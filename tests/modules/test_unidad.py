@@ -122,6 +122,8 @@ def test_who_steps_when() -> None:
     assert [i for i, g in seen if g == "target"] == [0, 3]
     seen = run_counting(target_update="every")
     assert [i for i, g in seen if g == "target"] == list(range(6))
+    seen = run_counting(target_update="every", target_iterations=2)
+    assert [i for i, g in seen if g == "target"] == [0, 1]
 
 
 def test_the_optimisers_count_their_own_steps() -> None:
@@ -149,6 +151,7 @@ EXACT = {
     "target_source": dict(target_source=tiny_unet(sigma_data=0.7)),
     "target": dict(target_source=tiny_unet(sigma_data=0.7), target="frozen"),
     "target_update": dict(target_update="every"),
+    "target_iterations": dict(target_iterations=1),
     "steps": dict(steps=2),
     "sigma_max": dict(sigma_max=40.0),
     "sigma_end": dict(sigma_end=1.0),

@@ -7,6 +7,7 @@ discriminator heads on its encoder, and the student G. ``training_step`` is one 
 from __future__ import annotations
 
 import copy
+import math
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -45,6 +46,8 @@ class UniDAD(GenerativeModule):
         target_source: where T starts from instead, e.g. an already adapted model.
         target: ``train`` T on the shots, or use it ``frozen``.
         target_update: T is trained on the iterations that update the ``student``, or on ``every`` one.
+        target_iterations: T is trained in the first so many iterations only: it learns the new domain long before it
+            knows the shots by heart. null: always.
         steps: K, the student's sampling steps.
         sigma_max: sigma of the student's first step.
         sigma_end: sigma of its last step.
@@ -79,6 +82,7 @@ class UniDAD(GenerativeModule):
         target_source: DenoiserSource | None = None,
         target: Literal["train", "frozen"] = "train",
         target_update: Literal["student", "every"] = "student",
+        target_iterations: int | None = None,
         steps: int = 3,
         sigma_max: float = 80.0,
         sigma_end: float = 0.5,
@@ -103,8 +107,10 @@ class UniDAD(GenerativeModule):
         super().__init__(seed=seed, accumulate=accumulate, ema_decay=ema_decay, max_skipped=max_skipped)
         if not 0 <= target_weight <= 1:
             raise ValueError(f"target_weight (a) must be in [0, 1], got {target_weight}")
-        if student_every < 1:
-            raise ValueError(f"student_every must be >= 1, got {student_every}")
+        if student_every < 1 or (target_iterations is not None and target_iterations < 1):
+            raise ValueError(
+                f"student_every and target_iterations must be >= 1, got {student_every} and {target_iterations}"
+            )
         self.source_weight, self.target_weight = dmd_weights or (1 - target_weight, target_weight)
         if min(self.source_weight, self.target_weight) < 0 or self.source_weight + self.target_weight == 0:
             raise ValueError(f"dmd_weights must be >= 0 and not both 0, got {dmd_weights}")
@@ -117,7 +123,8 @@ class UniDAD(GenerativeModule):
         self.trains_target = self.target_weight > 0 and target == "train"
         self.frozen_networks = ("source_teacher",) * (self.source_weight > 0)
         self.frozen_networks += ("target_teacher",) * (self.target_weight > 0 and target == "frozen")
-        self.target_update, self.student_every = target_update, student_every
+        self.target_update, self.target_iterations = target_update, target_iterations
+        self.student_every = student_every
         self.sampler = FewStepSampler(log_linear(steps, sigma_max, sigma_end), gradient)
         self.dmd_range, self.normalizer, self.noise_table = dmd_range, normalizer, noise_table
         self.weighting, self.sigma_data = weighting, sigma_data
@@ -175,6 +182,8 @@ class UniDAD(GenerativeModule):
         return groups
 
     def steps_of(self, group: str, iterations: int) -> int:
+        if group == "target" and self.target_iterations is not None:
+            iterations = min(iterations, self.target_iterations)
         every = group == "fake" or (group == "target" and self.target_update == "every")
         return iterations if every else -(-iterations // self.student_every)
 
@@ -182,7 +191,7 @@ class UniDAD(GenerativeModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         update = int(self.iteration) % self.student_every == 0
-        update_target = self.trains_target and (update or self.target_update == "every")
+        update_target = self._target_is_due(update)
         for real, cond in self.micro_batches(batch.images, batch.cond):
             with torch.set_grad_enabled(update):
                 x = self.draw_student_images(len(real), cond)
@@ -196,6 +205,11 @@ class UniDAD(GenerativeModule):
         if update_target:
             self.step("target")
         self.finish_iteration(stepped)
+
+    def _target_is_due(self, update: bool) -> bool:
+        if not self.trains_target or int(self.iteration) >= (self.target_iterations or math.inf):
+            return False
+        return update or self.target_update == "every"
 
     def draw_student_images(self, batch: int, cond: Tensor | None) -> Tensor:
         """``x = G-unroll(z)`` [B, C, H, W]; ``backward_simulation`` stops at a step all ranks draw alike."""
