@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests.worlds import Gaussian, Stream, fit, random_images, tiny_unet, weights_sha
+from unidad_pl.backbones import PretrainedUNet
 from unidad_pl.modules import Diffusion, Optimization
 
 FAST = Optimization(lr=1e-3, warmup=0)
@@ -38,7 +40,7 @@ def test_every_training_argument_changes_the_weights() -> None:
     plain, lognormal = train_sha(), train_sha(noise="lognormal")
     assert all(train_sha(**options) != plain for options in CHANGES.values())
     assert all(train_sha(noise="lognormal", **options) != lognormal for options in LOGNORMAL.values())
-    tested = set(CHANGES) | set(LOGNORMAL) | {"sampler", "steps", "max_skipped"}
+    tested = set(CHANGES) | set(LOGNORMAL) | {"sampler", "steps", "max_skipped", "export_to", "export_half"}
     assert tested == set(inspect.signature(Diffusion.__init__).parameters) - {"self"}
 
 
@@ -97,3 +99,14 @@ def test_fine_tuning_changes_only_what_it_should() -> None:
     before = weights_sha(module.denoiser)
     fit(module, 2, Stream(random_images()))
     assert weights_sha(module.denoiser) == before
+
+
+def test_the_average_is_exported_in_the_form_sources_are_read(tmp_path: Path) -> None:
+    module = Diffusion(tiny_unet(), optimization=FAST, ema_decay=0.5, export_to=str(tmp_path / "full"))
+    fit(module, 3)
+    assert module.ema is not None
+    assert weights_sha(PretrainedUNet(str(tmp_path / "full")).build()) == weights_sha(module.ema.module)
+    module.export_to, module.export_half = str(tmp_path / "half"), True
+    module.on_fit_end()
+    sizes = [(tmp_path / n / "diffusion_pytorch_model.safetensors").stat().st_size for n in ("full", "half")]
+    assert sizes[1] < 0.6 * sizes[0]

@@ -34,6 +34,9 @@ class Diffusion(GenerativeModule):
         sampler: ``heun`` or ``ddim`` over ``steps`` Karras sigmas, or ``few_step`` (the student's sampler, to compare a
             plain teacher with a student at equal cost).
         steps: sampling steps. Heun evaluates the network ``2 steps - 1`` times.
+        export_to: folder that the network (its average, if there is one) is written to when the fit ends, in the form
+            :class:`~unidad_pl.backbones.PretrainedUNet` reads; null: none.
+        export_half: write it in half precision.
         seed: see :class:`~unidad_pl.modules.base.GenerativeModule`.
         accumulate: see there.
         ema_decay: see there.
@@ -53,6 +56,8 @@ class Diffusion(GenerativeModule):
         lognormal_std: float = 1.2,
         sampler: Literal["heun", "ddim", "few_step"] = "heun",
         steps: int = 25,
+        export_to: str | None = None,
+        export_half: bool = False,
         seed: int | None = None,
         accumulate: int = 1,
         ema_decay: float = 0.0,
@@ -64,6 +69,7 @@ class Diffusion(GenerativeModule):
         self.weighting, self.sigma_data = weighting, sigma_data
         self.noise, self.lognormal_mean, self.lognormal_std = noise, lognormal_mean, lognormal_std
         self.sampler, self.steps = sampler, steps
+        self.export_to, self.export_half = export_to, export_half
         self.register_buffer("sigmas", karras(), persistent=False)
         self.sigmas: Tensor
 
@@ -97,6 +103,19 @@ class Diffusion(GenerativeModule):
         if self.noise == "lognormal":
             return (self.lognormal_mean + self.lognormal_std * torch.randn(batch, device=self.device)).exp()
         return self.sigmas[torch.randint(len(self.sigmas), (batch,), device=self.device)]
+
+    def on_fit_end(self) -> None:
+        """Export, once, on rank 0.
+
+        Raises:
+            TypeError: the network cannot be written as a folder.
+        """
+        if self.export_to is None or not self.trainer.is_global_zero:
+            return
+        network: Any = self.ema.module if self.ema is not None else self.denoiser
+        if not hasattr(network, "save_pretrained"):
+            raise TypeError(f"export_to needs a network with save_pretrained, {type(network).__name__} has none")
+        network.save_pretrained(self.export_to, torch.float16 if self.export_half else torch.float32)
 
     def generate(self, network: Denoiser, seeds: Tensor, cond: Tensor | None) -> Tensor:
         noise = seeded_noise(seeds, network.image_shape, self.device)
