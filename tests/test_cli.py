@@ -159,6 +159,7 @@ def test_print_config_is_complete(unidad: Any) -> None:
         (("--data.root", "/nowhere", "--data.domain", "null"), "/nowhere"),
         (("--model.source.path", "/nowhere"), "/nowhere"),
         (("--trainer.strategy", "ddp"), "unidad_ddp"),
+        (("--ckpt_path", "last"), "'last' is no file"),
         (("--data.resolution", "64"), "resolution"),
     ],
 )
@@ -174,3 +175,26 @@ def test_version_needs_no_torch(tmp_path: Path) -> None:
         [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("unidad 0.")
+
+
+OTHER = """
+import lightning.pytorch as pl, torch
+class Line(pl.LightningModule):
+    def __init__(self, lr: float = 0.1):
+        super().__init__(); self.w = torch.nn.Linear(1, 1); self.lr = lr
+    def training_step(self, batch, batch_idx): return self.w(batch).pow(2).mean()
+    def predict_step(self, batch, batch_idx): return self.w(batch)
+    def configure_optimizers(self): return torch.optim.SGD(self.parameters(), self.lr)
+class Numbers(pl.LightningDataModule):
+    def train_dataloader(self): return torch.utils.data.DataLoader(torch.ones(8, 1), batch_size=2)
+    predict_dataloader = train_dataloader
+"""
+
+
+def test_other_peoples_modules_run_too(unidad: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "other_project.py").write_text(OTHER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    theirs = ("--model", "other_project.Line", "--data", "other_project.Numbers", "--trainer.accelerator", "cpu",
+              "--trainer.logger", "false")  # fmt: skip
+    assert "run folder" in unidad("fit", *theirs, "--trainer.max_epochs", "1")
+    unidad("predict", *theirs)

@@ -76,7 +76,7 @@ class Stream(pl.LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         stream = ShotStream(
-            self.images, self.size, self.flip, 0, trainer.global_step, trainer.world_size, trainer.global_rank
+            self.images, self.size, self.flip, 0, lambda: trainer.global_step, trainer.world_size, trainer.global_rank
         )
         return DataLoader(stream, batch_size=None)
 

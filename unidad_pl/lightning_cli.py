@@ -5,15 +5,20 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from unidad_pl import distributed
 from unidad_pl.callbacks.prediction_writer import PredictionWriter
+from unidad_pl.callbacks.records import run_folder
 from unidad_pl.cli import DESCRIPTION
+from unidad_pl.modules.base import GenerativeModule
 from unidad_pl.summary import fit_summary
 
 
@@ -29,7 +34,10 @@ class UnidadCLI(LightningCLI):
             "--threads", type=PositiveInt | None, default=None,
             help="CPU threads of torch; null leaves them to torch. 1 suits small models, above all on a shared machine",
         )  # fmt: skip
-        parser.add_lightning_class_args(PredictionWriter, "predictions")
+        parser.add_argument(
+            "--predictions_folder", type=str | None, default=None,
+            help="where predict writes its PNGs, named by seed; null: predictions/ in the run folder",
+        )  # fmt: skip
 
     def before_instantiate_classes(self) -> None:
         """``seed_everything`` seeds the model and the data too, wherever they take a seed and were not given one."""
@@ -43,17 +51,41 @@ class UnidadCLI(LightningCLI):
                 init["seed"] = int(seed) if not isinstance(seed, bool) else 0
 
     def before_fit(self) -> None:
-        self.metrics_before = self._validate() if not self._get(self.config, "ckpt_path") else None
+        """The untrained weights' metrics, for the summary.
+
+        Raises:
+            FileNotFoundError: ``--ckpt_path`` names no file; Lightning would train from the start after a warning.
+        """
+        path = self._get(self.config, "ckpt_path")
+        if path is not None and not Path(path).expanduser().is_file():
+            raise FileNotFoundError(
+                f"--ckpt_path {path!r} is no file: give the checkpoint's path, e.g. RUN/checkpoints/last.ckpt"
+            )
+        self.metrics_before = self._validate() if path is None else None
 
     def after_fit(self) -> None:
+        """Metrics of the trained weights, and the closing table."""
         after = self._validate()
-        if self.trainer.is_global_zero and self._get(self.config, "summary"):
-            fit_summary(self.trainer, self.metrics_before, after)
+        if self._get(self.config, "summary"):
+            folder = run_folder(self.trainer)  # a collective: on every rank
+            if self.trainer.is_global_zero:
+                fit_summary(self.trainer, folder, self.metrics_before, after)
+
+    def before_predict(self) -> None:
+        """Pictures of our own modules are written; other people's may return anything."""
+        if isinstance(self.model, GenerativeModule):
+            folder = self._get(self.config, "predictions_folder")
+            trainer: Any = self.trainer
+            trainer.callbacks.append(PredictionWriter(folder))
 
     def _validate(self) -> dict[str, float] | None:
         """Metrics of the current weights, or None where there is nothing to validate with."""
+        owners = ((self.model, pl.LightningModule), (self.datamodule, pl.LightningDataModule))
+        possible = is_overridden("validation_step", self.model) and any(
+            owner is not None and is_overridden("val_dataloader", owner, parent) for owner, parent in owners
+        )
         wanted = self._get(self.config, "summary") and self.trainer.limit_val_batches
-        if not wanted or self.trainer.interrupted:
+        if not possible or not wanted or self.trainer.interrupted:
             return None
         results = self.trainer.validate(self.model, self.datamodule, verbose=False)
         return {name: float(value) for result in results for name, value in result.items()}

@@ -82,6 +82,8 @@ class FewStepSampler:
                 x = x0 + self.sigmas[k] * noise()
             with torch.set_grad_enabled(torch.is_grad_enabled() and (self.gradient == "unroll" or k == last)):
                 x0 = student(x, x.new_full((len(x),), self.sigmas[k]), cond)
+            if not x0.requires_grad:  # torch reuses autocast's casts made without a graph
+                torch.clear_autocast_cache()
         return x0
 
 

@@ -9,11 +9,14 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
 
-def fit_summary(trainer: pl.Trainer, before: dict[str, float] | None, after: dict[str, float] | None) -> None:
+def fit_summary(
+    trainer: pl.Trainer, folder: Path, before: dict[str, float] | None, after: dict[str, float] | None
+) -> None:
     """Print the closing summary of ``fit`` on this process.
 
     Args:
         trainer: the trainer that has fitted.
+        folder: the run folder.
         before: metric name -> value of the untrained weights; None leaves the column out.
         after: metric name -> value of the trained weights; None leaves the table out.
     """
@@ -30,7 +33,6 @@ def fit_summary(trainer: pl.Trainer, before: dict[str, float] | None, after: dic
             cells = [f"{before[name]:.4g}" if name in before else "-"] if before else []
             table.add_row(name, *cells, f"{after[name]:.4g}")
         console.print(table)
-    folder = Path(trainer.log_dir or trainer.default_root_dir)
     checkpoint = _last_checkpoint(trainer)
     console.print(f"run folder    {folder}", soft_wrap=True, highlight=False)
     for label, path in (("pictures", folder / "samples"), ("numbers", folder / "metrics.jsonl")):

@@ -161,7 +161,7 @@ def test_the_stream_is_a_function_of_seed_and_position() -> None:
     whole = ShotStream(images, 4, flip=True, seed=3)
     iterator = iter(whole)
     batches = [next(iterator).images for _ in range(6)]
-    resumed = iter(ShotStream(images, 4, flip=True, seed=3, start=4))
+    resumed = iter(ShotStream(images, 4, flip=True, seed=3, start=lambda: 4))
     assert torch.equal(next(resumed).images, batches[4])
     assert torch.equal(next(resumed).images, batches[5])
     ranks = [iter(ShotStream(images, 2, flip=True, seed=3, world=2, rank=r)) for r in (0, 1)]
@@ -186,3 +186,13 @@ def test_uint8_and_float_round_trip() -> None:
     every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     assert torch.equal(to_uint8(to_float(every)), every)
     assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+
+
+def test_every_epoch_continues_the_stream() -> None:
+    """limit_train_batches ends an epoch early; the next one must go on, not begin again."""
+    positions = iter((0, 3))
+    images = torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1)
+    stream = ShotStream(images, 2, flip=False, seed=0, start=lambda: next(positions))
+    first = [b.images for b, _ in zip(stream, range(3), strict=False)]
+    second = [b.images for b, _ in zip(stream, range(3), strict=False)]
+    assert len({round(float(v), 4) for v in torch.cat(first + second[:1]).flatten()}) == 8

@@ -110,3 +110,12 @@ def test_the_average_is_exported_in_the_form_sources_are_read(tmp_path: Path) ->
     module.on_fit_end()
     sizes = [(tmp_path / n / "diffusion_pytorch_model.safetensors").stat().st_size for n in ("full", "half")]
     assert sizes[1] < 0.6 * sizes[0]
+
+
+def test_bad_optimisation_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="clip=-1"):
+        Optimization(clip=-1.0)
+    with pytest.raises(ValueError, match="full class path"):
+        Optimization(optimizer="AdamW")
+    with pytest.raises(ValueError, match="sampler must be one of heun, ddim, few_step"):
+        Diffusion(tiny_unet(), sampler="euler")  # type: ignore[arg-type]

@@ -19,8 +19,9 @@ def train(steps: int = 350, **options: object) -> UniDAD:
     # F must follow G closely, or the pair circles around the fixed point.
     slow = Optimization(lr=0.02, betas=(0.0, 0.95), weight_decay=0.0, warmup=0, decay_to=0.02)
     fast = Optimization(lr=0.1, betas=(0.5, 0.9), weight_decay=0.0, warmup=0, decay_to=0.02)
+    target = {} if options.get("target_weight") == 0 else {"target_source": Gaussian(TARGET), "target": "frozen"}
     module = UniDAD(
-        Gaussian(SOURCE), student_source=Gaussian(0.5, AffineStudent), target_source=Gaussian(TARGET), target="frozen",
+        Gaussian(SOURCE), student_source=Gaussian(0.5, AffineStudent), **target,
         steps=1, student_every=1, critic=Critic(student_weight=0, critic_weight=0), weighting="edm", sigma_data=1.0,
         student_optimization=slow, fake_optimization=fast, **options,
     )  # fmt: skip

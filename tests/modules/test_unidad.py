@@ -290,6 +290,13 @@ def test_image_gradients_of_the_loss_terms_add_up(ready: UniDAD) -> None:
         ({"dmd_weights": (0.0, 0.0)}, "dmd_weights"),
         ({"dmd_range": (0.5, 0.1)}, r"\[0\.5, 0\.1\]"),
         ({"target": "frozen"}, "target_source"),
+        ({"target": "Frozen"}, r"target must be one of train, frozen, got 'Frozen'"),
+        ({"target_update": "evry"}, "target_update must be one of student, every"),
+        ({"noise_table": "ddpm"}, "noise_table"),
+        ({"normalizer": "x"}, "normalizer"),
+        ({"weighting": "x"}, "weighting"),
+        ({"target_source": tiny_unet(), "target_weight": 0.0}, "target_source does nothing"),
+        ({"target_iterations": 0}, "target_iterations"),
         ({"steps": 0}, "at least 1 step"),
         ({"gradient": "lats"}, "lats"),
         ({"accumulate": 0}, "accumulate"),
@@ -337,6 +344,34 @@ def test_another_teacher_is_refused_on_resume(tmp_path: Path) -> None:
         save_resume(tmp_path, unidad(seed=5))
 
 
+def test_a_checkpoint_of_another_set_of_frozen_networks_is_refused(tmp_path: Path) -> None:
+    other = unidad(target="frozen", target_source=tiny_unet(sigma_data=0.7))
+    with pytest.raises(RuntimeError, match=r"\['source_teacher'\].*\['source_teacher', 'target_teacher'\]"):
+        save_resume(tmp_path, other)
+
+
+@pytest.mark.parametrize("gradient", ["unroll", "last"])
+def test_autocast_loses_no_gradient(gradient: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights cast under no_grad first must not come out of autocast's cache without a graph."""
+    module = unidad(student_every=1, gradient=gradient)
+    seen: dict[str, int] = {}
+    real_step = UniDAD.step
+
+    def step(self: UniDAD, group: str) -> bool:
+        parameters = [p for settings in self.groups()[group] for p in settings["params"]]
+        seen[group] = sum(p.grad is None for p in parameters)
+        return real_step(self, group)
+
+    monkeypatch.setattr(UniDAD, "step", step)
+    fit(module, 1, precision="bf16-mixed")
+    assert seen == {"student": 0, "fake": 0, "target": 0}
+
+
+def test_unsupported_precision_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="bf16-mixed"):
+        fit(unidad(), 1, precision="bf16-true")
+
+
 def test_missing_and_unexpected_weights_are_refused_on_resume(tmp_path: Path) -> None:
     fit(unidad(), 1).save_checkpoint(tmp_path / "one.ckpt")
     saved = torch.load(tmp_path / "one.ckpt", weights_only=True)
@@ -353,3 +388,5 @@ def test_class_conditional_models_take_labels() -> None:
     labels = torch.tensor([0, 2])
     assert module.draw_student_images(2, labels).shape == (2, 3, 16, 16)
     assert not torch.equal(module.sample([4], torch.tensor([0])), module.sample([4], torch.tensor([1])))
+    with pytest.raises(ValueError, match="conditional on 3 classes"):
+        module.sample([4])

@@ -199,7 +199,8 @@ class PretrainedUNet(DenoiserSource):
             if not (self.folder / name).is_file():
                 raise FileNotFoundError(
                     f"source model {self.path!r} has no {name} (looked in {self.folder}). A source folder holds "
-                    f"config.json, diffusion_pytorch_model.safetensors and {DENOISER_FILE}."
+                    f"config.json, diffusion_pytorch_model.safetensors and {DENOISER_FILE}, which says what "
+                    f'the network predicts: {{"prediction": "epsilon"}} for a DDPM.'
                 )
         entries = json.loads((self.folder / DENOISER_FILE).read_text())
         unknown = set(entries) - set(UNetSpec.__dataclass_fields__)

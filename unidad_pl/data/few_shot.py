@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 
 import lightning.pytorch as pl
@@ -134,7 +134,7 @@ class FewShotDataModule(pl.LightningDataModule):
         assert self._shots is not None
         trainer = self.trainer
         world, rank = (trainer.world_size, trainer.global_rank) if trainer is not None else (1, 0)
-        start = trainer.global_step if trainer is not None else 0
+        start = (lambda: trainer.global_step) if trainer is not None else (lambda: 0)
         stream = ShotStream(self._shots, self.batch_size, self.flip, self.seed, start, world, rank)
         return DataLoader(stream, batch_size=None)
 
@@ -152,7 +152,24 @@ class FewShotDataModule(pl.LightningDataModule):
         world, rank = (trainer.world_size, trainer.global_rank) if trainer is not None else (1, 0)
         seeds = torch.arange(self.first_seed, self.first_seed + self.samples[stage])
         batches = [{"seeds": part} for part in seeds[rank::world].split(self.eval_batch_size) if len(part)]
-        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+        if 0 < self.samples[stage] < world:
+            raise ValueError(
+                f"{stage}_samples={self.samples[stage]} is less than the {world} processes: each needs one"
+            )
+        return DataLoader(SeedBatches(batches), batch_size=None)
+
+
+class SeedBatches(IterableDataset[dict[str, Tensor]]):
+    """This rank's batches of seeds. Iterable, so that Lightning does not shard them a second time."""
+
+    def __init__(self, batches: list[dict[str, Tensor]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
 
 
 class ShotStream(IterableDataset[Batch]):
@@ -165,20 +182,27 @@ class ShotStream(IterableDataset[Batch]):
         batch_size: images per batch.
         flip: mirror half of the positions.
         seed: of orders and flips.
-        start: iterations already done.
+        start: returns the iterations already done; asked whenever an epoch begins.
         world: number of ranks; each takes its own share of every global batch.
         rank: this rank.
     """
 
     def __init__(
-        self, images: Tensor, batch_size: int, flip: bool, seed: int, start: int = 0, world: int = 1, rank: int = 0
+        self,
+        images: Tensor,
+        batch_size: int,
+        flip: bool,
+        seed: int,
+        start: Callable[[], int] = lambda: 0,
+        world: int = 1,
+        rank: int = 0,
     ) -> None:
         self.images, self.batch_size, self.flip, self.seed = images, batch_size, flip, seed
         self.start, self.world, self.rank = start, world, rank
         self._orders: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __iter__(self) -> Iterator[Batch]:
-        for iteration in count(self.start):
+        for iteration in count(self.start()):
             first = (iteration * self.world + self.rank) * self.batch_size
             yield self.batch_at(range(first, first + self.batch_size))
 

@@ -16,12 +16,16 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from unidad_pl.denoiser import Denoiser
-from unidad_pl.modules.optimization import Optimization, average_gradients, content_hash
+from unidad_pl.distributed import UnwrappedDDPStrategy
+from unidad_pl.modules.optimization import Optimization, average_gradients, check_choices, content_hash
 from unidad_pl.seeds import mix_seed
+
+PRECISIONS = ("32-true", "64-true", "bf16-mixed")
 
 
 class GenerativeModule(pl.LightningModule):
@@ -59,6 +63,7 @@ class GenerativeModule(pl.LightningModule):
         self.iteration: Tensor
         self.ema: AveragedModel | None = None
         self._skipped_in_a_row: dict[str, int] = {}
+        self._hashes: dict[str, str] = {}
         self._built = False
 
     # -- to be implemented by subclasses -------------------------------------------------------------------------
@@ -127,20 +132,23 @@ class GenerativeModule(pl.LightningModule):
 
     # -- one iteration -------------------------------------------------------------------------------------------
 
-    def on_fit_start(self) -> None:
-        """Refuse what would train wrongly without an error.
+    def setup(self, stage: str) -> None:
+        """Refuse what would run wrongly without an error, before anything has begun.
 
         Raises:
-            RuntimeError: the strategy wraps this module in DistributedDataParallel, or gradients are loss-scaled.
+            RuntimeError: another strategy than ``unidad_ddp`` on several processes (DistributedDataParallel expects
+                every parameter in every backward pass), or a precision that the sigma range does not survive.
         """
-        if isinstance(self.trainer.strategy.model, nn.parallel.DistributedDataParallel):
+        if stage == "fit" and not isinstance(self.trainer.strategy, (SingleDeviceStrategy, UnwrappedDDPStrategy)):
+            name = type(self.trainer.strategy).__name__
             raise RuntimeError(
-                "strategy 'ddp' wraps the whole module and expects every parameter in every backward pass, which "
-                "several optimisers cannot give. Use --trainer.strategy unidad_ddp: the same processes, and gradients "
-                "averaged once per optimiser step."
+                f"strategy {name} cannot step several optimisers that each own their gradients. Use "
+                f"--trainer.strategy unidad_ddp: processes as in ddp, gradients averaged once per optimiser step."
             )
-        if self.trainer.precision in ("16-mixed", "16-true"):
-            raise RuntimeError(f"precision {self.trainer.precision!r} is not supported: use 32-true or bf16-mixed")
+        if self.trainer.precision not in PRECISIONS:
+            raise RuntimeError(
+                f"precision {self.trainer.precision!r} is not supported: use one of {', '.join(PRECISIONS)}"
+            )
 
     def micro_batches(self, images: Tensor, cond: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Split a batch into ``accumulate`` parts; before each, seed torch by (seed, iteration, global part).
@@ -148,6 +156,7 @@ class GenerativeModule(pl.LightningModule):
         Raises:
             ValueError: the images are not of the model's size, or the batch cannot be split evenly.
         """
+        self._check_cond(cond)
         if tuple(images.shape[1:]) != tuple(self.sampled_network.image_shape):
             raise ValueError(
                 f"the data module serves images of {tuple(images.shape[1:])}, but the model works on "
@@ -161,6 +170,14 @@ class GenerativeModule(pl.LightningModule):
             torch.manual_seed(mix_seed(self.seed, int(self.iteration), number))
             rows = slice(part * size, (part + 1) * size)
             yield images[rows], None if cond is None else cond[rows]
+
+    def _check_cond(self, cond: Tensor | None) -> None:
+        classes = self.sampled_network.num_classes
+        if classes is not None and cond is None:
+            raise ValueError(
+                f"the model is conditional on {classes} classes, but the batch has no labels: use a data module whose "
+                f"batches carry cond, or an unconditional model"
+            )
 
     def shared_randint(self, high: int) -> int:
         """A draw in [0, high) that is the same on every rank and for every micro-batch of this iteration."""
@@ -243,11 +260,13 @@ class GenerativeModule(pl.LightningModule):
             [B, C, H, W] in the model's range, clamped to [-1, 1].
 
         Raises:
-            ValueError: ``weights="ema"`` without an average.
+            ValueError: ``weights="ema"`` without an average, or a conditional model without ``cond``.
         """
+        check_choices(weights=(weights, ("auto", "ema", "raw")))
+        self.configure_model()
         if weights == "ema" and self.ema is None:
             raise ValueError("weights='ema' but this module keeps no average: set ema_decay above 0")
-        self.configure_model()
+        self._check_cond(cond)
         network: Any = self.ema.module if self.ema is not None and weights != "raw" else self.sampled_network
         training = network.training
         network.eval()
@@ -274,18 +293,27 @@ class GenerativeModule(pl.LightningModule):
     def _frozen_keys(self) -> tuple[str, ...]:
         return tuple(f"{name}." for name in self.frozen_networks)
 
+    def _frozen_hash(self, name: str) -> str:
+        if name not in self._hashes:  # frozen: computed once
+            self._hashes[name] = content_hash(getattr(self, name))
+        return self._hashes[name]
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         weights = checkpoint["state_dict"]
         for key in [k for k in weights if k.startswith(self._frozen_keys())]:
             del weights[key]
-        checkpoint["frozen_sha256"] = {name: content_hash(getattr(self, name)) for name in self.frozen_networks}
+        checkpoint["frozen_sha256"] = {name: self._frozen_hash(name) for name in self.frozen_networks}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.configure_model()
-        for name, seen in checkpoint.get("frozen_sha256", {}).items():
-            if name not in self.frozen_networks:
-                raise RuntimeError(f"the checkpoint was trained with a frozen network {name!r}, this run has none")
-            own = content_hash(getattr(self, name))
+        hashes = checkpoint.get("frozen_sha256", {})
+        if set(hashes) != set(self.frozen_networks):
+            raise RuntimeError(
+                f"the checkpoint was trained with the frozen networks {sorted(hashes)}, this run has "
+                f"{sorted(self.frozen_networks)}: use the config the run started with"
+            )
+        for name, seen in hashes.items():
+            own = self._frozen_hash(name)
             if own != seen:
                 raise RuntimeError(
                     f"the checkpoint was trained with another {name!r} network: its sha256 is {seen[:16]}..., "

@@ -11,7 +11,7 @@ from unidad_pl.data.batch import Batch
 from unidad_pl.denoiser import Denoiser, DenoiserSource
 from unidad_pl.losses import Weighting, denoising_loss
 from unidad_pl.modules.base import GenerativeModule
-from unidad_pl.modules.optimization import Optimization
+from unidad_pl.modules.optimization import Optimization, check_choices
 from unidad_pl.sampling import FewStepSampler, ddim, heun, sampling_sigmas, seeded_noise
 from unidad_pl.schedules import karras, log_linear
 
@@ -64,6 +64,11 @@ class Diffusion(GenerativeModule):
         max_skipped: int = 10,
     ) -> None:
         super().__init__(seed=seed, accumulate=accumulate, ema_decay=ema_decay, max_skipped=max_skipped)
+        check_choices(
+            weighting=(weighting, ("eps", "edm")),
+            noise=(noise, ("karras", "lognormal")),
+            sampler=(sampler, ("heun", "ddim", "few_step")),
+        )
         self.source = source
         self.optimization = optimization
         self.weighting, self.sigma_data = weighting, sigma_data

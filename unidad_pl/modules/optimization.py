@@ -43,6 +43,12 @@ class Optimization:
     optimizer: str = "torch.optim.AdamW"
     options: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if min(self.lr, self.weight_decay, self.warmup, self.decay_to, self.clip) < 0 or not 0 <= self.decay_from <= 1:
+            raise ValueError(f"optimisation settings must be >= 0 and decay_from at most 1, got {self}")
+        if "." not in self.optimizer:
+            raise ValueError(f"optimizer must be a full class path such as torch.optim.AdamW, got {self.optimizer!r}")
+
     def build(self, parameters: Any, total_steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
         """The optimiser over ``parameters`` and its schedule for ``total_steps`` of its own steps."""
         module, _, name = self.optimizer.rpartition(".")
@@ -78,6 +84,17 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
     finally:
         for p in held:
             p.requires_grad_(True)
+
+
+def check_choices(**choices: tuple[object, tuple[str, ...]]) -> None:
+    """Refuse unknown options by name: ``check_choices(loss=(loss, ("bce", "hinge")))``.
+
+    Raises:
+        ValueError: the first value that is not among its choices; names option, value and choices.
+    """
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:

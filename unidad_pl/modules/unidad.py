@@ -30,7 +30,7 @@ from unidad_pl.losses import (
     r1_penalty,
 )
 from unidad_pl.modules.base import GenerativeModule
-from unidad_pl.modules.optimization import Optimization, frozen
+from unidad_pl.modules.optimization import Optimization, check_choices, frozen
 from unidad_pl.sampling import FewStepSampler, GradientMode, random_noise, seeded_noise
 from unidad_pl.schedules import index_range, karras, log_linear
 
@@ -105,6 +105,13 @@ class UniDAD(GenerativeModule):
         max_skipped: int = 10,
     ) -> None:
         super().__init__(seed=seed, accumulate=accumulate, ema_decay=ema_decay, max_skipped=max_skipped)
+        check_choices(
+            target=(target, ("train", "frozen")),
+            target_update=(target_update, ("student", "every")),
+            noise_table=(noise_table, ("karras", "model")),
+            normalizer=(normalizer, ("clean", "noisy")),
+            weighting=(weighting, ("eps", "edm")),
+        )
         if not 0 <= target_weight <= 1:
             raise ValueError(f"target_weight (a) must be in [0, 1], got {target_weight}")
         if student_every < 1 or (target_iterations is not None and target_iterations < 1):
@@ -119,6 +126,8 @@ class UniDAD(GenerativeModule):
                 "a frozen target teacher that starts from the source model is the source model: give target_source, "
                 "or train it (target: train), or use target_weight: 0"
             )
+        if target_source is not None and not self.target_weight:
+            raise ValueError("target_source does nothing while the target teacher's weight is 0: set target_weight")
         self.source, self.student_source, self.target_source = source, student_source, target_source
         self.trains_target = self.target_weight > 0 and target == "train"
         self.frozen_networks = ("source_teacher",) * (self.source_weight > 0)
@@ -243,6 +252,7 @@ class UniDAD(GenerativeModule):
         with torch.no_grad():
             fake_eps = self.fake_score.predict(noisy, sigma, cond).eps
             teacher_eps = {name: teacher.predict(noisy, sigma, cond).eps for name, (_, teacher) in teachers.items()}
+        torch.clear_autocast_cache()  # torch reuses casts made without a graph, and their weights get no gradient
         for name, (weight, _) in teachers.items():
             direction = dmd_gradient(x.detach(), noisy, sigma, fake_eps, teacher_eps[name], self.normalizer)
             loss = dmd_loss(x, direction)
