@@ -96,6 +96,7 @@ def _quieten() -> None:
     # Our evaluation loaders yield ready batches of seeds and frozen networks are in eval mode by design.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode at the start of training.*")
+    warnings.filterwarnings("ignore", message=".*Your `IterableDataset` has `__len__` defined.*")
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
     warnings.filterwarnings("ignore", message=".*no `saved_models`.*|.*pre-optimization state.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(

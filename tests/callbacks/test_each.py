@@ -195,7 +195,7 @@ def test_sample_grid_goes_to_loggers(tmp_path: Path) -> None:
 
 def test_prediction_writer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     module = Toy()
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
         trainer(tmp_path, PredictionWriter()).predict(module, datamodule=Data(first=100))
     files = sorted((tmp_path / "predictions").iterdir())
     assert [p.name for p in files] == [f"{i:06d}.png" for i in range(100, 124)]
