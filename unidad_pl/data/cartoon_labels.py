@@ -11,17 +11,18 @@ Index ranges of the cartoon world, so that nothing is judged by a network that w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import count
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from unidad_pl.data import cartoons
-from unidad_pl.data.batch import to_float, to_uint8
+from unidad_pl.data.batch import to_float
+from unidad_pl.data.few_shot import render_uint8
+from unidad_pl.data.stream import PositionStream
 from unidad_pl.seeds import mix_seed
 
 VALIDATION_START = 2_500_000
@@ -120,7 +121,7 @@ class CartoonDataModule(pl.LightningDataModule):
         assert self._pool is not None
         trainer = self.trainer
         world, rank = (trainer.world_size, trainer.global_rank) if trainer is not None else (1, 0)
-        start = trainer.global_step if trainer is not None else 0
+        start = (lambda: trainer.global_step) if trainer is not None else (lambda: 0)
         return DataLoader(LabelledStream(self._pool, self.batch_size, self.seed, start, world, rank), batch_size=None)
 
     def val_dataloader(self) -> DataLoader[LabelledBatch]:
@@ -133,28 +134,29 @@ class CartoonDataModule(pl.LightningDataModule):
         return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
 
-class LabelledStream(IterableDataset[LabelledBatch]):
+class LabelledStream(PositionStream[LabelledBatch]):
     """Endless batches; the image at position p is drawn from the pool, with replacement, by (seed, p) alone.
 
     Args:
         pool: labelled images, [N, 3, R, R] uint8.
         batch_size: images per batch.
         seed: of the draws.
-        start: iterations already done.
+        start: returns the iterations already done; asked whenever an epoch begins.
         world: number of ranks; each takes its own share of every global batch.
         rank: this rank.
     """
 
     def __init__(
-        self, pool: LabelledBatch, batch_size: int, seed: int, start: int = 0, world: int = 1, rank: int = 0
+        self,
+        pool: LabelledBatch,
+        batch_size: int,
+        seed: int,
+        start: Callable[[], int] = lambda: 0,
+        world: int = 1,
+        rank: int = 0,
     ) -> None:
-        self.pool, self.batch_size, self.seed = pool, batch_size, seed
-        self.start, self.world, self.rank = start, world, rank
-
-    def __iter__(self) -> Iterator[LabelledBatch]:
-        for iteration in count(self.start):
-            first = (iteration * self.world + self.rank) * self.batch_size
-            yield self.batch_at(range(first, first + self.batch_size))
+        super().__init__(batch_size, start, world, rank)
+        self.pool, self.seed = pool, seed
 
     def batch_at(self, positions: range) -> LabelledBatch:
         """The images at ``positions`` of the stream."""
@@ -165,8 +167,7 @@ class LabelledStream(IterableDataset[LabelledBatch]):
 
 def draw(indices: range, domain: str, resolution: int = 32) -> LabelledBatch:
     """The cartoons ``indices`` of ``domain`` and their labels, images as uint8."""
-    parts = [indices[i : i + 500] for i in range(0, len(indices), 500)]
-    images = torch.cat([to_uint8(cartoons.render(part, domain, resolution)) for part in parts])
+    images = render_uint8(indices, domain, resolution)
     number = torch.full((len(indices),), cartoons.DOMAINS.index(domain))
     return LabelledBatch(images, cartoons.factors(indices, domain), number)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import count
 
 import lightning.pytorch as pl
 import torch
@@ -13,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from unidad_pl.data import cartoons
 from unidad_pl.data.batch import Batch, to_float, to_uint8
 from unidad_pl.data.images import load_folder
+from unidad_pl.data.stream import PositionStream
 from unidad_pl.seeds import mix_seed
 
 SHOTS_START = 1_000_000  # cartoon shots of seed s begin at (s + 1) million; the reference set at 0
@@ -91,14 +91,14 @@ class FewShotDataModule(pl.LightningDataModule):
         if self.domain is not None:
             start = SHOTS_START * (self.seed + 1)
             indices = range(start, start + int(self.wanted_shots or 0))
-            self._shots, rest = _render(indices, self.domain, self.resolution), None
+            self._shots, rest = render_uint8(indices, self.domain, self.resolution), None
             self.shot_names = [f"{self.domain}[{i}]" for i in indices]
         else:
             self._shots, rest = self._choose_shots()
         if self.reference_root is not None:
             self._reference = load_folder(self.reference_root, self.resolution)[0]
         elif self.domain is not None:
-            self._reference = _render(range(self.reference_size), self.domain, self.resolution)
+            self._reference = render_uint8(range(self.reference_size), self.domain, self.resolution)
         else:
             self._reference = rest
 
@@ -172,7 +172,7 @@ class SeedBatches(IterableDataset[dict[str, Tensor]]):
         return len(self.batches)
 
 
-class ShotStream(IterableDataset[Batch]):
+class ShotStream(PositionStream[Batch]):
     """Endless batches of a small image set; position p of the stream is a function of (seed, p) alone.
 
     Every epoch of N positions visits each image once, in an order of its own; flips are drawn per position.
@@ -197,14 +197,9 @@ class ShotStream(IterableDataset[Batch]):
         world: int = 1,
         rank: int = 0,
     ) -> None:
-        self.images, self.batch_size, self.flip, self.seed = images, batch_size, flip, seed
-        self.start, self.world, self.rank = start, world, rank
+        super().__init__(batch_size, start, world, rank)
+        self.images, self.flip, self.seed = images, flip, seed
         self._orders: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def __iter__(self) -> Iterator[Batch]:
-        for iteration in count(self.start()):
-            first = (iteration * self.world + self.rank) * self.batch_size
-            yield self.batch_at(range(first, first + self.batch_size))
 
     def batch_at(self, positions: range) -> Batch:
         """The images at ``positions`` of the stream."""
@@ -224,6 +219,7 @@ class ShotStream(IterableDataset[Batch]):
         return int(order[place]), bool(mirror[place])
 
 
-def _render(indices: range, domain: str, resolution: int) -> Tensor:
+def render_uint8(indices: range, domain: str, resolution: int) -> Tensor:
+    """The cartoons ``indices`` of ``domain`` as [N, 3, R, R] uint8, rendered in parts to bound memory."""
     parts = [indices[i : i + 500] for i in range(0, len(indices), 500)]
     return torch.cat([to_uint8(cartoons.render(part, domain, resolution)) for part in parts])
