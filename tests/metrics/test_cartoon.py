@@ -13,6 +13,7 @@ from torch import Tensor
 from unidad_pl.data import cartoons
 from unidad_pl.data.cartoon_labels import VALIDATION_START, visible
 from unidad_pl.metrics.cartoon import ASSETS, CartoonFeatures, FactorNetwork
+from unidad_pl.modules.factors import gaussian_blur
 
 HELD_OUT = range(VALIDATION_START + 10_000, VALIDATION_START + 10_300)
 TINY = {"categories": {"a": ["x", "y"], "b": ["x", "y", "z"]}, "ranges": {"c": [-1.0, 3.0]}, "channels": [8, 8]}
@@ -104,6 +105,24 @@ def test_frechet_distance_orders_noise_and_domains(judge: CartoonFeatures, rende
     assert 3 * floor < sunglasses < cats
 
 
+def test_pooled_features_are_standardised_and_tell_how_bad_an_image_is(renders: dict) -> None:
+    judge = CartoonFeatures(layer="pooled")
+    real = {d: judge(cartoons.render(range(300), d)) for d in cartoons.DOMAINS}
+    everything = torch.cat(list(real.values()))
+    assert everything.shape == (900, judge.num_features)
+    torch.testing.assert_close(everything.mean(0), torch.zeros(judge.num_features), atol=0.2, rtol=0)
+    torch.testing.assert_close(everything.std(0), torch.ones(judge.num_features), atol=0.2, rtol=0)
+    faces, soft = renders["faces"][0], lambda std: gaussian_blur(renders["faces"][0], torch.full((300,), std))
+    floor = _frechet(judge(faces), real["faces"])
+    noise = [_frechet(judge(_noisy(faces, std)), real["faces"]) for std in (0.05, 0.1, 0.2)]
+    blur = [_frechet(judge(soft(std)), real["faces"]) for std in (0.45, 0.6, 0.9)]
+    # no saturation: twice the damage, over twice the distance
+    assert 3 * floor < noise[0] < noise[1] / 2 < noise[2] / 4
+    assert 3 * floor < blur[0] < blur[1] / 2 < blur[2] / 4
+    domains = [_frechet(judge(renders[d][0]), real["faces"]) for d in ("sunglasses", "cats")]
+    assert 3 * floor < domains[0] < domains[1]
+
+
 def test_features_do_not_depend_on_the_batch_and_follow_gradients(judge: CartoonFeatures, renders: dict) -> None:
     images = renders["faces"][0][:8]
     features = judge(images)
@@ -125,6 +144,9 @@ def test_values_outside_of_the_range_are_clamped(judge: CartoonFeatures) -> None
 def test_extractor_is_light_and_in_no_checkpoint() -> None:
     judge = CartoonFeatures("/nowhere")
     assert judge.name == "cartoon_features"
+    assert CartoonFeatures("/nowhere", layer="pooled").name == "cartoon_features-pooled"
+    with pytest.raises(ValueError, match=r"layer.*'pool'"):
+        CartoonFeatures(layer="pool")  # type: ignore[arg-type]
     judge = CartoonFeatures()
     judge.load()
     assert judge.load() is judge.load()

@@ -6,6 +6,7 @@ pose, ...) and how noisy and blurred the image is, so images that differ in any 
 
     >>> judge = CartoonFeatures()
     >>> judge(images)                       # images [N, 3, H, W] in [-1, 1] -> features [N, 96]
+    >>> CartoonFeatures(layer="pooled")(images)    # -> [N, 240], what Frechet distances are taken in
     >>> judge.predict(images)["glasses"]    # [N] int64, positions in judge.categories["glasses"]
 """
 
@@ -16,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +97,10 @@ class FactorNetwork(nn.Module):
         self.norm = nn.LayerNorm(features)
         self.heads = nn.ModuleDict({name: nn.Linear(features, len(v)) for name, v in self.categories.items()})
         self.regression = nn.Linear(features, len(self.ranges))
+        self.register_buffer("pooled_mean", torch.zeros(sum(channels[1:])))
+        self.register_buffer("pooled_std", torch.ones(sum(channels[1:])))
+        self.pooled_mean: Tensor
+        self.pooled_std: Tensor
 
     def _check(self) -> None:
         for name, values in self.categories.items():
@@ -115,6 +120,34 @@ class FactorNetwork(nn.Module):
         Raises:
             ValueError: not RGB images, or integers.
         """
+        x = self.trunk(self._input(images))
+        return F.silu(self.norm(self.project(x.flatten(1))))
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """Activations averaged over the image, of every level below the first: [N, sum(channels[1:])].
+
+        Each has mean 0 and standard deviation 1 over the renders that :meth:`standardise` saw. No layer behind them
+        scales an image's features to the same length, so an image twice as bad is about twice as far away.
+        See :meth:`features` for the input.
+        """
+        return (self._pool(images) - self.pooled_mean) / self.pooled_std
+
+    @torch.no_grad()
+    def standardise(self, images: Tensor) -> None:
+        """Make :meth:`pooled` standardised over ``images``, as in :meth:`features`; at least two."""
+        pooled = torch.cat([self._pool(part) for part in images.split(250)])
+        self.pooled_mean.copy_(pooled.mean(0))
+        self.pooled_std.copy_(pooled.std(0).clamp_min(1e-3))
+
+    def _pool(self, images: Tensor) -> Tensor:
+        x, levels = self._input(images), []
+        for layer in self.trunk:
+            x = layer(x)
+            if isinstance(layer, _Residual):
+                levels.append(x.mean((2, 3)))
+        return torch.cat(levels, 1)
+
+    def _input(self, images: Tensor) -> Tensor:
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(
                 f"expected float images [N, 3, H, W] in [-1, 1], got {images.dtype} of shape {tuple(images.shape)}"
@@ -122,8 +155,7 @@ class FactorNetwork(nn.Module):
         x = images.to(self.project.weight.dtype)
         if x.shape[-2:] != (INPUT_SIZE, INPUT_SIZE):
             x = F.interpolate(x, size=(INPUT_SIZE, INPUT_SIZE), mode="bilinear", antialias=True)
-        x = x.clamp(-1, 1).contiguous(memory_format=torch.channels_last)
-        return F.silu(self.norm(self.project(self.trunk(x).flatten(1))))
+        return x.clamp(-1, 1).contiguous(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> FactorOutput:
         """See :meth:`features` for the input."""
@@ -225,13 +257,19 @@ class CartoonFeatures(nn.Module):
     Args:
         path: folder written by :meth:`FactorNetwork.save_pretrained`, or ``builtin:NAME`` for one that ships with the
             package.
+        layer: ``factors``, what the factors are read from, to compare two images (as LPIPS does); or ``pooled``, the
+            activations of all levels averaged over the image, to compare two sets of images (as Inception's are).
+
+    Raises:
+        ValueError: another ``layer``.
     """
 
-    name = "cartoon_features"
-
-    def __init__(self, path: str = "builtin:cartoon_features") -> None:
+    def __init__(self, path: str = "builtin:cartoon_features", layer: Literal["factors", "pooled"] = "factors") -> None:
         super().__init__()
-        self.path = path
+        if layer not in ("factors", "pooled"):
+            raise ValueError(f"layer must be 'factors' or 'pooled', got {layer!r}")
+        self.path, self.layer = path, layer
+        self.name = "cartoon_features" + ("-pooled" if layer == "pooled" else "")
         self._loaded: list[FactorNetwork] = []  # in a list, so that torch does not register it
 
     @property
@@ -250,7 +288,8 @@ class CartoonFeatures(nn.Module):
     @property
     def num_features(self) -> int:
         """D. Reads the config only."""
-        return int(read_config(self.folder)["features"])
+        config = read_config(self.folder)
+        return int(config["features"]) if self.layer == "factors" else sum(config["channels"][1:])
 
     def load(self) -> FactorNetwork:
         """The network, read from disk once; errors as in :meth:`FactorNetwork.from_pretrained`."""
@@ -262,7 +301,8 @@ class CartoonFeatures(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Features [N, D] float32 of ``images`` [N, 3, H, W] in [-1, 1]; gradients pass to the images."""
         with torch.autocast(images.device.type, enabled=False):
-            return self.load().to(images.device).features(images)
+            network = self.load().to(images.device)
+            return network.features(images) if self.layer == "factors" else network.pooled(images)
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> dict[str, Tensor]:

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unidad_pl.data.cartoon_labels import LabelledBatch, visible
-from unidad_pl.data.cartoons import CATEGORIES, DOMAINS, RANGES
-from unidad_pl.metrics.cartoon import FactorNetwork, FactorOutput
+from unidad_pl.data.cartoons import CATEGORIES, DOMAINS, RANGES, render
+from unidad_pl.metrics.cartoon import INPUT_SIZE, FactorNetwork, FactorOutput
 from unidad_pl.modules.optimization import Optimization
 from unidad_pl.seeds import mix_seed
 
 CURVE_FILE = "curve.csv"
+_STANDARD = 4_000_000  # first index of the renders that the pooled features are standardised over
 
 
 class FactorTraining(pl.LightningModule):
@@ -158,7 +159,9 @@ class FactorTraining(pl.LightningModule):
             self.export(self.export_to or Path(self.trainer.default_root_dir) / "cartoon_features")
 
     def export(self, folder: str | Path) -> None:
-        """Write the network (float16) and the curve into ``folder``."""
+        """Write the network (float16) and the curve into ``folder``; standardise its pooled features before."""
+        indices = range(_STANDARD, _STANDARD + 1000)
+        self.network.standardise(torch.cat([render(indices, domain, INPUT_SIZE) for domain in DOMAINS]).to(self.device))
         self.network.save_pretrained(folder, torch.float16)
         with (Path(folder) / CURVE_FILE).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
