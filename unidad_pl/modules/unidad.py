@@ -198,7 +198,7 @@ class UniDAD(GenerativeModule):
             groups["target"] = [{"params": self._trained_target_parameters()}]
         return groups
 
-    def _trained_target_parameters(self) -> list[Tensor]:
+    def _trained_target_parameters(self) -> list[torch.nn.Parameter]:
         named = dict(self.target_teacher.named_parameters())
         chosen = [parameter for name, parameter in named.items() if self.target_parameters.search(name)]
         if not chosen:
