@@ -196,3 +196,20 @@ def test_every_epoch_continues_the_stream() -> None:
     first = [b.images for b, _ in zip(stream, range(3), strict=False)]
     second = [b.images for b, _ in zip(stream, range(3), strict=False)]
     assert len({round(float(v), 4) for v in torch.cat(first + second[:1]).flatten()}) == 8
+
+
+def test_shifts_move_whole_pixels_and_repeat_the_edge() -> None:
+    images = torch.arange(3 * 8 * 8, dtype=torch.uint8).reshape(1, 3, 8, 8)
+    stream = ShotStream(images, 1, False, 0, shift=2)
+    found = {}
+    padded = torch.nn.functional.pad(images.float(), (2, 2, 2, 2), mode="replicate")[0]
+    for position in range(200):
+        moved = to_uint8(stream.batch_at(range(position, position + 1)).images)[0].float()
+        for down in range(-2, 3):
+            for right in range(-2, 3):
+                if torch.equal(moved, padded[:, 2 - down : 10 - down, 2 - right : 10 - right]):
+                    found[position] = (down, right)
+    assert len(found) == 200  # each is one of the 25 windows of the edge-padded image
+    assert set(found.values()) == {(down, right) for down in range(-2, 3) for right in range(-2, 3)}
+    with pytest.raises(ValueError, match="shift must be at least 0 and below the resolution of 32 pixels, got 32"):
+        FewShotDataModule(domain="faces", shift=32)

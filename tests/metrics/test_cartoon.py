@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unidad_pl.data import cartoons
-from unidad_pl.data.cartoon_labels import VALIDATION_START, visible
+from unidad_pl.data.cartoon_labels import VALIDATION_START
+from unidad_pl.data.cartoons import visible
 from unidad_pl.metrics.cartoon import ASSETS, CartoonFeatures, FactorNetwork
 from unidad_pl.modules.factors import gaussian_blur
 

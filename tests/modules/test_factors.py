@@ -17,8 +17,8 @@ from unidad_pl.data.cartoon_labels import (
     VALIDATION_START,
     CartoonDataModule,
     LabelledBatch,
-    visible,
 )
+from unidad_pl.data.cartoons import visible
 from unidad_pl.metrics.cartoon import CartoonFeatures, FactorNetwork
 from unidad_pl.modules.factors import FactorTraining, gaussian_blur
 from unidad_pl.modules.optimization import Optimization

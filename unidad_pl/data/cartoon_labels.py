@@ -3,7 +3,7 @@
 Index ranges of the cartoon world, so that nothing is judged by a network that was trained on it:
 
 * ``0 ...``: reference sets of :class:`~unidad_pl.data.few_shot.FewShotDataModule`;
-* ``(s + 1) * 1_000_000 ...``: its shots for seed ``s``;
+* ``(s + 1) * 1_000_000 ...``: candidates for its shots, for seed ``s``;
 * ``2_500_000 ... 2_999_999``: held-out validation images here;
 * ``3_500_000 ... 3_999_999``: training images here. Both start at half a million, clear of the shots of any seed as
   long as there are fewer than 500 000 of them.
@@ -43,20 +43,6 @@ class LabelledBatch:
     images: Tensor
     labels: dict[str, Tensor]
     domain: Tensor
-
-
-def visible(labels: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Factor -> [B] bool: whether the factor can be seen in the image at all.
-
-    People have no fur and cats no hair; dark glasses hide the eyes; an open mouth shows how strong a smile is but not
-    its sign.
-    """
-    person = labels["species"] == cartoons.CATEGORIES["species"].index("person")
-    seen = {name: torch.ones_like(person) for name in (*cartoons.CATEGORIES, *cartoons.RANGES)}
-    seen |= dict.fromkeys(cartoons.PERSON_ONLY, person) | dict.fromkeys(cartoons.CAT_ONLY, ~person)
-    seen["eye_colour"] = labels["glasses"] == cartoons.CATEGORIES["glasses"].index("none")
-    seen["smile"] = person & (labels["mouth"] == cartoons.CATEGORIES["mouth"].index("closed"))
-    return seen
 
 
 class CartoonDataModule(pl.LightningDataModule):

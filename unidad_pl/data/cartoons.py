@@ -125,6 +125,20 @@ def factors(indices: Sequence[int] | Tensor, domain: str) -> dict[str, Tensor]:
     return drawn
 
 
+def visible(labels: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Factor -> [B] bool: whether the factor can be seen in the image at all.
+
+    People have no fur and cats no hair; dark glasses hide the eyes; an open mouth shows how strong a smile is but not
+    its sign.
+    """
+    person = labels["species"] == CATEGORIES["species"].index("person")
+    seen = {name: torch.ones_like(person) for name in (*CATEGORIES, *RANGES)}
+    seen |= dict.fromkeys(PERSON_ONLY, person) | dict.fromkeys(CAT_ONLY, ~person)
+    seen["eye_colour"] = labels["glasses"] == CATEGORIES["glasses"].index("none")
+    seen["smile"] = person & (labels["mouth"] == CATEGORIES["mouth"].index("closed"))
+    return seen
+
+
 class _Canvas:
     """Paints anti-aliased shapes, back to front, for a batch of images in head coordinates."""
 

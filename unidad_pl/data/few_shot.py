@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import lightning.pytorch as pl
 import torch
@@ -11,11 +11,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from unidad_pl.data import cartoons
 from unidad_pl.data.batch import Batch, to_float, to_uint8
+from unidad_pl.data.cartoon_shots import choose_shots
 from unidad_pl.data.images import load_folder
 from unidad_pl.data.stream import PositionStream
 from unidad_pl.seeds import mix_seed
-
-SHOTS_START = 1_000_000  # cartoon shots of seed s begin at (s + 1) million; the reference set at 0
 
 
 class FewShotDataModule(pl.LightningDataModule):
@@ -28,10 +27,13 @@ class FewShotDataModule(pl.LightningDataModule):
     Args:
         root: folder with PNG, JPEG, WebP or BMP images. Give this or ``domain``.
         domain: ``faces``, ``sunglasses`` or ``cats`` of the embedded cartoon world, instead of a folder.
-        shots: number of training images. A folder with more gives a random choice by ``seed``; null takes all.
+        shots: number of training images. A folder with more gives a random choice by ``seed``, null takes all of it;
+            a domain gives renders that are as varied as the domain (:func:`~.cartoon_shots.choose_shots`).
         resolution: image side in pixels; must be the model's.
         batch_size: images per iteration and rank.
         flip: mirror images at random, left to right.
+        shift: move images by up to this many whole pixels at random, edges repeated. One or two keep networks from
+            knowing a handful of small shots by heart; 0 as in the paper.
         seed: of the choice of shots, their order and flips; null: 0, or the command line's ``seed_everything``.
         reference: folder of images that metrics compare with. Default: for a domain, ``reference_size`` held-out
             renders; for a folder, its images that are not shots (all of it, if that leaves fewer than 2).
@@ -51,6 +53,7 @@ class FewShotDataModule(pl.LightningDataModule):
         resolution: int = 32,
         batch_size: int = 1,
         flip: bool = True,
+        shift: int = 0,
         seed: int | None = None,
         reference: str | None = None,
         reference_size: int = 1000,
@@ -70,8 +73,10 @@ class FewShotDataModule(pl.LightningDataModule):
         for name, value in (("shots", shots), ("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 <= shift < resolution:
+            raise ValueError(f"shift must be at least 0 and below the resolution of {resolution} pixels, got {shift}")
         self.root, self.domain, self.wanted_shots = root, domain, shots
-        self.resolution, self.batch_size, self.flip = resolution, batch_size, flip
+        self.resolution, self.batch_size, self.flip, self.shift = resolution, batch_size, flip, shift
         self.seed = 0 if seed is None else seed
         self.reference_root, self.reference_size = reference, reference_size
         self.samples = {"val": val_samples, "test": test_samples, "predict": predict_samples}
@@ -89,8 +94,7 @@ class FewShotDataModule(pl.LightningDataModule):
         if self._shots is not None:
             return
         if self.domain is not None:
-            start = SHOTS_START * (self.seed + 1)
-            indices = range(start, start + int(self.wanted_shots or 0))
+            indices = choose_shots(self.domain, int(self.wanted_shots or 0), self.seed)
             self._shots, rest = render_uint8(indices, self.domain, self.resolution), None
             self.shot_names = [f"{self.domain}[{i}]" for i in indices]
         else:
@@ -135,7 +139,7 @@ class FewShotDataModule(pl.LightningDataModule):
         trainer = self.trainer
         world, rank = (trainer.world_size, trainer.global_rank) if trainer is not None else (1, 0)
         start = (lambda: trainer.global_step) if trainer is not None else (lambda: 0)
-        stream = ShotStream(self._shots, self.batch_size, self.flip, self.seed, start, world, rank)
+        stream = ShotStream(self._shots, self.batch_size, self.flip, self.seed, start, world, rank, self.shift)
         return DataLoader(stream, batch_size=None)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
@@ -175,16 +179,17 @@ class SeedBatches(IterableDataset[dict[str, Tensor]]):
 class ShotStream(PositionStream[Batch]):
     """Endless batches of a small image set; position p of the stream is a function of (seed, p) alone.
 
-    Every epoch of N positions visits each image once, in an order of its own; flips are drawn per position.
+    Every epoch of N positions visits each image once, in an order of its own; flips and shifts are drawn per position.
 
     Args:
         images: [N, C, H, W] uint8.
         batch_size: images per batch.
         flip: mirror half of the positions.
-        seed: of orders and flips.
+        seed: of orders, flips and shifts.
         start: returns the iterations already done; asked whenever an epoch begins.
         world: number of ranks; each takes its own share of every global batch.
         rank: this rank.
+        shift: largest translation in pixels, along each axis.
     """
 
     def __init__(
@@ -196,30 +201,37 @@ class ShotStream(PositionStream[Batch]):
         start: Callable[[], int] = lambda: 0,
         world: int = 1,
         rank: int = 0,
+        shift: int = 0,
     ) -> None:
         super().__init__(batch_size, start, world, rank)
-        self.images, self.flip, self.seed = images, flip, seed
-        self._orders: dict[int, tuple[Tensor, Tensor]] = {}
+        self.images, self.flip, self.seed, self.shift = images, flip, seed, shift
+        self._orders: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def batch_at(self, positions: range) -> Batch:
         """The images at ``positions`` of the stream."""
-        picks, flips = zip(*(self._look_up(p) for p in positions), strict=True)
-        images = to_float(self.images[torch.tensor(picks)])
-        mirrored = torch.tensor(flips)[:, None, None, None]
-        return Batch(torch.where(mirrored, images.flip(-1), images))
+        return Batch(to_float(torch.stack([self._image_at(position) for position in positions])))
 
-    def _look_up(self, position: int) -> tuple[int, bool]:
+    def _image_at(self, position: int) -> Tensor:
         epoch, place = divmod(position, len(self.images))
         if epoch not in self._orders:
             generator = torch.Generator().manual_seed(mix_seed(self.seed, 2, epoch))
             order = torch.randperm(len(self.images), generator=generator)
             mirror = torch.rand(len(self.images), generator=generator) < (0.5 if self.flip else 0.0)
-            self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1} | {epoch: (order, mirror)}
-        order, mirror = self._orders[epoch]
-        return int(order[place]), bool(mirror[place])
+            moves = torch.randint(-self.shift, self.shift + 1, (len(self.images), 2), generator=generator)
+            self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1} | {epoch: (order, mirror, moves)}
+        order, mirror, moves = self._orders[epoch]
+        image = self.images[order[place]]
+        return translate(image.flip(-1) if mirror[place] else image, *moves[place].tolist())
 
 
-def render_uint8(indices: range, domain: str, resolution: int) -> Tensor:
+def translate(image: Tensor, down: int, right: int) -> Tensor:
+    """``image`` [C, H, W] moved by whole pixels; its edge is repeated where nothing is left."""
+    rows = (torch.arange(image.shape[-2]) - down).clamp(0, image.shape[-2] - 1)
+    columns = (torch.arange(image.shape[-1]) - right).clamp(0, image.shape[-1] - 1)
+    return image[:, rows][:, :, columns]
+
+
+def render_uint8(indices: Sequence[int], domain: str, resolution: int) -> Tensor:
     """The cartoons ``indices`` of ``domain`` as [N, 3, R, R] uint8, rendered in parts to bound memory."""
     parts = [indices[i : i + 500] for i in range(0, len(indices), 500)]
     return torch.cat([to_uint8(cartoons.render(part, domain, resolution)) for part in parts])

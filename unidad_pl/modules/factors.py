@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unidad_pl.data.cartoon_labels import LabelledBatch, visible
-from unidad_pl.data.cartoons import CATEGORIES, DOMAINS, RANGES, render
+from unidad_pl.data.cartoon_labels import LabelledBatch
+from unidad_pl.data.cartoons import CATEGORIES, DOMAINS, RANGES, render, visible
 from unidad_pl.metrics.cartoon import INPUT_SIZE, FactorNetwork, FactorOutput
 from unidad_pl.modules.optimization import Optimization
 from unidad_pl.seeds import mix_seed
