@@ -133,7 +133,7 @@ def test_every_argument_acts(folder: Path) -> None:
     base = first_batch()
     changes: dict[str, dict[str, Any]] = {
         "domain": dict(domain="cats"), "shots": dict(shots=5), "resolution": dict(resolution=16),
-        "batch_size": dict(batch_size=4), "flip": dict(flip=False), "seed": dict(seed=1),
+        "batch_size": dict(batch_size=4), "flip": dict(flip=False), "seed": dict(seed=1), "shift": dict(shift=1),
         "root": dict(domain=None, root=str(folder), shots=5),
     }  # fmt: skip
     for options in changes.values():
