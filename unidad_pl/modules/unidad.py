@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -49,8 +48,6 @@ class UniDAD(GenerativeModule):
         target_update: T is trained on the iterations that update the ``student``, or on ``every`` one.
         target_iterations: T is trained in the first so many iterations only: it learns the new domain long before it
             knows the shots by heart. null: always.
-        target_parameters: regular expression; only the parameters of T whose name it is found in are trained. The last
-            layers alone draw what is new, and the rest keeps what the source model knows. null: all.
         steps: K, the student's sampling steps.
         sigma_max: sigma of the student's first step.
         sigma_end: sigma of its last step.
@@ -86,7 +83,6 @@ class UniDAD(GenerativeModule):
         target: Literal["train", "frozen"] = "train",
         target_update: Literal["student", "every"] = "student",
         target_iterations: int | None = None,
-        target_parameters: str | None = None,
         steps: int = 3,
         sigma_max: float = 80.0,
         sigma_end: float = 0.5,
@@ -137,10 +133,6 @@ class UniDAD(GenerativeModule):
         self.frozen_networks = ("source_teacher",) * (self.source_weight > 0)
         self.frozen_networks += ("target_teacher",) * (self.target_weight > 0 and target == "frozen")
         self.target_update, self.target_iterations = target_update, target_iterations
-        try:
-            self.target_parameters = re.compile(target_parameters or "")
-        except re.error as e:
-            raise ValueError(f"target_parameters {target_parameters!r} is no regular expression: {e}") from e
         self.student_every = student_every
         self.sampler = FewStepSampler(log_linear(steps, sigma_max, sigma_end), gradient)
         self.dmd_range, self.normalizer, self.noise_table = dmd_range, normalizer, noise_table
@@ -195,18 +187,8 @@ class UniDAD(GenerativeModule):
             fake.append({"params": list(self.discriminator.parameters()), "lr": lr})
         groups = {"student": [{"params": list(self.student.parameters())}], "fake": fake}
         if self.trains_target:
-            groups["target"] = [{"params": self._trained_target_parameters()}]
+            groups["target"] = [{"params": list(self.target_teacher.parameters())}]
         return groups
-
-    def _trained_target_parameters(self) -> list[torch.nn.Parameter]:
-        named = dict(self.target_teacher.named_parameters())
-        chosen = [parameter for name, parameter in named.items() if self.target_parameters.search(name)]
-        if not chosen:
-            raise ValueError(
-                f"target_parameters '{self.target_parameters.pattern}' is found in no parameter of the target teacher: "
-                f"its names are like {', '.join(list(named)[:: max(1, len(named) // 6)])}"
-            )
-        return chosen
 
     def steps_of(self, group: str, iterations: int) -> int:
         if group == "target" and self.target_iterations is not None:
