@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from unidad_pl.callbacks.records import FILE, append_record, on_rank_zero, run_folder
+from unidad_pl.callbacks.records import FILE, append_record, on_rank_zero, run_folder, trained_steps
 from unidad_pl.callbacks.sources import check_range
 from unidad_pl.metrics.gather import RowMetric, distinct_in_order, sample_indices
 
@@ -203,7 +203,7 @@ class EvaluationCallback(pl.Callback):
             "metric": type(self).__name__,
             "values": report.values,
             "stage": stage,
-            "step": trainer.global_step,
+            "step": trained_steps(trainer),
             "samples": len(seeds),
             "first_seed": int(seeds[0]),
             "last_seed": int(seeds[-1]),

@@ -21,6 +21,15 @@ def run_folder(trainer: pl.Trainer) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
+def trained_steps(trainer: pl.Trainer) -> int:
+    """Training steps of the weights at hand.
+
+    Outside of ``fit`` Lightning leaves ``trainer.global_step`` at 0 whatever checkpoint it loaded; a module that keeps
+    its own count as ``iteration``, like ours, knows better.
+    """
+    return trainer.global_step or int(getattr(trainer.lightning_module, "iteration", 0))
+
+
 def _plain(value: Any) -> Any:
     """Numbers JSON has no word for (NaN, infinity) become null."""
     if isinstance(value, float) and not math.isfinite(value):

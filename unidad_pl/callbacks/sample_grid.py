@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unidad_pl.callbacks.base import STAGES, EvaluationCallback, Report
 from unidad_pl.callbacks.pictures import as_uint8, grid, write_png
-from unidad_pl.callbacks.records import on_rank_zero, run_folder
+from unidad_pl.callbacks.records import on_rank_zero, run_folder, trained_steps
 from unidad_pl.callbacks.sources import Images, ImageSource, model_range
 from unidad_pl.metrics.gather import RowMetric, distinct_in_order
 
@@ -106,7 +106,7 @@ class SampleGrid(EvaluationCallback):
         shots = model_range(self.shots.load(trainer, size)) if self.shots_on_top else None
         scale = -(-VISIBLE // samples.shape[3]) if self.scale is None else self.scale
         picture = grid(samples, shots, self.columns, scale)
-        path = run_folder(trainer) / "samples" / f"{stage}_step{trainer.global_step:08d}.png"
+        path = run_folder(trainer) / "samples" / f"{stage}_step{trained_steps(trainer):08d}.png"
         on_rank_zero(trainer, str(path), lambda: write_png(picture, path))
         if trainer.is_global_zero:
             log_picture(trainer, f"{stage}/samples", picture)
