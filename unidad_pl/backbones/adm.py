@@ -26,6 +26,8 @@ State = dict[str, Tensor]
 Rule = Literal["same", "conv1d", "qkv"]
 
 WRAPPERS = ("ema", "model", "state_dict")
+PREFIXES = ("module.", "unet.")
+"""What DistributedDataParallel, and then Uni-DAD's released code (``pytorch_model.bin``), put before every name."""
 
 
 class ADMStateDictAdapter:
@@ -171,7 +173,7 @@ def read_checkpoint(path: str | Path) -> State:
     """The weights in a guided-diffusion file (``torch.save`` or safetensors), on the CPU and in the file's dtype.
 
     Weights wrapped under ``ema``, ``model`` or ``state_dict`` (looked for in that order) are taken out, with a warning
-    in the log that says which.
+    in the log that says which. Prefixes that all names share (:data:`PREFIXES`) are taken off.
 
     Raises:
         FileNotFoundError: no such file.
@@ -189,7 +191,12 @@ def read_checkpoint(path: str | Path) -> State:
             raise ValueError(f"{str(path)!r} is not a safetensors file: {error}") from error
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{str(path)!r} is no file of plain tensors: it may carry code, which is never run here. Save its state "
+            f"dict alone, with torch.save or as .safetensors, where you trust it. ({str(error).splitlines()[0]})"
+        ) from error
+    except (RuntimeError, EOFError) as error:
         raise ValueError(f"{str(path)!r} cannot be read as a file of plain tensors: {error}") from error
     wrapped = [name for name in WRAPPERS if isinstance(content, dict) and isinstance(content.get(name), dict)]
     if wrapped:
@@ -201,6 +208,9 @@ def read_checkpoint(path: str | Path) -> State:
             f"{str(path)!r} holds no weights: expected a mapping from names to tensors, by itself or under one of "
             f"{', '.join(WRAPPERS)}"
         )
+    for prefix in PREFIXES:
+        if all(name.startswith(prefix) for name in content):
+            content = {name.removeprefix(prefix): value for name, value in content.items()}
     return content
 
 

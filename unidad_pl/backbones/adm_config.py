@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,17 @@ class ADMConfig:
         return cls(**{name: value for name, value in flags.items() if name in known})
 
     @classmethod
+    def preset(cls, name: str) -> ADMConfig:
+        """The flags of the published model ``name``, a key of :data:`PRESETS`.
+
+        Raises:
+            ValueError: no such preset.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"no ADM preset {name!r}: there are {', '.join(PRESETS)}; else give a JSON file of flags")
+        return PRESETS[name]
+
+    @classmethod
     def load(cls, name: str | Path) -> ADMConfig:
         """The preset called ``name`` (see :data:`PRESETS`), or the flags in the JSON file ``name``.
 
@@ -117,7 +128,7 @@ class ADMConfig:
             ValueError: the file is not a JSON object of known flags.
         """
         if str(name) in PRESETS:
-            return PRESETS[str(name)]
+            return cls.preset(str(name))
         if not Path(name).is_file():
             raise FileNotFoundError(
                 f"ADM config {str(name)!r} is neither a file nor a preset ({', '.join(PRESETS)}). Write the flags the "
@@ -161,17 +172,24 @@ class ADMConfig:
         )
 
 
+_LSUN = ADMConfig(
+    image_size=256,
+    num_channels=256,
+    attention_resolutions="32,16,8",
+    num_head_channels=64,
+    resblock_updown=True,
+    learn_sigma=True,
+)
+
+# Dropout 0.1 was used to train the first two, and acts in training mode only.
 PRESETS = {
-    # ddpm-segmentation's ffhq.pt (dropout 0.1 was used to train it, and acts in training mode only)
-    "ffhq256": ADMConfig(
-        image_size=256,
-        num_channels=256,
-        attention_resolutions="32,16,8",
-        num_head_channels=64,
-        resblock_updown=True,
-        learn_sigma=True,
-    )
+    "ffhq256": _LSUN,  # ddpm-segmentation's ffhq.pt
+    "lsun256": _LSUN,  # guided-diffusion's lsun_bedroom.pt, lsun_cat.pt, lsun_horse.pt
+    "imagenet256": replace(_LSUN, class_cond=True),  # 256x256_diffusion.pt
+    "imagenet256_uncond": _LSUN,  # 256x256_diffusion_uncond.pt
 }
+"""The published models that a ``UNet2DModel`` represents. Not among them: ImageNet 64 (cosine schedule), 128 (a fixed
+number of heads) and 512 (``channel_mult`` starts with 0.5)."""
 
 
 def unet2d_config(adm: ADMConfig) -> dict[str, Any]:
