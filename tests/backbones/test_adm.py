@@ -239,7 +239,7 @@ def test_unreadable_checkpoints_are_named(tmp_path: Path) -> None:
         ({"channel_mult": "", "image_size": 48}, "no default for image_size 48"),
         ({"num_head_channels": -1}, "fixed num_heads"),
         ({"num_head_channels": 24}, "24 does not divide"),
-        ({"noise_schedule": "cosine"}, "'cosine'"),
+        ({"noise_schedule": "sqrt"}, "'linear' or 'cosine', got 'sqrt'"),
         ({"diffusion_steps": 500, "rescale_timesteps": True}, "got 500"),
         ({"sr_size": 64}, r"unknown guided-diffusion flags \['sr_size'\]"),
     ],

@@ -112,5 +112,6 @@ def test_the_published_presets() -> None:
     assert counts == {
         "ffhq256": unconditional, "lsun256": unconditional, "imagenet256_uncond": unconditional,
         "imagenet256": unconditional + labels,
+        "imagenet64": 295_904_454,  # "296M" in table 4 of the ADM paper
     }  # fmt: skip
     assert ADMConfig.preset("imagenet256").classes == 1000

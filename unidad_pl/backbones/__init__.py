@@ -2,7 +2,8 @@
 
 from unidad_pl.backbones.adm import ADMSource, ADMStateDictAdapter
 from unidad_pl.backbones.adm_config import ADMConfig
-from unidad_pl.backbones.unet import NewUNet, PretrainedUNet, UNetDenoiser, UNetSpec
+from unidad_pl.backbones.unet import NewUNet, PretrainedUNet, UNetDenoiser
+from unidad_pl.backbones.unet_spec import UNetSpec
 
 __all__ = [
     "ADMConfig",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from unidad_pl.backbones.unet import UNetSpec
+from unidad_pl.backbones.unet_spec import UNetSpec
 
 CHANNEL_MULT = {512: "0.5,1,1,2,2,4,4", 256: "1,1,2,2,4,4", 128: "1,1,2,3,4", 64: "1,2,3,4"}
 """What an empty ``channel_mult`` means, by image size."""
@@ -45,7 +45,7 @@ class ADMConfig:
         dropout: dropout inside residual blocks, in training mode only.
         in_channels: colour channels.
         diffusion_steps: length of the schedule.
-        noise_schedule: must be ``linear``.
+        noise_schedule: ``linear`` or ``cosine``.
         predict_xstart: the network predicts the clean image, not the noise.
         rescale_timesteps: must not change anything, that is ``diffusion_steps`` must then be 1000.
 
@@ -90,8 +90,8 @@ class ADMConfig:
             # the deepest level counts whatever its attention flag says: the middle block has attention
             if (self.attention[level] or level == len(self.widths) - 1) and width % self.num_head_channels:
                 raise ValueError(f"num_head_channels {self.num_head_channels} does not divide the {width} channels")
-        if self.noise_schedule != "linear":
-            raise ValueError(f"noise_schedule must be 'linear', got {self.noise_schedule!r}")
+        if self.noise_schedule not in ("linear", "cosine"):
+            raise ValueError(f"noise_schedule must be 'linear' or 'cosine', got {self.noise_schedule!r}")
         if self.rescale_timesteps and self.diffusion_steps != 1000:
             raise ValueError(f"rescale_timesteps needs diffusion_steps 1000, got {self.diffusion_steps}")
 
@@ -166,6 +166,7 @@ class ADMConfig:
         return UNetSpec(
             prediction="sample" if self.predict_xstart else "epsilon",
             timestep="nearest",
+            beta_schedule="linear" if self.noise_schedule == "linear" else "squaredcos_cap_v2",
             beta_start=1e-4 * scale,
             beta_end=0.02 * scale,
             train_timesteps=self.diffusion_steps,
@@ -181,15 +182,27 @@ _LSUN = ADMConfig(
     learn_sigma=True,
 )
 
-# Dropout 0.1 was used to train the first two, and acts in training mode only.
+# Some were trained with dropout 0.1, which acts in training mode only.
 PRESETS = {
     "ffhq256": _LSUN,  # ddpm-segmentation's ffhq.pt
     "lsun256": _LSUN,  # guided-diffusion's lsun_bedroom.pt, lsun_cat.pt, lsun_horse.pt
+    "imagenet64": ADMConfig(  # 64x64_diffusion.pt
+        image_size=64,
+        num_channels=192,
+        num_res_blocks=3,
+        attention_resolutions="32,16,8",
+        num_head_channels=64,
+        resblock_updown=True,
+        use_new_attention_order=True,
+        learn_sigma=True,
+        class_cond=True,
+        noise_schedule="cosine",
+    ),
     "imagenet256": replace(_LSUN, class_cond=True),  # 256x256_diffusion.pt
     "imagenet256_uncond": _LSUN,  # 256x256_diffusion_uncond.pt
 }
-"""The published models that a ``UNet2DModel`` represents. Not among them: ImageNet 64 (cosine schedule), 128 (a fixed
-number of heads) and 512 (``channel_mult`` starts with 0.5)."""
+"""The published models that a ``UNet2DModel`` represents. Not among them: ImageNet 128 (a fixed number of heads)
+and 512 (``channel_mult`` starts with 0.5)."""
 
 
 def unet2d_config(adm: ADMConfig) -> dict[str, Any]:

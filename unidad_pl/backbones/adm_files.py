@@ -27,7 +27,8 @@ def import_adm(checkpoint: str, out: str, preset: str | None = None, config: str
     Args:
         checkpoint: the file, written by torch.save or as .safetensors.
         out: the folder to make.
-        preset: name of a published model: ffhq256, lsun256, imagenet256 or imagenet256_uncond.
+        preset: name of a published model: ffhq256, lsun256, imagenet64, imagenet256 or
+            imagenet256_uncond.
         config: JSON file with the flags the checkpoint was trained with. Give this or a preset.
 
     Returns:
@@ -52,7 +53,7 @@ def import_adm(checkpoint: str, out: str, preset: str | None = None, config: str
         num_train_timesteps=adm.spec.train_timesteps,
         beta_start=adm.spec.beta_start,
         beta_end=adm.spec.beta_end,
-        beta_schedule="linear",
+        beta_schedule=adm.spec.beta_schedule,
         prediction_type=adm.spec.prediction,
         variance_type="learned_range" if adm.learn_sigma else "fixed_small",
     )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unidad_pl.denoiser import PREDICTION_TYPES, Denoiser, DenoiserSource, Parameterization, Prediction, PredictionType
-from unidad_pl.schedules import abar_from_sigma, linear_abar, sigma_from_abar
+from unidad_pl.backbones.scheduler import SCHEDULER_FILE, find_scheduler, spec_of_scheduler
+from unidad_pl.backbones.unet_spec import UNetSpec
+from unidad_pl.denoiser import Denoiser, DenoiserSource, Parameterization, Prediction, PredictionType
+from unidad_pl.schedules import abar_from_sigma, sigma_from_abar
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
@@ -20,40 +22,7 @@ if TYPE_CHECKING:
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 BUILTIN = "builtin:"
 DENOISER_FILE = "denoiser.json"
-
-
-@dataclass(frozen=True)
-class UNetSpec:
-    """What a ``UNet2DModel``'s own config does not say about how to use it as a denoiser. Saved as ``denoiser.json``.
-
-    Attributes:
-        prediction: what the network predicts: ``epsilon``, ``v_prediction``, ``sample`` (variance-preserving input)
-            or ``edm`` (Karras et al. 2022 preconditioning).
-        sigma_data: standard deviation of the data; used by ``edm`` only.
-        patch_size: pixels per side folded into channels before the network and back after it; 1 = none. The network
-            then works on an image ``patch_size`` times smaller, with ``patch_size^2`` times the channels.
-        timestep: how ``epsilon``/``v_prediction``/``sample`` networks see sigma: the ``nearest`` of the trained
-            timesteps (parity with released code) or ``interpolated`` in log sigma. ``edm`` sees ``250 * ln(sigma)/4``.
-        beta_start: first beta of the linear schedule (variance-preserving networks).
-        beta_end: last beta of the linear schedule.
-        train_timesteps: length of the schedule.
-    """
-
-    prediction: PredictionType = "epsilon"
-    sigma_data: float = 0.5
-    patch_size: int = 1
-    timestep: Literal["nearest", "interpolated"] = "nearest"
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
-    train_timesteps: int = 1000
-
-    def __post_init__(self) -> None:
-        if self.prediction not in PREDICTION_TYPES:
-            raise ValueError(f"prediction must be one of {', '.join(PREDICTION_TYPES)}, got {self.prediction!r}")
-        if self.timestep not in ("nearest", "interpolated"):
-            raise ValueError(f"timestep must be 'nearest' or 'interpolated', got {self.timestep!r}")
-        if self.sigma_data <= 0 or self.patch_size < 1:
-            raise ValueError(f"sigma_data must be > 0 and patch_size >= 1, got {self.sigma_data} and {self.patch_size}")
+BIN_FILE = "diffusion_pytorch_model.bin"
 
 
 class _Float32Conv2d(nn.Conv2d):
@@ -101,8 +70,7 @@ class UNetDenoiser(Denoiser):
         self.spec = spec
         self.unet = unet
         self.unet.conv_out = _Float32Conv2d.of(unet.conv_out)
-        abar = linear_abar(spec.train_timesteps, spec.beta_start, spec.beta_end)
-        self.register_buffer("abar", abar, persistent=False)
+        self.register_buffer("abar", spec.abar(), persistent=False)
         self.abar: Tensor
 
     def predict(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Prediction:
@@ -173,9 +141,11 @@ class PretrainedUNet(DenoiserSource):
     """A ``UNet2DModel`` folder with weights.
 
     Args:
-        path: a folder holding ``config.json``, ``diffusion_pytorch_model.safetensors`` and ``denoiser.json``, as
-            written by :meth:`UNetDenoiser.save_pretrained`; or ``builtin:NAME`` for a model that ships with the
-            package (``builtin:cartoon_teacher``).
+        path: a folder with a network's ``config.json`` and weights, as diffusers writes it (a whole pipeline's folder,
+            or its ``unet``), with ``scheduler_config.json`` beside it or in ``scheduler/``, which says what the network
+            predicts and at which noise levels; or one written by :meth:`UNetDenoiser.save_pretrained`, where
+            ``denoiser.json`` says so; or ``builtin:NAME`` for a model that ships with the package
+            (``builtin:cartoon_teacher``).
     """
 
     def __init__(self, path: str = "builtin:cartoon_teacher") -> None:
@@ -195,25 +165,36 @@ class PretrainedUNet(DenoiserSource):
         """
         from diffusers import UNet2DModel
 
-        for name in ("config.json", DENOISER_FILE):
-            if not (self.folder / name).is_file():
-                raise FileNotFoundError(
-                    f"source model {self.path!r} has no {name} (looked in {self.folder}). A source folder holds "
-                    f"config.json, diffusion_pytorch_model.safetensors and {DENOISER_FILE}, which says what "
-                    f'the network predicts: {{"prediction": "epsilon"}} for a DDPM.'
-                )
-        entries = json.loads((self.folder / DENOISER_FILE).read_text())
-        unknown = set(entries) - set(UNetSpec.__dataclass_fields__)
-        if unknown:
-            raise ValueError(f"{self.folder / DENOISER_FILE} has unknown entries {sorted(unknown)}")
+        folder = self.folder if (self.folder / "config.json").is_file() else self.folder / "unet"
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"source model {self.path!r} has no config.json (looked in {self.folder} and its unet/). A source "
+                f"folder holds config.json, diffusion_pytorch_model.safetensors and {SCHEDULER_FILE}."
+            )
+        spec = self._spec(folder)
         unet, report = UNet2DModel.from_pretrained(
-            self.folder, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True,
-            low_cpu_mem_usage=False, local_files_only=True,
+            folder, torch_dtype=torch.float32, use_safetensors=not (folder / BIN_FILE).is_file() or None,
+            output_loading_info=True, low_cpu_mem_usage=False, local_files_only=True,
         )  # fmt: skip
         wrong = {kind: keys for kind, keys in report.items() if keys}
         if wrong:
-            raise ValueError(f"weights in {self.folder} do not fit its config.json: {wrong}")
-        return UNetDenoiser(unet, UNetSpec(**entries)).eval()
+            raise ValueError(f"weights in {folder} do not fit its config.json: {wrong}")
+        return UNetDenoiser(unet, spec).eval()
+
+    def _spec(self, folder: Path) -> UNetSpec:
+        if (folder / DENOISER_FILE).is_file():
+            entries = json.loads((folder / DENOISER_FILE).read_text())
+            unknown = set(entries) - set(UNetSpec.__dataclass_fields__)
+            if unknown:
+                raise ValueError(f"{folder / DENOISER_FILE} has unknown entries {sorted(unknown)}")
+            return UNetSpec(**entries)
+        scheduler = find_scheduler(folder)
+        if scheduler is None:
+            raise FileNotFoundError(
+                f"source model {self.path!r} has neither {SCHEDULER_FILE} (beside config.json, or in scheduler/) nor "
+                f'{DENOISER_FILE}, which say what the network predicts: {{"prediction": "epsilon"}} for a DDPM.'
+            )
+        return spec_of_scheduler(scheduler)
 
 
 class NewUNet(DenoiserSource):
