@@ -24,8 +24,11 @@ domain from about ten images, in one training run (Uni-DAD).
   unidad restore adm --folder FOLDER --out FILE         such a folder as a guided-diffusion checkpoint again
 """
 
-TOOLS = ("import", "restore")
-"""Subcommands beside Lightning's; each has subcommands of its own."""
+TOOLS = {
+    "import adm": "unidad_pl.backbones.adm_files:import_adm",
+    "restore adm": "unidad_pl.backbones.adm_files:restore_adm",
+}
+"""Commands beside Lightning's: words on the command line -> module:function, whose arguments are the options."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -36,33 +39,33 @@ def main(args: Sequence[str] | None = None) -> None:
 
         sys.stdout.write(f"unidad {version('unidad_pl')}\n")
         return
-    if given and given[0] in TOOLS:
-        _run_tool(given[0], given[1:])
+    if given and given[0] in {command.split()[0] for command in TOOLS}:
+        _run_tool(given)
         return
     from unidad_pl.lightning_cli import run
 
     run(None if args is None else given)
 
 
-def _run_tool(tool: str, args: Sequence[str]) -> None:
-    """Run ``unidad TOOL ...``; what is wrong with the request is one line, not a traceback."""
+def _run_tool(given: Sequence[str]) -> None:
+    """Run a command of :data:`TOOLS`; what is wrong with the request is one line, not a traceback."""
+    from importlib import import_module
+
     from jsonargparse import ArgumentParser
 
-    from unidad_pl.backbones.adm_files import import_adm, restore_adm
-
-    tools: dict[str, dict[str, Callable[..., Path]]] = {"import": {"adm": import_adm}, "restore": {"adm": restore_adm}}
-    functions = tools[tool]
-    parser = ArgumentParser(prog=f"unidad {tool}")
-    kinds = parser.add_subcommands(dest="kind")
-    for name, function in functions.items():
-        one = ArgumentParser(description=(function.__doc__ or "").partition("\n\n")[0])
-        one.add_function_arguments(function, as_group=False)
-        kinds.add_subcommand(name, one)
-    request = parser.parse_args(list(args))
+    same = {command: place for command, place in TOOLS.items() if command.split()[0] == given[0]}
+    name = given[0] if given[0] in same else " ".join(given[:2])
+    if name not in same:
+        sys.exit(f"unidad {given[0]}: use one of: " + ", ".join(f"unidad {command}" for command in same))
+    module, _, function_name = same[name].partition(":")
+    function: Callable[..., Path] = getattr(import_module(module), function_name)
+    parser = ArgumentParser(prog=f"unidad {name}", description=(function.__doc__ or "").partition("\n\n")[0])
+    parser.add_function_arguments(function, as_group=False)
+    request = parser.instantiate_classes(parser.parse_args(list(given[len(name.split()) :])))
     try:
-        made = functions[request.kind](**request[request.kind])
+        made = function(**request)
     except (ValueError, OSError) as error:
-        sys.exit(f"unidad {tool}: {error}")
+        sys.exit(f"unidad {name}: {error}")
     sys.stdout.write(f"written: {made}\n")
 
 
