@@ -180,6 +180,27 @@ def test_sample_grid_arguments(tmp_path: Path) -> None:
             SampleGrid(**{name: 0})
 
 
+def test_sample_grid_has_a_row_for_every_class(tmp_path: Path) -> None:
+    class Labelled(Toy):
+        def validation_step(self, batch: torch.Tensor, batch_idx: int) -> dict[str, torch.Tensor]:
+            return {"samples": self.sample(batch), "seeds": batch, "labels": torch.tensor([2, 0, 2])[batch % 3]}
+
+    module = Labelled()
+    grid = SampleGrid(count=8, scale=1, shots_on_top=False)
+    trainer(tmp_path, grid).validate(module, datamodule=Data(), verbose=False)
+    found = picture(tmp_path / "samples" / "val_step00000000.png")
+    assert found.shape == (2 * SIZE, 5 * SIZE, 3)
+    rows = [[1, 4, 7], [0, 2, 3, 5, 6]]  # the seeds of class 0 and of class 2
+    for row, seeds in enumerate(rows):
+        for column, image in enumerate(module.sample(torch.tensor(seeds))):
+            place = (slice(row * SIZE, (row + 1) * SIZE), slice(column * SIZE, (column + 1) * SIZE))
+            assert (found[place] == as_pixels(image)).all()
+    assert (found[:SIZE, 3 * SIZE :] == 0).all()
+    fixed = SampleGrid(count=8, columns=4, scale=1, shots_on_top=False)
+    trainer(tmp_path / "fixed", fixed).validate(module, datamodule=Data(), verbose=False)
+    assert picture(tmp_path / "fixed" / "samples" / "val_step00000000.png").shape == (2 * SIZE, 4 * SIZE, 3)
+
+
 def test_sample_grid_goes_to_loggers(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path, version="v")
     shown: list[tuple[str, int]] = []

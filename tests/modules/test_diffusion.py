@@ -40,7 +40,9 @@ def test_every_training_argument_changes_the_weights() -> None:
     plain, lognormal = train_sha(), train_sha(noise="lognormal")
     assert all(train_sha(**options) != plain for options in CHANGES.values())
     assert all(train_sha(noise="lognormal", **options) != lognormal for options in LOGNORMAL.values())
-    tested = set(CHANGES) | set(LOGNORMAL) | {"sampler", "steps", "max_skipped", "export_to", "export_half"}
+    conditional = tiny_unet(attention_levels=(), num_classes=2)
+    assert train_sha(source=conditional, classes=[0]) != train_sha(source=conditional)
+    tested = set(CHANGES) | set(LOGNORMAL) | {"classes", "sampler", "steps", "max_skipped", "export_to", "export_half"}
     assert tested == set(inspect.signature(Diffusion.__init__).parameters) - {"self"}
 
 

@@ -10,18 +10,19 @@ import pytest
 import torch
 
 from tests.worlds import Stream, fit, random_images, tiny_unet, weights_sha
+from unidad_pl.backbones import NewUNet
 from unidad_pl.modules import Critic, GenerativeModule, Optimization, UniDAD
 from unidad_pl.modules.optimization import frozen
 
 FAST = Optimization(lr=1e-3, warmup=0)
 
 
-def unidad(**options: Any) -> UniDAD:
+def unidad(source: NewUNet | None = None, **options: Any) -> UniDAD:
     settings: dict[str, Any] = dict(
         student_every=2, target_weight=0.5, ema_decay=0.9,
         student_optimization=FAST, fake_optimization=FAST, target_optimization=FAST,
     )  # fmt: skip
-    return UniDAD(tiny_unet(), **(settings | options))
+    return UniDAD(source or tiny_unet(), **(settings | options))
 
 
 NETWORKS = ("source_teacher", "target_teacher", "fake_score", "student", "discriminator")
@@ -194,7 +195,7 @@ def test_every_constructor_argument_is_tested() -> None:
     import dataclasses
     import inspect
 
-    tested = {name.split(":")[0] for name in EXACT} | {"critic", "noise_table", "max_skipped"}
+    tested = {name.split(":")[0] for name in EXACT} | {"critic", "noise_table", "max_skipped", "classes"}
     wanted = set(inspect.signature(UniDAD.__init__).parameters) - {"self"}
     wanted |= {f"critic.{f.name}" for f in dataclasses.fields(Critic)}
     assert wanted == tested
@@ -388,5 +389,37 @@ def test_class_conditional_models_take_labels() -> None:
     labels = torch.tensor([0, 2])
     assert module.draw_student_images(2, labels).shape == (2, 3, 16, 16)
     assert not torch.equal(module.sample([4], torch.tensor([0])), module.sample([4], torch.tensor([1])))
-    with pytest.raises(ValueError, match="conditional on 3 classes"):
-        module.sample([4])
+    every = module.sample([3, 4, 5])  # without labels: the classes in turn
+    torch.testing.assert_close(every, module.sample([3, 4, 5], torch.tensor([0, 1, 2])))
+    with pytest.raises(ValueError, match=r"labels must be in 0\.\.2, .* got 1 to 3"):
+        module.sample([4, 5], torch.tensor([1, 3]))
+    with pytest.raises(ValueError, match="2 images need 2 integer labels"):
+        module.sample([4, 5], torch.tensor([1]))
+
+
+def test_all_networks_see_the_same_labels_of_the_chosen_classes() -> None:
+    seen: dict[str, list[int]] = {}
+    module = unidad(tiny_unet(attention_levels=(), num_classes=4), classes=[1, 3], target_weight=0.5)
+    module.configure_model()
+    for name in ("student", "fake_score", "source_teacher", "target_teacher"):
+        network = getattr(module, name)
+        network.unet.class_embedding.register_forward_pre_hook(
+            lambda _, inputs, name=name: seen.setdefault(name, []).append(inputs[0].tolist())
+        )
+    fit(module, 1)
+    labels = seen["student"][0]
+    assert set(labels) <= {1, 3}
+    for name, drawn in seen.items():
+        assert all(part in (labels, labels + labels) for part in drawn), name
+    assert len(seen) == 4
+    assert module.labels_of(torch.arange(3)).tolist() == [1, 3, 1]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("classes", "conditional", "message"),
+    [([4], True, r"some of 0\.\.3, got \[4\]"), ([], True, "some of"), ([0], False, "the model is unconditional")],
+)
+def test_wrong_classes_are_refused(classes: list[int], conditional: bool, message: str) -> None:
+    module = unidad(tiny_unet(attention_levels=(), num_classes=4 if conditional else None), classes=classes)
+    with pytest.raises(ValueError, match=message):
+        module.configure_model()

@@ -75,6 +75,7 @@ class EvaluationCallback(pl.Callback):
         self.key, self.dataloader_idx, self.stages = key, dataloader_idx, tuple(stages)
         self._seeds: SeedRows | None = None
         self._seen = 0
+        self._labels: Tensor | None = None
         self._weights: str | None = None
         self._size: tuple[int, int] | None = None
         self._warned: set[str] = set()
@@ -166,6 +167,7 @@ class EvaluationCallback(pl.Callback):
         self._weights = str(outputs["weights"]) if "weights" in outputs else self._weights
         assert self._seeds is not None
         self._seeds.update(seeds)
+        self._labels = read_labels(outputs, len(images))
         with torch.no_grad(), isolate_rng():
             self.update(trainer, pl_module, images, seeds)
 
@@ -239,6 +241,13 @@ class EvaluationCallback(pl.Callback):
         if message not in self._warned:
             self._warned.add(message)
             rank_zero_warn(f"{type(self).__name__}: {message}")
+
+
+def read_labels(outputs: Mapping[str, Any], count: int) -> Tensor | None:
+    """The entry ``labels`` of a step's outputs, class numbers [count], if it is there and is that."""
+    labels = outputs.get("labels")
+    fits = isinstance(labels, Tensor) and labels.shape == (count,) and not labels.is_floating_point()
+    return labels if fits else None
 
 
 def feature_name(features: nn.Module) -> str:

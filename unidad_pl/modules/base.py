@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from unidad_pl.denoiser import Denoiser
 from unidad_pl.distributed import UnwrappedDDPStrategy
+from unidad_pl.modules.labels import ClassLabels
 from unidad_pl.modules.optimization import Optimization, average_gradients, check_choices, content_hash
 from unidad_pl.seeds import mix_seed
 
@@ -41,6 +42,7 @@ class GenerativeModule(pl.LightningModule):
         ema_decay: decay of the exponential moving average of the sampled network, one update per step of it; early
             on the decay is ``(1 + n) / (10 + n)``. 0: no average.
         max_skipped: iterations in a row with a non-finite gradient after which the run ends with an error.
+        classes: class labels to use of a class-conditional model; null: all of them.
     """
 
     frozen_networks: tuple[str, ...] = ()
@@ -48,7 +50,12 @@ class GenerativeModule(pl.LightningModule):
     """The group that steps in every iteration; ``trainer.global_step`` counts its steps."""
 
     def __init__(
-        self, seed: int | None = None, accumulate: int = 1, ema_decay: float = 0.0, max_skipped: int = 10
+        self,
+        seed: int | None = None,
+        accumulate: int = 1,
+        ema_decay: float = 0.0,
+        max_skipped: int = 10,
+        classes: list[int] | None = None,
     ) -> None:
         super().__init__()
         if accumulate < 1 or max_skipped < 1 or not 0 <= ema_decay < 1:
@@ -62,6 +69,7 @@ class GenerativeModule(pl.LightningModule):
         self.register_buffer("iteration", torch.zeros((), dtype=torch.long))
         self.iteration: Tensor
         self.ema: AveragedModel | None = None
+        self.classes = classes
         self._skipped_in_a_row: dict[str, int] = {}
         self._hashes: dict[str, str] = {}
         self._built = False
@@ -101,6 +109,7 @@ class GenerativeModule(pl.LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mix_seed(self.seed, 0xA11))
             self.build_networks()
+        self.labels = ClassLabels(self.sampled_network.num_classes, self.classes)
         if self.ema_decay:
             self.ema = AveragedModel(self.sampled_network, avg_fn=self._average).requires_grad_(False)
         for name in self.frozen_networks:
@@ -153,10 +162,13 @@ class GenerativeModule(pl.LightningModule):
     def micro_batches(self, images: Tensor, cond: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Split a batch into ``accumulate`` parts; before each, seed torch by (seed, iteration, global part).
 
+        A class-conditional model whose batches carry no labels gets random ones.
+
         Raises:
-            ValueError: the images are not of the model's size, or the batch cannot be split evenly.
+            ValueError: the images are not of the model's size, labels do not fit the model, or the batch cannot be
+                split evenly.
         """
-        self._check_cond(cond)
+        self.labels.check(cond, len(images))
         if tuple(images.shape[1:]) != tuple(self.sampled_network.image_shape):
             raise ValueError(
                 f"the data module serves images of {tuple(images.shape[1:])}, but the model works on "
@@ -169,15 +181,7 @@ class GenerativeModule(pl.LightningModule):
             number = self.global_rank * self.accumulate + part
             torch.manual_seed(mix_seed(self.seed, int(self.iteration), number))
             rows = slice(part * size, (part + 1) * size)
-            yield images[rows], None if cond is None else cond[rows]
-
-    def _check_cond(self, cond: Tensor | None) -> None:
-        classes = self.sampled_network.num_classes
-        if classes is not None and cond is None:
-            raise ValueError(
-                f"the model is conditional on {classes} classes, but the batch has no labels: use a data module whose "
-                f"batches carry cond, or an unconditional model"
-            )
+            yield images[rows], self.labels.draw(size, images.device) if cond is None else cond[rows]
 
     def shared_randint(self, high: int) -> int:
         """A draw in [0, high) that is the same on every rank and for every micro-batch of this iteration."""
@@ -253,31 +257,39 @@ class GenerativeModule(pl.LightningModule):
 
         Args:
             seeds: B integers.
-            cond: B rows of condition, or None.
+            cond: B class labels; None: a class-conditional model's classes in turn, seed 0 the first.
             weights: ``ema``, ``raw`` or ``auto`` (ema where it exists).
 
         Returns:
             [B, C, H, W] in the model's range, clamped to [-1, 1].
 
         Raises:
-            ValueError: ``weights="ema"`` without an average, or a conditional model without ``cond``.
+            ValueError: ``weights="ema"`` without an average, or labels that do not fit the model.
         """
         check_choices(weights=(weights, ("auto", "ema", "raw")))
         self.configure_model()
         if weights == "ema" and self.ema is None:
             raise ValueError("weights='ema' but this module keeps no average: set ema_decay above 0")
-        self._check_cond(cond)
+        seeds = torch.as_tensor(seeds, dtype=torch.long)
+        self.labels.check(cond, len(seeds))
+        cond = self.labels_of(seeds) if cond is None else cond.to(self.device)
         network: Any = self.ema.module if self.ema is not None and weights != "raw" else self.sampled_network
         training = network.training
         network.eval()
-        seeds = torch.as_tensor(seeds, dtype=torch.long)
         images = self.generate(network, seeds, cond).clamp(-1, 1)
         network.train(training)
         return images
 
     def _evaluation_step(self, batch: dict[str, Tensor]) -> dict[str, Any]:
-        samples = self.sample(batch["seeds"], batch.get("cond"))
-        return {"samples": samples, "seeds": batch["seeds"], "weights": "raw" if self.ema is None else "ema"}
+        seeds, cond = batch["seeds"], batch.get("cond")
+        cond = self.labels_of(seeds) if cond is None else cond
+        outputs = {"samples": self.sample(seeds, cond), "seeds": seeds, "weights": "raw" if self.ema is None else "ema"}
+        return outputs if cond is None else outputs | {"labels": cond}
+
+    def labels_of(self, seeds: Tensor) -> Tensor | None:
+        """The class labels [B] of sample ``seeds`` [B]: the run's classes in turn; None: the model is unconditional."""
+        labels = self.labels.of_seeds(seeds)
+        return None if labels is None else labels.to(self.device)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         return self._evaluation_step(batch)

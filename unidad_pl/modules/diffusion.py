@@ -41,6 +41,7 @@ class Diffusion(GenerativeModule):
         accumulate: see there.
         ema_decay: see there.
         max_skipped: see there.
+        classes: see there.
     """
 
     clock = "denoiser"
@@ -62,8 +63,9 @@ class Diffusion(GenerativeModule):
         accumulate: int = 1,
         ema_decay: float = 0.0,
         max_skipped: int = 10,
+        classes: list[int] | None = None,
     ) -> None:
-        super().__init__(seed=seed, accumulate=accumulate, ema_decay=ema_decay, max_skipped=max_skipped)
+        super().__init__(seed, accumulate, ema_decay, max_skipped, classes)
         check_choices(
             weighting=(weighting, ("eps", "edm")),
             noise=(noise, ("karras", "lognormal")),

@@ -68,6 +68,7 @@ class UniDAD(GenerativeModule):
         seed: see there.
         accumulate: see there.
         max_skipped: see there.
+        classes: see there.
 
     Raises:
         ValueError: a weight or range that makes no sense; the message says which.
@@ -103,8 +104,9 @@ class UniDAD(GenerativeModule):
         seed: int | None = None,
         accumulate: int = 1,
         max_skipped: int = 10,
+        classes: list[int] | None = None,
     ) -> None:
-        super().__init__(seed=seed, accumulate=accumulate, ema_decay=ema_decay, max_skipped=max_skipped)
+        super().__init__(seed, accumulate, ema_decay, max_skipped, classes)
         check_choices(
             target=(target, ("train", "frozen")),
             target_update=(target_update, ("student", "every")),
