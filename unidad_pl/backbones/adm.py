@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from unidad_pl.backbones.adm_config import ADMConfig, unet2d_config
+from unidad_pl.backbones.adm_config import PUBLISHED, ADMConfig, unet2d_config
 from unidad_pl.backbones.unet import UNetDenoiser
 from unidad_pl.denoiser import DenoiserSource
 
@@ -180,7 +180,7 @@ def read_checkpoint(path: str | Path) -> State:
         ValueError: the file cannot be read, or does not hold a mapping from names to tensors.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no ADM checkpoint at {str(path)!r}")
+        raise FileNotFoundError(f"no ADM checkpoint at {str(path)!r}: put it there, or give the path of yours")
     if Path(path).suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -260,5 +260,10 @@ class ADMSource(DenoiserSource):
             ValueError: they cannot be read, or do not fit each other; names keys and shapes.
         """
         adm = self.config if isinstance(self.config, ADMConfig) else ADMConfig.load(self.config)
+        if not Path(self.checkpoint).is_file() and self.config in PUBLISHED:
+            raise FileNotFoundError(
+                f"no ADM checkpoint at {self.checkpoint!r}: put {PUBLISHED[str(self.config)]} there, or give its path "
+                f"as --model.source.init_args.checkpoint"
+            )
         state = {name: value.float() for name, value in read_checkpoint(self.checkpoint).items()}
         return adm_denoiser(adm, state)

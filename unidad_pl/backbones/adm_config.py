@@ -184,9 +184,9 @@ _LSUN = ADMConfig(
 
 # Some were trained with dropout 0.1, which acts in training mode only.
 PRESETS = {
-    "ffhq256": _LSUN,  # ddpm-segmentation's ffhq.pt
-    "lsun256": _LSUN,  # guided-diffusion's lsun_bedroom.pt, lsun_cat.pt, lsun_horse.pt
-    "imagenet64": ADMConfig(  # 64x64_diffusion.pt
+    "ffhq256": _LSUN,
+    "lsun256": _LSUN,
+    "imagenet64": ADMConfig(
         image_size=64,
         num_channels=192,
         num_res_blocks=3,
@@ -198,11 +198,20 @@ PRESETS = {
         class_cond=True,
         noise_schedule="cosine",
     ),
-    "imagenet256": replace(_LSUN, class_cond=True),  # 256x256_diffusion.pt
-    "imagenet256_uncond": _LSUN,  # 256x256_diffusion_uncond.pt
+    "imagenet256": replace(_LSUN, class_cond=True),
+    "imagenet256_uncond": _LSUN,
 }
 """The published models that a ``UNet2DModel`` represents. Not among them: ImageNet 128 (a fixed number of heads)
 and 512 (``channel_mult`` starts with 0.5)."""
+
+PUBLISHED = {
+    "ffhq256": "the FFHQ-256 model, ffhq.pt of ddpm-segmentation,",
+    "lsun256": "lsun_bedroom.pt, lsun_cat.pt or lsun_horse.pt of guided-diffusion",
+    "imagenet64": "64x64_diffusion.pt of guided-diffusion",
+    "imagenet256": "256x256_diffusion.pt of guided-diffusion",
+    "imagenet256_uncond": "256x256_diffusion_uncond.pt of guided-diffusion",
+}
+"""Which published file a preset is for."""
 
 
 def unet2d_config(adm: ADMConfig) -> dict[str, Any]:
