@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,6 +66,29 @@ SMALL = ("--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--dat
          "--data.test_samples", "12", "--data.predict_samples", "3", "--data.reference_size", "12")  # fmt: skip
 
 
+ADM = ROOT / "tests" / "fixtures" / "adm_tiny"
+
+
+def stand_in_for_the_real_files(folder: Path, config: Path, unidad: Any) -> list[str]:
+    """The places a config names, filled with a tiny ADM model and small pictures; the options that fit them."""
+    (folder / "models").mkdir()
+    shutil.copy(ADM / "adm_tiny.pt", folder / "models" / "ffhq.pt")
+    for name in ("student", "adapted"):
+        unidad("import", "adm", "--checkpoint", str(ADM / "adm_tiny.pt"), "--config", str(ADM / "config.json"), "--out",
+               f"models/{name}")  # fmt: skip
+    settings = yaml.safe_load(config.read_text())["data"]["init_args"]
+    for place in {settings["root"], settings.get("reference", settings["root"])}:
+        (folder / place).mkdir(parents=True)
+        for i in range(12):
+            pixels = torch.randint(0, 256, (9, 9, 3), generator=torch.Generator().manual_seed(i)).to(torch.uint8)
+            Image.fromarray(pixels.numpy()).save(folder / place / f"{i}.png")
+    trainers = [
+        arg for name in ("cpu", "no_metrics") for arg in ("--config", str(CONFIGS / "trainer" / f"{name}.yaml"))
+    ]
+    return [*trainers, "--model.source.init_args.config", str(ADM / "config.json"), "--data.resolution", "32",
+            "--data.batch_size", "2"]  # fmt: skip
+
+
 @pytest.mark.parametrize("config", TRAINING, ids=lambda p: str(p.relative_to(CONFIGS)))
 def test_every_config_runs_two_iterations(config: Path, tmp_path: Path, unidad: Any) -> None:
     options = list(SMALL)
@@ -73,8 +97,28 @@ def test_every_config_runs_two_iterations(config: Path, tmp_path: Path, unidad: 
                    "--data.val_size", "6"]  # fmt: skip
     if config.name == "teacher.yaml":
         options += ["--data.shots", "64"]
+    if "models/ffhq.pt" in config.read_text():
+        options += stand_in_for_the_real_files(tmp_path, config, unidad)
     unidad("fit", "--config", str(config), *options)
     assert list(tmp_path.rglob("metrics.jsonl")) or list(tmp_path.rglob("*.ckpt")) or list(tmp_path.rglob("curve.csv"))
+
+
+REAL = [p for p in TRAINING if "models/ffhq.pt" in p.read_text()]
+
+
+@pytest.mark.parametrize("config", REAL, ids=lambda p: p.name)
+def test_a_config_without_its_files_says_which_go_where(config: Path, unidad: Any) -> None:
+    trainer = (
+        "--config",
+        str(CONFIGS / "trainer" / "cpu.yaml"),
+        "--config",
+        str(CONFIGS / "trainer" / "no_metrics.yaml"),
+    )
+    printed = unidad("fit", "--config", str(config), *trainer, fails=True)
+    named = [line for line in config.read_text().splitlines() if line.startswith("#   ") and "--" in line]
+    place, option = next((line.split()[1], line.split()[-1]) for line in named if line.split()[1] in printed)
+    assert option in printed
+    assert (place, option) in {("models/ffhq.pt", "--model.source.init_args.checkpoint"), (place, "--data.root")}
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +129,24 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels = torch.randint(0, 256, (4, 5, 3), generator=generator).to(torch.uint8).numpy()
         Image.fromarray(pixels).resize((50, 40), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg")
     return folder
+
+
+def test_a_class_conditional_model_from_fit_to_predict(photographs: Path, tmp_path: Path, unidad: Any) -> None:
+    from diffusers import DDPMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    UNet2DModel(
+        sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, num_class_embeds=3,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    ).save_pretrained(tmp_path / "model" / "unet")  # fmt: skip
+    DDPMScheduler(prediction_type="v_prediction").save_pretrained(tmp_path / "model" / "scheduler")
+    unidad("fit", "--config", str(CONFIGS / "quickstart.yaml"), "--model.source.init_args.path", "model",
+           "--data.domain", "null", "--data.root", str(photographs), "--data.resolution", "16", *SMALL)  # fmt: skip
+    picture = Image.open("runs/quickstart/version_0/samples/val_step00000002.png")
+    assert picture.size == (4 * 64, (3 + 3) * 64 + 2 * 4)  # three rows of shots, a line, a row for each class
+    unidad("predict", "--config", "runs/quickstart/version_0/config.yaml", "--ckpt_path",
+           "runs/quickstart/version_0/checkpoints/last.ckpt")  # fmt: skip
+    assert len(list(tmp_path.rglob("predictions/*.png"))) == 3
 
 
 def test_the_quickstart_on_the_users_own_photographs(photographs: Path, tmp_path: Path, unidad: Any) -> None:
