@@ -10,9 +10,9 @@ LAYERS = [
     {"schedules", "losses", "discriminator", "metrics", "seeds"},
     {"denoiser", "data.batch"},
     {"backbones", "sampling"},
-    {"modules", "distributed", "data"},
+    {"modules", "distributed", "data", "pipeline"},
     {"callbacks", "summary"},
-    {"cli", "lightning_cli"},
+    {"runs", "export", "sample", "cli", "lightning_cli"},
 ]
 LIGHT = {"lightning", "diffusers", "torchvision", "lpips", "torch_fidelity", "rich", "PIL"}
 

@@ -7,6 +7,7 @@ unidad test --config runs/quickstart/version_0/config.yaml --ckpt_path runs/quic
 from __future__ import annotations
 
 import sys
+from inspect import signature
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ domain from about ten images, in one training run (Uni-DAD).
   unidad fit --config configs/quickstart.yaml --data.domain null --data.root FOLDER     your own images
   unidad fit --help                                     every option of a subcommand
   unidad fit --config FILE --print_config               the whole config a run would use
+  unidad export --ckpt_path RUN/checkpoints/last.ckpt --out FOLDER      the student as a diffusers pipeline
+  unidad sample --model FOLDER --num 64 --out IMAGES                    PNGs from it, or from a checkpoint
   unidad import adm --checkpoint FILE --preset ffhq256 --out FOLDER     a guided-diffusion model as a source model
   unidad restore adm --folder FOLDER --out FILE         such a folder as a guided-diffusion checkpoint again
 """
@@ -27,6 +30,8 @@ domain from about ten images, in one training run (Uni-DAD).
 TOOLS = {
     "import adm": "unidad_pl.backbones.adm_files:import_adm",
     "restore adm": "unidad_pl.backbones.adm_files:restore_adm",
+    "export": "unidad_pl.export:export",
+    "sample": "unidad_pl.sample:sample",
 }
 """Commands beside Lightning's: words on the command line -> module:function, whose arguments are the options."""
 
@@ -61,12 +66,19 @@ def _run_tool(given: Sequence[str]) -> None:
     function: Callable[..., Path] = getattr(import_module(module), function_name)
     parser = ArgumentParser(prog=f"unidad {name}", description=(function.__doc__ or "").partition("\n\n")[0])
     parser.add_function_arguments(function, as_group=False)
-    request = parser.instantiate_classes(parser.parse_args(list(given[len(name.split()) :])))
+    options = [_switched_on(option, function) for option in given[len(name.split()) :]]
+    request = parser.instantiate_classes(parser.parse_args(options))
     try:
         made = function(**request)
     except (ValueError, OSError) as error:
         sys.exit(f"unidad {name}: {error}")
     sys.stdout.write(f"written: {made}\n")
+
+
+def _switched_on(option: str, function: Callable[..., Path]) -> str:
+    """``--grid`` as ``--grid=true``: a switch that is off by default needs no value."""
+    switch = option.startswith("--") and signature(function).parameters.get(option[2:])
+    return f"{option}=true" if switch and switch.default is False else option
 
 
 if __name__ == "__main__":

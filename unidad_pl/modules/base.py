@@ -20,10 +20,11 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from unidad_pl.denoiser import Denoiser
+from unidad_pl.denoiser import Denoiser, DenoiserSource
 from unidad_pl.distributed import UnwrappedDDPStrategy
 from unidad_pl.modules.labels import ClassLabels
 from unidad_pl.modules.optimization import Optimization, average_gradients, check_choices, content_hash
+from unidad_pl.sampling import FewStepSampler
 from unidad_pl.seeds import mix_seed
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed")
@@ -46,6 +47,8 @@ class GenerativeModule(pl.LightningModule):
     """
 
     frozen_networks: tuple[str, ...] = ()
+    sampled_name: str
+    """The attribute, and the prefix in checkpoints, of the network that is sampled."""
     clock: str
     """The group that steps in every iteration; ``trainer.global_step`` counts its steps."""
 
@@ -83,6 +86,20 @@ class GenerativeModule(pl.LightningModule):
     @property
     def sampled_network(self) -> Denoiser:
         """The network that :meth:`sample` uses and that the average follows."""
+        network: Denoiser = getattr(self, self.sampled_name)
+        return network
+
+    @property
+    def sampled_source(self) -> DenoiserSource:
+        """What the sampled network started from: it has its architecture."""
+        raise NotImplementedError
+
+    def few_step(self) -> tuple[FewStepSampler, float]:
+        """The trained few-step sampler, and the smallest sigma for other numbers of steps.
+
+        Raises:
+            ValueError: the module is sampled in many steps.
+        """
         raise NotImplementedError
 
     def optimizations(self) -> dict[str, Optimization]:

@@ -45,6 +45,7 @@ class Diffusion(GenerativeModule):
     """
 
     clock = "denoiser"
+    sampled_name = "denoiser"
 
     def __init__(
         self,
@@ -84,8 +85,17 @@ class Diffusion(GenerativeModule):
         self.denoiser = self.source.build()
 
     @property
-    def sampled_network(self) -> Denoiser:
-        return self.denoiser
+    def sampled_source(self) -> DenoiserSource:
+        return self.source
+
+    def few_step(self) -> tuple[FewStepSampler, float]:
+        if self.sampler != "few_step":
+            raise ValueError(
+                f"this Diffusion module is sampled with {self.sampler} in {self.steps} steps, it is no few-step "
+                f"student: use its export_to for the network alone, or sampler: few_step"
+            )
+        sampler = FewStepSampler(log_linear(self.steps))
+        return sampler, float(log_linear(2)[-1])
 
     def optimizations(self) -> dict[str, Optimization]:
         return {"denoiser": self.optimization}
@@ -127,5 +137,5 @@ class Diffusion(GenerativeModule):
     def generate(self, network: Denoiser, seeds: Tensor, cond: Tensor | None) -> Tensor:
         noise = seeded_noise(seeds, network.image_shape, self.device)
         if self.sampler == "few_step":
-            return FewStepSampler(log_linear(self.steps))(network, noise, cond)
+            return self.few_step()[0](network, noise, cond)
         return {"heun": heun, "ddim": ddim}[self.sampler](network, noise, sampling_sigmas(self.steps), cond)

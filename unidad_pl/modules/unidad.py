@@ -75,6 +75,7 @@ class UniDAD(GenerativeModule):
     """
 
     clock = "fake"
+    sampled_name = "student"
 
     def __init__(
         self,
@@ -136,7 +137,7 @@ class UniDAD(GenerativeModule):
         self.frozen_networks += ("target_teacher",) * (self.target_weight > 0 and target == "frozen")
         self.target_update, self.target_iterations = target_update, target_iterations
         self.student_every = student_every
-        self.sampler = FewStepSampler(log_linear(steps, sigma_max, sigma_end), gradient)
+        self.sampler, self.sigma_end = FewStepSampler(log_linear(steps, sigma_max, sigma_end), gradient), sigma_end
         self.dmd_range, self.normalizer, self.noise_table = dmd_range, normalizer, noise_table
         self.weighting, self.sigma_data = weighting, sigma_data
         self.critic = critic
@@ -176,8 +177,11 @@ class UniDAD(GenerativeModule):
         return {name: channels[name] for name in chosen}
 
     @property
-    def sampled_network(self) -> Denoiser:
-        return self.student
+    def sampled_source(self) -> DenoiserSource:
+        return self.student_source or self.source
+
+    def few_step(self) -> tuple[FewStepSampler, float]:
+        return self.sampler, self.sigma_end
 
     def optimizations(self) -> dict[str, Optimization]:
         return self._optimizations

@@ -1,0 +1,195 @@
+"""From a checkpoint to a diffusers pipeline directory that samples where unidad_pl is not installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unidad_pl.backbones.unet import PretrainedUNet, UNetDenoiser
+from unidad_pl.runs import TrainedStudent, load_student
+from unidad_pl.sampling import FewStepSampler
+
+if TYPE_CHECKING:
+    from unidad_pl.backbones.unet_spec import UNetSpec
+
+INDEX = "model_index.json"
+PIPELINE = "FewStepPipeline"
+METRICS = "metrics.jsonl"
+
+
+def export(ckpt_path: str, out: str, weights: str = "auto", config: str | None = None) -> Path:
+    """Write a checkpoint's few-step student as a diffusers pipeline directory.
+
+    ``DiffusionPipeline.from_pretrained(DIR, trust_remote_code=True)`` samples from it without unidad_pl, and
+    ``PretrainedUNet(DIR)`` starts another run with it. The directory appears whole or not at all.
+
+    Args:
+        ckpt_path: the run's checkpoint.
+        out: the directory to make; an earlier export is replaced.
+        weights: ``ema``, ``raw`` or ``auto`` (ema where the checkpoint has it).
+        config: the run's config.yaml; null: the one of the checkpoint's run folder.
+
+    Returns:
+        The directory.
+
+    Raises:
+        FileExistsError: ``out`` holds something else than an export.
+        FileNotFoundError, ValueError: see :func:`~unidad_pl.runs.load_student`.
+    """
+    target = Path(out)
+    if target.exists() and not _is_export(target) and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{out!r} is there and is no earlier export: choose another folder, or remove it")
+    student = load_student(ckpt_path, weights, config)
+    if not isinstance(student.network, UNetDenoiser):
+        raise ValueError(f"only diffusers UNets can be exported, this student is a {type(student.network).__name__}")
+    part = target.with_name(f"{target.name}.part{os.getpid()}")
+    part.mkdir(parents=True)
+    try:
+        _write(student, student.network, part)
+        (part / "README.md").write_text(model_card(student, Path(ckpt_path).name))
+        if target.exists():
+            shutil.rmtree(target)
+        part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return target
+
+
+def load_export(folder: str | Path) -> TrainedStudent:
+    """The student of a directory that :func:`export` wrote.
+
+    Raises:
+        FileNotFoundError, ValueError: it is none, or is broken; says what.
+    """
+    if not _is_export(Path(folder)):
+        raise ValueError(f"{str(folder)!r} is neither a checkpoint nor a directory that 'unidad export' wrote")
+    index = json.loads((Path(folder) / INDEX).read_text())
+    network = PretrainedUNet(str(folder)).build().requires_grad_(False)
+    sampler = FewStepSampler(_tensor(index["sigmas"]))
+    return TrainedStudent(network, sampler, index["sigma_end"], index["weights"], index["iteration"],
+                          index["classes"], {}, Path(folder))  # fmt: skip
+
+
+def _tensor(values: list[float]) -> Any:
+    import torch
+
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _is_export(folder: Path) -> bool:
+    try:
+        name = json.loads((folder / INDEX).read_text())["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return bool(name == ["pipeline", PIPELINE])
+
+
+def _write(student: TrainedStudent, network: UNetDenoiser, folder: Path) -> None:
+    spec = network.spec
+    network.save_pretrained(folder / "unet")
+    scheduler = _scheduler(spec)
+    scheduler.save_pretrained(folder / "scheduler")
+    shutil.copyfile(Path(__file__).with_name("pipeline.py"), folder / "pipeline.py")
+    index = {
+        "_class_name": ["pipeline", PIPELINE],
+        "_diffusers_version": version("diffusers"),
+        "unet": ["diffusers", "UNet2DModel"],
+        "scheduler": ["diffusers", type(scheduler).__name__],
+        "sigmas": student.sampler.sigmas,
+        "sigma_end": student.sigma_end,
+        "prediction": spec.prediction,
+        "sigma_data": spec.sigma_data,
+        "patch_size": spec.patch_size,
+        "timestep": spec.timestep,
+        "classes": student.classes,
+        "weights": student.weights,
+        "iteration": student.iteration,
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _scheduler(spec: UNetSpec) -> Any:
+    """A diffusers scheduler of the network's noise levels, for other samplers."""
+    from diffusers import DDPMScheduler, EDMEulerScheduler
+
+    if spec.prediction == "edm":
+        return EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=spec.sigma_data)
+    return DDPMScheduler(
+        num_train_timesteps=spec.train_timesteps, beta_start=spec.beta_start, beta_end=spec.beta_end,
+        beta_schedule=spec.beta_schedule, prediction_type=spec.prediction,
+    )  # fmt: skip
+
+
+CARD = """---
+license: other  # fill in: it depends on the source model's and the images' licences
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+tags: [few-step, few-shot, uni-dad]
+---
+# {title}
+
+A {steps}-step generator of {shape} images, trained with Uni-DAD (arXiv 2511.18281) by unidad_pl {version}.
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER", trust_remote_code=True)  # runs pipeline.py of this folder
+images = pipe(seeds=[0, 1, 2, 3]).images
+```
+
+- licence of the weights: (fill in)
+- licence and source of the training images: (fill in)
+- data: {data}
+- checkpoint: {checkpoint}, iteration {iteration}, {weights} weights
+- seed: {seed}
+- steps at sigma: {sigmas}
+- versions: {versions}
+
+## Metrics
+
+{metrics}
+
+## Config
+
+```yaml
+{config}```
+"""
+
+
+def model_card(student: TrainedStudent, checkpoint: str) -> str:
+    """The README.md of an export: how to use it, data, config, metrics, seed, versions, licences to fill in."""
+    import yaml
+
+    config = student.config
+    data = (config.get("data") or {}).get("init_args") or {}
+    channels, height, width = student.network.image_shape
+    return CARD.format(
+        title=data.get("domain") or Path(str(data.get("root") or "few-step student")).name,
+        steps=len(student.sampler), shape=f"{height}x{width}x{channels}", version=version("unidad_pl"),
+        data=", ".join(f"{name} {data[name]}" for name in ("domain", "root", "shots", "seed") if data.get(name)) or "?",
+        checkpoint=checkpoint, iteration=student.iteration, weights=student.weights,
+        seed=config.get("seed_everything"), sigmas=", ".join(f"{sigma:.4g}" for sigma in student.sampler.sigmas),
+        versions=", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "lightning")),
+        metrics=_metrics_table(student.folder), config=yaml.safe_dump(config, sort_keys=False),
+    )  # fmt: skip
+
+
+def _metrics_table(folder: Path | None) -> str:
+    """The last record of every metric and stage of a run as a Markdown table."""
+    from unidad_pl.callbacks.records import read_records
+
+    path = None if folder is None else folder / METRICS
+    if path is None or not path.is_file():
+        return "None were recorded."
+    last = {(r.get("metric"), r.get("stage")): r for r in read_records(path)}
+    rows = [
+        f"| {name} | {value:.4g} | {r.get('stage')} | {r.get('step')} | {r.get('samples')} | {r.get('extractor', '')} |"
+        for r in last.values()
+        for name, value in (r.get("values") or {}).items()
+        if isinstance(value, (int, float))
+    ]
+    return "\n".join(["| metric | value | stage | step | samples | extractor |", "|---|---:|---|---:|---:|---|", *rows])

@@ -1,0 +1,150 @@
+"""From a checkpoint back to its trained few-step network, without the teachers and without the data."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unidad_pl.denoiser import Denoiser
+from unidad_pl.sampling import FewStepSampler
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass
+class TrainedStudent:
+    """A few-step generator and where it comes from.
+
+    Attributes:
+        network: the student, in eval mode, on the CPU.
+        sampler: its trained steps.
+        sigma_end: smallest sigma for other numbers of steps.
+        weights: ``ema`` or ``raw``.
+        iteration: iterations it was trained for.
+        classes: class labels of its run; None: unconditional.
+        config: the run's config as plain data; empty if it is not known.
+        folder: the run's folder, with ``metrics.jsonl``; None if it is not known.
+    """
+
+    network: Denoiser
+    sampler: FewStepSampler
+    sigma_end: float
+    weights: str
+    iteration: int
+    classes: list[int] | None
+    config: dict[str, Any]
+    folder: Path | None
+
+    def with_steps(self, steps: int | None) -> FewStepSampler:
+        """The sampler for ``steps`` network evaluations; None: as trained."""
+        from unidad_pl.schedules import log_linear
+
+        if steps is None or steps == len(self.sampler):
+            return self.sampler
+        return FewStepSampler(log_linear(steps, self.sampler.sigmas[0], self.sigma_end))
+
+
+def find_config(ckpt_path: str | Path, config: str | None = None) -> Path:
+    """The config of the run a checkpoint belongs to: ``config``, or ``config.yaml`` beside or above it.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    places = [Path(config)] if config else [p / CONFIG_FILE for p in list(Path(ckpt_path).resolve().parents)[:2]]
+    for place in places:
+        if place.is_file():
+            return place
+    raise FileNotFoundError(
+        f"the config of {str(ckpt_path)!r} is not in {' nor '.join(str(p) for p in places)}: give it as --config"
+    )
+
+
+def load_module(config: str | Path) -> Any:
+    """The LightningModule a run's config describes; its networks are not built yet.
+
+    Raises:
+        ValueError: the file is no config with a ``model``, or its values are refused.
+    """
+    import lightning.pytorch as pl
+    import yaml
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    try:
+        content = yaml.safe_load(Path(config).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{str(config)!r} is not YAML: {error}") from error
+    if not isinstance(content, dict) or "model" not in content:
+        raise ValueError(f"{str(config)!r} is no config of a run: it has no entry 'model'")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(pl.LightningModule, "model")
+    try:
+        return parser.instantiate_classes(parser.parse_object({"model": content["model"]})).model
+    except ArgumentError as error:
+        raise ValueError(f"the model in {str(config)!r} is refused: {error}") from error
+
+
+def read_weights(ckpt_path: str | Path) -> dict[str, Any]:
+    """A Lightning checkpoint as plain data, on the CPU; code in it is never run.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it cannot be read, carries code, or is no Lightning checkpoint.
+    """
+    if not Path(ckpt_path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {str(ckpt_path)!r}")
+    try:
+        content = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{str(ckpt_path)!r} may carry code, which is never run here: {reason}") from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{str(ckpt_path)!r} cannot be read, it may be cut short: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        raise ValueError(f"{str(ckpt_path)!r} is no Lightning checkpoint: it has no state_dict")
+    return content
+
+
+def load_student(ckpt_path: str | Path, weights: str = "auto", config: str | None = None) -> TrainedStudent:
+    """The trained network of a checkpoint of :class:`~unidad_pl.modules.UniDAD`, or of a few-step ``Diffusion``.
+
+    Args:
+        ckpt_path: the checkpoint.
+        weights: ``ema``, ``raw`` or ``auto`` (ema where the checkpoint has it).
+        config: the run's config; None: :func:`find_config`.
+
+    Raises:
+        FileNotFoundError: checkpoint or config is missing, or the source model, whose config gives the architecture.
+        ValueError: they cannot be read or do not fit each other (names keys), an average that is not there, or a
+            module that has no few-step sampler.
+    """
+    import yaml
+
+    if weights not in ("auto", "ema", "raw"):
+        raise ValueError(f"weights must be auto, ema or raw, got {weights!r}")
+    state = read_weights(ckpt_path)["state_dict"]
+    place = find_config(ckpt_path, config)
+    module = load_module(place)
+    few_step = getattr(module, "few_step", None)
+    if few_step is None:
+        raise ValueError(f"{type(module).__name__} in {str(place)!r} is not one of unidad_pl's modules")
+    sampler, sigma_end = few_step()
+    averaged = any(name.startswith("ema.module.") for name in state)
+    if weights == "ema" and not averaged:
+        raise ValueError(f"{str(ckpt_path)!r} has no average of the weights (ema_decay was 0): use --weights raw")
+    chosen = "ema" if averaged and weights != "raw" else "raw"
+    prefix = "ema.module." if chosen == "ema" else f"{module.sampled_name}."
+    network = module.sampled_source.build()
+    own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    try:
+        network.load_state_dict(own)
+    except RuntimeError as error:
+        raise ValueError(f"the weights {prefix}* in {str(ckpt_path)!r} do not fit {str(place)!r}: {error}") from error
+    classes = list(range(network.num_classes)) if network.num_classes is not None else None
+    return TrainedStudent(
+        network.eval().requires_grad_(False), sampler, sigma_end, chosen, int(state["iteration"]),
+        module.classes or classes, yaml.safe_load(place.read_text()), place.parent,
+    )  # fmt: skip

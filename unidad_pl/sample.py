@@ -1,0 +1,138 @@
+"""`unidad sample`: PNGs, named by seed, from an exported directory or a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unidad_pl.callbacks.pictures import as_uint8, grid, write_png
+from unidad_pl.export import load_export
+from unidad_pl.modules.labels import ClassLabels
+from unidad_pl.modules.optimization import content_hash
+from unidad_pl.runs import TrainedStudent, load_student
+from unidad_pl.sampling import seeded_noise
+
+RECORD = "sampling.json"
+GRID = "grid.png"
+
+
+def sample(
+    model: str,
+    num: int,
+    out: str,
+    seed: int = 0,
+    steps: int | None = None,
+    batch_size: int = 16,
+    grid: bool = False,
+    weights: str = "auto",
+    config: str | None = None,
+    class_labels: list[int] | None = None,
+    device: str = "auto",
+) -> Path:
+    """Draw images with a few-step student, one PNG per seed; images that are there already are kept.
+
+    Args:
+        model: a directory that ``unidad export`` wrote, or a checkpoint.
+        num: how many images.
+        out: folder for ``000000.png``, ... (named by seed) and ``sampling.json``.
+        seed: the first seed.
+        steps: network evaluations per image; null: as trained.
+        batch_size: images drawn at a time; does not change them.
+        grid: write all of them into ``grid.png`` too.
+        weights: of a checkpoint: ``ema``, ``raw`` or ``auto`` (ema where it has it).
+        config: of a checkpoint: its run's config.yaml; null: the one of its run folder.
+        class_labels: classes that seeds take in turn, for a class-conditional model; null: those of its training.
+        device: ``cpu``, ``cuda``, or ``auto``.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: a number below 1, or images in ``out`` that were drawn with other weights, steps or labels.
+        FileNotFoundError, ValueError: the model cannot be loaded; says why.
+        OSError: a file cannot be written.
+    """
+    for name, value in (("num", num), ("batch_size", batch_size), ("steps", steps), ("seed + 1", seed + 1)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    student = load_student(model, weights, config) if Path(model).is_file() else load_export(model)
+    labels = ClassLabels(student.network.num_classes, class_labels or student.classes)
+    trained = len(student.sampler)
+    if steps is not None and steps > trained:
+        sys.stderr.write(f"note: the student was trained for {trained} steps; {steps} need not be better\n")
+    folder = Path(out)
+    _record(folder, student, steps or trained, labels.classes)
+    seeds = range(seed, seed + num)
+    missing = [s for s in seeds if not _path(folder, s).is_file()]
+    if len(missing) < num:
+        sys.stderr.write(f"{num - len(missing)} of {num} images are there already\n")
+    _draw(student, steps, labels, missing, batch_size, device, folder)
+    if grid:
+        _write_grid(folder, seeds)
+    return folder
+
+
+def _path(folder: Path, seed: int) -> Path:
+    return folder / f"{seed:06d}.png"
+
+
+def _record(folder: Path, student: TrainedStudent, steps: int, classes: list[int]) -> None:
+    """Note what the folder's images are drawn with; refuse to mix them with others."""
+    now: dict[str, Any] = {"weights_sha256": content_hash(student.network), "steps": steps, "classes": classes}
+    path = folder / RECORD
+    if path.is_file():
+        try:
+            before = json.loads(path.read_text())
+        except ValueError:
+            before = {}
+        other = {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
+        if other:
+            raise ValueError(
+                f"{str(folder)!r} holds images drawn otherwise: "
+                + ", ".join(f"{name} {a} there, {b} now" for name, (a, b) in other.items())
+                + ". Give another --out, or remove them."
+            )
+    elif any(folder.glob("*.png")):
+        raise ValueError(f"{str(folder)!r} holds PNGs but no {RECORD} that says what drew them: give another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{RECORD}.part")
+    part.write_text(json.dumps(now, indent=2) + "\n")
+    part.replace(path)
+
+
+def _draw(
+    student: TrainedStudent,
+    steps: int | None,
+    labels: ClassLabels,
+    seeds: list[int],
+    batch_size: int,
+    device: str,
+    folder: Path,
+) -> None:
+    from tqdm import tqdm
+
+    network, sampler = student.network.to(device), student.with_steps(steps)
+    with tqdm(total=len(seeds), unit="image", disable=not seeds) as bar, torch.no_grad():
+        for first in range(0, len(seeds), batch_size):
+            part = seeds[first : first + batch_size]
+            cond = labels.of_seeds(torch.tensor(part))
+            noise = seeded_noise(part, network.image_shape, device)
+            images = sampler(network, noise, None if cond is None else cond.to(device)).clamp(-1, 1)
+            for one, image in zip(part, as_uint8(images), strict=True):
+                write_png(image.expand(3, -1, -1), _path(folder, one))
+            bar.update(len(part))
+
+
+def _write_grid(folder: Path, seeds: range) -> None:
+    import numpy as np
+    from PIL import Image
+
+    pictures = [torch.from_numpy(np.array(Image.open(_path(folder, s)))).permute(2, 0, 1) for s in seeds]
+    write_png(grid(torch.stack(pictures), None, math.ceil(math.sqrt(len(seeds))), 1), folder / GRID)
