@@ -412,7 +412,7 @@ def test_all_networks_see_the_same_labels_of_the_chosen_classes() -> None:
     for name, drawn in seen.items():
         assert all(part in (labels, labels + labels) for part in drawn), name
     assert len(seen) == 4
-    assert module.labels_of(torch.arange(3)).tolist() == [1, 3, 1]  # type: ignore[union-attr]
+    assert module.labels.of_seeds(torch.arange(3)).tolist() == [1, 3, 1]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

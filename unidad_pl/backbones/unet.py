@@ -133,7 +133,8 @@ class UNetDenoiser(Denoiser):
         """Write ``config.json``, ``diffusion_pytorch_model.safetensors`` and ``denoiser.json`` into ``folder``."""
         import copy
 
-        copy.deepcopy(self.unet).to(dtype).save_pretrained(folder)
+        same = self.unet.dtype == dtype
+        (self.unet if same else copy.deepcopy(self.unet).to(dtype)).save_pretrained(folder)
         (Path(folder) / DENOISER_FILE).write_text(json.dumps(asdict(self.spec), indent=2) + "\n")
 
 

@@ -289,7 +289,8 @@ class GenerativeModule(pl.LightningModule):
             raise ValueError("weights='ema' but this module keeps no average: set ema_decay above 0")
         seeds = torch.as_tensor(seeds, dtype=torch.long)
         self.labels.check(cond, len(seeds))
-        cond = self.labels_of(seeds) if cond is None else cond.to(self.device)
+        cond = self.labels.of_seeds(seeds) if cond is None else cond
+        cond = None if cond is None else cond.to(self.device)
         network: Any = self.ema.module if self.ema is not None and weights != "raw" else self.sampled_network
         training = network.training
         network.eval()
@@ -299,14 +300,9 @@ class GenerativeModule(pl.LightningModule):
 
     def _evaluation_step(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         seeds, cond = batch["seeds"], batch.get("cond")
-        cond = self.labels_of(seeds) if cond is None else cond
+        cond = self.labels.of_seeds(seeds) if cond is None else cond
         outputs = {"samples": self.sample(seeds, cond), "seeds": seeds, "weights": "raw" if self.ema is None else "ema"}
         return outputs if cond is None else outputs | {"labels": cond}
-
-    def labels_of(self, seeds: Tensor) -> Tensor | None:
-        """The class labels [B] of sample ``seeds`` [B]: the run's classes in turn; None: the model is unconditional."""
-        labels = self.labels.of_seeds(seeds)
-        return None if labels is None else labels.to(self.device)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         return self._evaluation_step(batch)
