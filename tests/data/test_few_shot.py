@@ -151,7 +151,7 @@ def test_every_argument_acts(folder: Path) -> None:
     assert [len(b["seeds"]) for b in loaders["predict"]] == [4, 4, 1]
     tested = set(changes) | {
         "reference", "reference_size", "val_samples", "test_samples", "predict_samples", "eval_batch_size",
-        "first_seed",
+        "first_seed", "labels", "exclude_shots",  # the last two: test_image_sets.py
     }  # fmt: skip
     assert tested == set(inspect.signature(FewShotDataModule.__init__).parameters) - {"self"}
 

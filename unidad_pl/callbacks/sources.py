@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unidad_pl.data.batch import to_float
-from unidad_pl.data.images import list_images, load_folder
+from unidad_pl.data.image_sets import open_images
 
 Images = str | Path | Tensor | None
 
@@ -20,7 +20,8 @@ class ImageSource:
     Args:
         owner: name of the callback, for errors.
         attribute: ``reference`` or ``shots``: the callback's argument and the DataModule's attribute.
-        given: [N, 3, H, W] uint8, or float in [-1, 1]; or a folder; None: ``trainer.datamodule.<attribute>``.
+        given: [N, 3, H, W] uint8, or float in [-1, 1]; or a place, see
+            :func:`~unidad_pl.data.image_sets.open_images`; None: ``trainer.datamodule.<attribute>``.
     """
 
     def __init__(self, owner: str, attribute: str, given: Images) -> None:
@@ -31,10 +32,10 @@ class ImageSource:
 
         Raises:
             ValueError: neither given nor offered by the DataModule, or no image tensor.
-            FileNotFoundError: no such folder, or no image in it.
+            FileNotFoundError: no such place, or no image in it.
         """
         if isinstance(self.given, (str, Path)):
-            list_images(self.given)
+            open_images(self.given)
         else:
             self._tensor(trainer)
 
@@ -68,7 +69,7 @@ class ImageSource:
                     f"{self.owner}: pictures of a folder are made square but samples are {size[0]}x{size[1]}: pass "
                     f"{self.attribute} as a tensor of that size"
                 )
-            return load_folder(self.given, size[0])[0]
+            return open_images(self.given).load(size[0])
         images = self._tensor(trainer)
         if tuple(images.shape[2:]) != tuple(size):
             raise ValueError(

@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from unidad_pl.data import cartoons
 from unidad_pl.data.batch import Batch, to_float, to_uint8
 from unidad_pl.data.cartoon_shots import choose_shots
-from unidad_pl.data.images import load_folder
+from unidad_pl.data.image_sets import ImageSet, open_images
+from unidad_pl.data.images import image_hash
 from unidad_pl.data.stream import PositionStream
 from unidad_pl.seeds import mix_seed
 
@@ -25,9 +27,11 @@ class FewShotDataModule(pl.LightningDataModule):
     and prediction loaders yield sample seeds, each exactly once over all ranks; the module turns them into images.
 
     Args:
-        root: folder with PNG, JPEG, WebP or BMP images. Give this or ``domain``.
+        root: where the images are: a folder (with all folders in it) or a zip of PNG, JPEG, WebP or BMP files, an LMDB
+            of the released code, a dataset saved to disk, or ``hf:NAME[:SPLIT]``, one of the Hugging Face hub. Give
+            this or ``domain``.
         domain: ``faces``, ``sunglasses`` or ``cats`` of the embedded cartoon world, instead of a folder.
-        shots: number of training images. A folder with more gives a random choice by ``seed``, null takes all of it;
+        shots: number of training images. A ``root`` with more gives a random choice by ``seed``, null takes all of it;
             a domain gives renders that are as varied as the domain (:func:`~.cartoon_shots.choose_shots`).
         resolution: image side in pixels; must be the model's.
         batch_size: images per iteration and rank.
@@ -35,8 +39,12 @@ class FewShotDataModule(pl.LightningDataModule):
         shift: move images by up to this many whole pixels at random, edges repeated. One or two keep networks from
             knowing a handful of small shots by heart; 0 as in the paper.
         seed: of the choice of shots, their order and flips; null: 0, or the command line's ``seed_everything``.
-        reference: folder of images that metrics compare with. Default: for a domain, ``reference_size`` held-out
-            renders; for a folder, its images that are not shots (all of it, if that leaves fewer than 2).
+        labels: batches carry the class labels that come with the images (LMDB, Hugging Face), for a class-conditional
+            model.
+        reference: images that metrics compare with, any place ``root`` can name. Default: for a domain,
+            ``reference_size`` held-out renders; for a root, its images that are not shots (all of it, if that leaves
+            fewer than 2).
+        exclude_shots: leave images that are equal to a shot, pixel for pixel at this resolution, out of the reference.
         reference_size: number of held-out renders of a domain.
         val_samples: seeds at validation.
         test_samples: seeds at test.
@@ -55,7 +63,9 @@ class FewShotDataModule(pl.LightningDataModule):
         flip: bool = True,
         shift: int = 0,
         seed: int | None = None,
+        labels: bool = False,
         reference: str | None = None,
+        exclude_shots: bool = True,
         reference_size: int = 1000,
         val_samples: int = 500,
         test_samples: int = 1000,
@@ -68,6 +78,8 @@ class FewShotDataModule(pl.LightningDataModule):
             raise ValueError(f"give exactly one of root and domain, got root={root!r}, domain={domain!r}")
         if domain is not None:
             cartoons.check_domain(domain)
+        if domain is not None and labels:
+            raise ValueError("labels=True needs a root whose images have class labels, a cartoon domain has none")
         if domain is not None and shots is None:
             raise ValueError("a cartoon domain is endless: give the number of shots")
         for name, value in (("shots", shots), ("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
@@ -79,17 +91,21 @@ class FewShotDataModule(pl.LightningDataModule):
         self.resolution, self.batch_size, self.flip, self.shift = resolution, batch_size, flip, shift
         self.seed = 0 if seed is None else seed
         self.reference_root, self.reference_size = reference, reference_size
+        self.labels, self.exclude_shots = labels, exclude_shots
         self.samples = {"val": val_samples, "test": test_samples, "predict": predict_samples}
         self.eval_batch_size, self.first_seed = eval_batch_size, first_seed
         self._shots: Tensor | None = None
         self._reference: Tensor | None = None
         self.shot_names: list[str] = []
+        self.shot_labels: Tensor | None = None
+        self.excluded = 0
 
     def setup(self, stage: str | None = None) -> None:
         """Decode the shots and the reference set once, into memory.
 
         Raises:
-            FileNotFoundError, ValueError: a missing or empty folder, an unreadable image, or fewer images than shots.
+            FileNotFoundError, ValueError: a missing or empty place, an unreadable image, no labels where they are
+                asked for, fewer different images than shots, or a reference that holds nothing but the shots.
         """
         if self._shots is not None:
             return
@@ -100,24 +116,57 @@ class FewShotDataModule(pl.LightningDataModule):
         else:
             self._shots, rest = self._choose_shots()
         if self.reference_root is not None:
-            self._reference = load_folder(self.reference_root, self.resolution)[0]
+            self._reference = self._without_shots(open_images(self.reference_root).load(self.resolution))
         elif self.domain is not None:
             self._reference = render_uint8(range(self.reference_size), self.domain, self.resolution)
         else:
             self._reference = rest
 
     def _choose_shots(self) -> tuple[Tensor, Tensor]:
-        images, paths = load_folder(str(self.root), self.resolution)
-        wanted = self.wanted_shots or len(images)
-        if len(images) < wanted:
+        source = open_images(str(self.root))
+        if self.labels and source.labels is None:
+            raise ValueError(f"labels=True, but the images of {self.root!r} come without class labels")
+        images = source.load(self.resolution)
+        different = self._different(source, images)
+        wanted = self.wanted_shots or len(different)
+        if len(different) < wanted:
+            copies = f" ({len(images)} with copies)" if len(images) > len(different) else ""
             raise ValueError(
-                f"image folder {self.root!r} holds {len(images)} images, but shots={wanted} were asked for: "
-                f"add images or set shots to {len(images)} or less"
+                f"{self.root!r} holds {len(different)} images{copies}, but shots={wanted} were asked for: "
+                f"add images or set shots to {len(different)} or less"
             )
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(mix_seed(self.seed, 1)))
-        chosen, rest = order[:wanted].sort().values, order[wanted:].sort().values
-        self.shot_names = [paths[i].name for i in chosen.tolist()]
-        return images[chosen], images[rest] if len(rest) >= 2 else images
+        order = torch.randperm(len(different), generator=torch.Generator().manual_seed(mix_seed(self.seed, 1)))
+        chosen, rest = different[order[:wanted].sort().values], different[order[wanted:].sort().values]
+        self.shot_names = [source.names[i] for i in chosen.tolist()]
+        if self.labels and source.labels is not None:
+            self.shot_labels = torch.tensor(source.labels)[chosen]
+        return images[chosen], images[rest] if len(rest) >= 2 and self.exclude_shots else images
+
+    def _different(self, source: ImageSet, images: Tensor) -> Tensor:
+        """Indices of ``images`` without copies of an earlier one; copies are told of."""
+        first: dict[str, int] = {}
+        for i, image in enumerate(images):
+            same = first.setdefault(image_hash(image), i)
+            if same != i:
+                rank_zero_warn(f"{source.names[i]} is the same picture as {source.names[same]}: used once")
+        return torch.tensor(sorted(first.values()))
+
+    def _without_shots(self, images: Tensor) -> Tensor:
+        """The given reference without the shots, if they are to be left out."""
+        assert self._shots is not None
+        if not self.exclude_shots:
+            return images
+        shots = {image_hash(shot) for shot in self._shots}
+        kept = [i for i, image in enumerate(images) if image_hash(image) not in shots]
+        self.excluded = len(images) - len(kept)
+        if not kept:
+            raise ValueError(
+                f"reference {self.reference_root!r} holds nothing but the shots: give other images, or set "
+                f"exclude_shots: false"
+            )
+        if self.excluded:
+            rank_zero_info(f"{self.excluded} of {len(images)} reference images are shots and left out")
+        return images[kept]
 
     @property
     def shots(self) -> Tensor:
@@ -139,7 +188,9 @@ class FewShotDataModule(pl.LightningDataModule):
         trainer = self.trainer
         world, rank = (trainer.world_size, trainer.global_rank) if trainer is not None else (1, 0)
         start = (lambda: trainer.global_step) if trainer is not None else (lambda: 0)
-        stream = ShotStream(self._shots, self.batch_size, self.flip, self.seed, start, world, rank, self.shift)
+        stream = ShotStream(
+            self._shots, self.batch_size, self.flip, self.seed, start, world, rank, self.shift, self.shot_labels
+        )
         return DataLoader(stream, batch_size=None)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
@@ -190,6 +241,7 @@ class ShotStream(PositionStream[Batch]):
         world: number of ranks; each takes its own share of every global batch.
         rank: this rank.
         shift: largest translation in pixels, along each axis.
+        labels: [N] class numbers, which batches carry then.
     """
 
     def __init__(
@@ -202,16 +254,21 @@ class ShotStream(PositionStream[Batch]):
         world: int = 1,
         rank: int = 0,
         shift: int = 0,
+        labels: Tensor | None = None,
     ) -> None:
         super().__init__(batch_size, start, world, rank)
-        self.images, self.flip, self.seed, self.shift = images, flip, seed, shift
+        self.images, self.flip, self.seed, self.shift, self.labels = images, flip, seed, shift, labels
         self._orders: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def batch_at(self, positions: range) -> Batch:
         """The images at ``positions`` of the stream."""
-        return Batch(to_float(torch.stack([self._image_at(position) for position in positions])))
+        drawn = [self._image_at(position) for position in positions]
+        chosen = [number for number, _ in drawn]
+        return Batch(
+            to_float(torch.stack([image for _, image in drawn])), None if self.labels is None else self.labels[chosen]
+        )
 
-    def _image_at(self, position: int) -> Tensor:
+    def _image_at(self, position: int) -> tuple[int, Tensor]:
         epoch, place = divmod(position, len(self.images))
         if epoch not in self._orders:
             generator = torch.Generator().manual_seed(mix_seed(self.seed, 2, epoch))
@@ -220,8 +277,9 @@ class ShotStream(PositionStream[Batch]):
             moves = torch.randint(-self.shift, self.shift + 1, (len(self.images), 2), generator=generator)
             self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1} | {epoch: (order, mirror, moves)}
         order, mirror, moves = self._orders[epoch]
-        image = self.images[order[place]]
-        return translate(image.flip(-1) if mirror[place] else image, *moves[place].tolist())
+        number = int(order[place])
+        image = self.images[number].flip(-1) if mirror[place] else self.images[number]
+        return number, translate(image, *moves[place].tolist())
 
 
 def translate(image: Tensor, down: int, right: int) -> Tensor:
