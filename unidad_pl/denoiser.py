@@ -113,6 +113,22 @@ class Denoiser(nn.Module, ABC):
         """
         raise ValueError(f"this {type(self).__name__} was trained on continuous noise levels: use noise_table: karras")
 
+    def checkpoint_blocks(self) -> None:
+        """From now on compute the blocks again in the backward pass instead of keeping what they computed.
+
+        Raises:
+            ValueError: the model cannot.
+        """
+        raise ValueError(f"{type(self).__name__} has no blocks to checkpoint: use checkpointing: steps, or none")
+
+    def to_bfloat16(self) -> None:
+        """Store and compute in bfloat16 what can be; the answer of :meth:`predict` stays float32.
+
+        Raises:
+            ValueError: the model cannot.
+        """
+        raise ValueError(f"{type(self).__name__} cannot be stored in bfloat16: use teacher_dtype: float32")
+
     def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
         """``x0`` [B, C, H, W] of :meth:`predict`."""
         return self.predict(x, sigma, cond).x0
@@ -124,3 +140,7 @@ class DenoiserSource(ABC):
     @abstractmethod
     def build(self) -> Denoiser:
         """Make the network (random or loaded), float32, in eval mode, on the current default device."""
+
+    def architecture(self) -> Denoiser:
+        """The network without its weights, for questions about its size; no weight file is needed."""
+        return self.build()

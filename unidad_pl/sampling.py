@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from unidad_pl.denoiser import Denoiser
 from unidad_pl.schedules import karras
@@ -49,18 +50,20 @@ class FewStepSampler:
         sigmas: [K] descending, see :func:`~unidad_pl.schedules.log_linear`.
         gradient: which applications carry gradient: ``unroll`` all K (released code), ``last`` the last one,
             ``backward_simulation`` (DMD2) the one the caller names, where sampling then stops.
+        checkpoint: compute applications that carry gradient again in the backward pass instead of keeping what they
+            computed: less memory, a quarter to a third more time.
 
     Raises:
         ValueError: no sigmas, sigmas that do not descend, or an unknown gradient mode.
     """
 
-    def __init__(self, sigmas: Tensor, gradient: GradientMode = "unroll") -> None:
+    def __init__(self, sigmas: Tensor, gradient: GradientMode = "unroll", checkpoint: bool = False) -> None:
         if sigmas.ndim != 1 or len(sigmas) < 1 or (sigmas <= 0).any() or (sigmas.diff() >= 0).any():
             raise ValueError(f"few-step sigmas must be positive and descend, got {sigmas.tolist()}")
         if gradient not in GRADIENT_MODES:
             raise ValueError(f"gradient must be one of {', '.join(GRADIENT_MODES)}, got {gradient!r}")
         self.sigmas = [float(s) for s in sigmas]
-        self.gradient = gradient
+        self.gradient, self.checkpoint = gradient, checkpoint
 
     def __len__(self) -> int:
         return len(self.sigmas)
@@ -81,9 +84,15 @@ class FewStepSampler:
             if k > 0:
                 x = x0 + self.sigmas[k] * noise()
             with torch.set_grad_enabled(torch.is_grad_enabled() and (self.gradient == "unroll" or k == last)):
-                x0 = student(x, x.new_full((len(x),), self.sigmas[k]), cond)
+                x0 = self._apply(student, x, x.new_full((len(x),), self.sigmas[k]), cond)
             if not x0.requires_grad:  # torch reuses autocast's casts made without a graph
                 torch.clear_autocast_cache()
+        return x0
+
+    def _apply(self, student: Denoiser, x: Tensor, sigma: Tensor, cond: Tensor | None) -> Tensor:
+        if not (self.checkpoint and torch.is_grad_enabled()):
+            return student(x, sigma, cond)
+        x0: Tensor = checkpoint(student, x, sigma, cond, use_reentrant=False)
         return x0
 
 

@@ -42,7 +42,11 @@ def test_every_training_argument_changes_the_weights() -> None:
     assert all(train_sha(noise="lognormal", **options) != lognormal for options in LOGNORMAL.values())
     conditional = tiny_unet(attention_levels=(), num_classes=2)
     assert train_sha(source=conditional, classes=[0]) != train_sha(source=conditional)
-    tested = set(CHANGES) | set(LOGNORMAL) | {"classes", "sampler", "steps", "max_skipped", "export_to", "export_half"}
+    tested = (
+        set(CHANGES)
+        | set(LOGNORMAL)
+        | {"classes", "memory", "sampler", "steps", "max_skipped", "export_to", "export_half"}
+    )
     assert tested == set(inspect.signature(Diffusion.__init__).parameters) - {"self"}
 
 

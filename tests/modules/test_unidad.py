@@ -196,6 +196,7 @@ def test_every_constructor_argument_is_tested() -> None:
     import inspect
 
     tested = {name.split(":")[0] for name in EXACT} | {"critic", "noise_table", "max_skipped", "classes"}
+    tested |= {"memory"}  # tests/modules/test_frozen.py
     wanted = set(inspect.signature(UniDAD.__init__).parameters) - {"self"}
     wanted |= {f"critic.{f.name}" for f in dataclasses.fields(Critic)}
     assert wanted == tested

@@ -259,7 +259,7 @@ class ADMSource(DenoiserSource):
             FileNotFoundError: checkpoint or config is missing.
             ValueError: they cannot be read, or do not fit each other; names keys and shapes.
         """
-        adm = self.config if isinstance(self.config, ADMConfig) else ADMConfig.load(self.config)
+        adm = self._adm()
         if not Path(self.checkpoint).is_file() and self.config in PUBLISHED:
             raise FileNotFoundError(
                 f"no ADM checkpoint at {self.checkpoint!r}: put {PUBLISHED[str(self.config)]} there, or give its path "
@@ -267,3 +267,12 @@ class ADMSource(DenoiserSource):
             )
         state = {name: value.float() for name, value in read_checkpoint(self.checkpoint).items()}
         return adm_denoiser(adm, state)
+
+    def architecture(self) -> UNetDenoiser:
+        from diffusers import UNet2DModel
+
+        adm = self._adm()
+        return UNetDenoiser(UNet2DModel(**unet2d_config(adm)), adm.spec).eval()
+
+    def _adm(self) -> ADMConfig:
+        return self.config if isinstance(self.config, ADMConfig) else ADMConfig.load(self.config)

@@ -76,12 +76,12 @@ class UNetDenoiser(Denoiser):
     def predict(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Prediction:
         how = Parameterization.of(self.spec.prediction, sigma, self.spec.sigma_data)
         folded = F.pixel_unshuffle(how.input_scale * x, self.spec.patch_size)
-        out = self.unet(folded, self.time(sigma), class_labels=cond).sample[:, : folded.shape[1]]
+        out = self.unet(folded.to(self.dtype), self.time(sigma), class_labels=cond).sample[:, : folded.shape[1]]
         return how.prediction(x, F.pixel_shuffle(out, self.spec.patch_size))
 
     def taps(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> dict[str, Tensor]:
         how = Parameterization.of(self.spec.prediction, sigma, self.spec.sigma_data)
-        h = F.pixel_unshuffle(how.input_scale * x, self.spec.patch_size)
+        h = F.pixel_unshuffle(how.input_scale * x, self.spec.patch_size).to(self.dtype)
         if self.unet.config["center_input_sample"]:
             h = 2 * h - 1.0
         emb = self._embedding(self.time(sigma), cond, h.dtype)
@@ -93,6 +93,19 @@ class UNetDenoiser(Denoiser):
         taps = {f"in{i}": output for i, output in enumerate(outputs)}
         taps["mid"] = self.unet.mid_block(h, emb)
         return taps
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the network computes in, outside of autocast."""
+        return self.unet.conv_in.weight.dtype
+
+    def checkpoint_blocks(self) -> None:
+        self.unet.enable_gradient_checkpointing()
+
+    def to_bfloat16(self) -> None:
+        for name, part in self.unet.named_children():
+            if name != "conv_out":
+                part.bfloat16()
 
     @property
     def tap_channels(self) -> dict[str, int]:
@@ -166,12 +179,7 @@ class PretrainedUNet(DenoiserSource):
         """
         from diffusers import UNet2DModel
 
-        folder = self.folder if (self.folder / "config.json").is_file() else self.folder / "unet"
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(
-                f"source model {self.path!r} has no config.json (looked in {self.folder} and its unet/). A source "
-                f"folder holds config.json, diffusion_pytorch_model.safetensors and {SCHEDULER_FILE}."
-            )
+        folder = self._unet_folder()
         spec = self._spec(folder)
         unet, report = UNet2DModel.from_pretrained(
             folder, torch_dtype=torch.float32, use_safetensors=not (folder / BIN_FILE).is_file() or None,
@@ -181,6 +189,21 @@ class PretrainedUNet(DenoiserSource):
         if wrong:
             raise ValueError(f"weights in {folder} do not fit its config.json: {wrong}")
         return UNetDenoiser(unet, spec).eval()
+
+    def architecture(self) -> UNetDenoiser:
+        from diffusers import UNet2DModel
+
+        folder = self._unet_folder()
+        return UNetDenoiser(UNet2DModel.from_config(UNet2DModel.load_config(folder)), self._spec(folder)).eval()
+
+    def _unet_folder(self) -> Path:
+        folder = self.folder if (self.folder / "config.json").is_file() else self.folder / "unet"
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"source model {self.path!r} has no config.json (looked in {self.folder} and its unet/). A source "
+                f"folder holds config.json, diffusion_pytorch_model.safetensors and {SCHEDULER_FILE}."
+            )
+        return folder
 
     def _spec(self, folder: Path) -> UNetSpec:
         if (folder / DENOISER_FILE).is_file():

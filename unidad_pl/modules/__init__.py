@@ -4,9 +4,10 @@ from unidad_pl import distributed as _distributed  # registers strategy "unidad_
 from unidad_pl.discriminator import Critic
 from unidad_pl.modules.base import GenerativeModule
 from unidad_pl.modules.diffusion import Diffusion
+from unidad_pl.modules.frozen import Memory
 from unidad_pl.modules.optimization import Optimization
 from unidad_pl.modules.unidad import UniDAD
 
 _distributed.register()
 
-__all__ = ["Critic", "Diffusion", "GenerativeModule", "Optimization", "UniDAD"]
+__all__ = ["Critic", "Diffusion", "GenerativeModule", "Memory", "Optimization", "UniDAD"]

@@ -10,11 +10,11 @@ The rules it keeps (DESIGN):
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
@@ -22,15 +22,16 @@ from torch.optim.swa_utils import AveragedModel
 
 from unidad_pl.denoiser import Denoiser, DenoiserSource
 from unidad_pl.distributed import UnwrappedDDPStrategy
+from unidad_pl.modules.frozen import FrozenNetworks, Memory
 from unidad_pl.modules.labels import ClassLabels
-from unidad_pl.modules.optimization import Optimization, average_gradients, check_choices, content_hash
+from unidad_pl.modules.optimization import Optimization, average_gradients, check_choices
 from unidad_pl.sampling import FewStepSampler
 from unidad_pl.seeds import mix_seed
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed")
 
 
-class GenerativeModule(pl.LightningModule):
+class GenerativeModule(FrozenNetworks):
     """Base of :class:`~unidad_pl.modules.unidad.UniDAD` and :class:`~unidad_pl.modules.diffusion.Diffusion`.
 
     A subclass builds its networks in :meth:`build_networks`, names its trained parameters in :meth:`groups`, its
@@ -44,9 +45,9 @@ class GenerativeModule(pl.LightningModule):
             on the decay is ``(1 + n) / (10 + n)``. 0: no average.
         max_skipped: iterations in a row with a non-finite gradient after which the run ends with an error.
         classes: class labels to use of a class-conditional model; null: all of them.
+        memory: what trades time for memory.
     """
 
-    frozen_networks: tuple[str, ...] = ()
     sampled_name: str
     """The attribute, and the prefix in checkpoints, of the network that is sampled."""
     clock: str
@@ -59,7 +60,9 @@ class GenerativeModule(pl.LightningModule):
         ema_decay: float = 0.0,
         max_skipped: int = 10,
         classes: list[int] | None = None,
+        memory: Memory = Memory(),  # noqa: B008 (a value, never mutated)
     ) -> None:
+        self.memory = memory
         super().__init__()
         if accumulate < 1 or max_skipped < 1 or not 0 <= ema_decay < 1:
             raise ValueError(
@@ -127,10 +130,13 @@ class GenerativeModule(pl.LightningModule):
             torch.manual_seed(mix_seed(self.seed, 0xA11))
             self.build_networks()
         self.labels = ClassLabels(self.sampled_network.num_classes, self.classes)
+        if self.memory.checkpointing in ("blocks", "both"):
+            for name, network in self.named_children():
+                if isinstance(network, Denoiser) and name not in self.frozen_networks:
+                    network.checkpoint_blocks()
         if self.ema_decay:
             self.ema = AveragedModel(self.sampled_network, avg_fn=self._average).requires_grad_(False)
-        for name in self.frozen_networks:
-            getattr(self, name).requires_grad_(False)
+        self.freeze_networks()
         self._built = True
         self.train()
 
@@ -146,15 +152,6 @@ class GenerativeModule(pl.LightningModule):
             for name, setting in self.optimizations().items()
         ]
         return [optimizer for optimizer, _ in built], [schedule for _, schedule in built]
-
-    def train(self, mode: bool = True) -> GenerativeModule:
-        super().train(mode)
-        for name in self.frozen_networks:
-            if (network := getattr(self, name, None)) is not None:
-                network.eval()
-        if self.ema is not None:
-            self.ema.eval()
-        return self
 
     # -- one iteration -------------------------------------------------------------------------------------------
 
@@ -292,6 +289,8 @@ class GenerativeModule(pl.LightningModule):
         cond = self.labels.of_seeds(seeds) if cond is None else cond
         cond = None if cond is None else cond.to(self.device)
         network: Any = self.ema.module if self.ema is not None and weights != "raw" else self.sampled_network
+        if next(network.parameters()).device != self.device:  # an average kept elsewhere
+            network = copy.deepcopy(network).to(self.device)
         training = network.training
         network.eval()
         images = self.generate(network, seeds, cond).clamp(-1, 1)
@@ -312,39 +311,3 @@ class GenerativeModule(pl.LightningModule):
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         return self._evaluation_step(batch)
-
-    # -- partial checkpoints -------------------------------------------------------------------------------------
-
-    def _frozen_keys(self) -> tuple[str, ...]:
-        return tuple(f"{name}." for name in self.frozen_networks)
-
-    def _frozen_hash(self, name: str) -> str:
-        if name not in self._hashes:  # frozen: computed once
-            self._hashes[name] = content_hash(getattr(self, name))
-        return self._hashes[name]
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        weights = checkpoint["state_dict"]
-        for key in [k for k in weights if k.startswith(self._frozen_keys())]:
-            del weights[key]
-        checkpoint["frozen_sha256"] = {name: self._frozen_hash(name) for name in self.frozen_networks}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.configure_model()
-        hashes = checkpoint.get("frozen_sha256", {})
-        if set(hashes) != set(self.frozen_networks):
-            raise RuntimeError(
-                f"the checkpoint was trained with the frozen networks {sorted(hashes)}, this run has "
-                f"{sorted(self.frozen_networks)}: use the config the run started with"
-            )
-        for name, seen in hashes.items():
-            own = self._frozen_hash(name)
-            if own != seen:
-                raise RuntimeError(
-                    f"the checkpoint was trained with another {name!r} network: its sha256 is {seen[:16]}..., "
-                    f"this run's is {own[:16]}.... Point the config at the network the run started with."
-                )
-        # The frozen networks come from their source; put them in so that loading stays strict for all the rest.
-        weights = checkpoint["state_dict"]
-        for name in self.frozen_networks:
-            weights.update(getattr(self, name).state_dict(prefix=f"{name}."))

@@ -11,6 +11,7 @@ from unidad_pl.data.batch import Batch
 from unidad_pl.denoiser import Denoiser, DenoiserSource
 from unidad_pl.losses import Weighting, denoising_loss
 from unidad_pl.modules.base import GenerativeModule
+from unidad_pl.modules.frozen import Memory
 from unidad_pl.modules.optimization import Optimization, check_choices
 from unidad_pl.sampling import FewStepSampler, ddim, heun, sampling_sigmas, seeded_noise
 from unidad_pl.schedules import karras, log_linear
@@ -42,6 +43,7 @@ class Diffusion(GenerativeModule):
         ema_decay: see there.
         max_skipped: see there.
         classes: see there.
+        memory: see there.
     """
 
     clock = "denoiser"
@@ -65,8 +67,9 @@ class Diffusion(GenerativeModule):
         ema_decay: float = 0.0,
         max_skipped: int = 10,
         classes: list[int] | None = None,
+        memory: Memory = Memory(),  # noqa: B008
     ) -> None:
-        super().__init__(seed, accumulate, ema_decay, max_skipped, classes)
+        super().__init__(seed, accumulate, ema_decay, max_skipped, classes, memory)
         check_choices(
             weighting=(weighting, ("eps", "edm")),
             noise=(noise, ("karras", "lognormal")),

@@ -50,9 +50,19 @@ class Optimization:
             raise ValueError(f"optimizer must be a full class path such as torch.optim.AdamW, got {self.optimizer!r}")
 
     def build(self, parameters: Any, total_steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
-        """The optimiser over ``parameters`` and its schedule for ``total_steps`` of its own steps."""
+        """The optimiser over ``parameters`` and its schedule for ``total_steps`` of its own steps.
+
+        Raises:
+            ValueError: there is no such optimiser; names the package to install.
+        """
         module, _, name = self.optimizer.rpartition(".")
-        kind = getattr(importlib.import_module(module), name)
+        try:
+            kind = getattr(importlib.import_module(module), name)
+        except ModuleNotFoundError as error:
+            package = module.partition(".")[0]
+            raise ValueError(f"optimizer {self.optimizer}: {error}; pip install {package}") from error
+        except AttributeError as error:
+            raise ValueError(f"there is no optimizer {self.optimizer}: {error}") from error
         optimizer = kind(parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, **self.options)
         return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
 

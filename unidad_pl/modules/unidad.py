@@ -30,6 +30,7 @@ from unidad_pl.losses import (
     r1_penalty,
 )
 from unidad_pl.modules.base import GenerativeModule
+from unidad_pl.modules.frozen import Memory, predict_where_it_is
 from unidad_pl.modules.optimization import Optimization, check_choices, frozen
 from unidad_pl.sampling import FewStepSampler, GradientMode, random_noise, seeded_noise
 from unidad_pl.schedules import index_range, karras, log_linear
@@ -69,6 +70,7 @@ class UniDAD(GenerativeModule):
         accumulate: see there.
         max_skipped: see there.
         classes: see there.
+        memory: see there.
 
     Raises:
         ValueError: a weight or range that makes no sense; the message says which.
@@ -106,8 +108,9 @@ class UniDAD(GenerativeModule):
         accumulate: int = 1,
         max_skipped: int = 10,
         classes: list[int] | None = None,
+        memory: Memory = Memory(),  # noqa: B008
     ) -> None:
-        super().__init__(seed, accumulate, ema_decay, max_skipped, classes)
+        super().__init__(seed, accumulate, ema_decay, max_skipped, classes, memory)
         check_choices(
             target=(target, ("train", "frozen")),
             target_update=(target_update, ("student", "every")),
@@ -137,7 +140,9 @@ class UniDAD(GenerativeModule):
         self.frozen_networks += ("target_teacher",) * (self.target_weight > 0 and target == "frozen")
         self.target_update, self.target_iterations = target_update, target_iterations
         self.student_every = student_every
-        self.sampler, self.sigma_end = FewStepSampler(log_linear(steps, sigma_max, sigma_end), gradient), sigma_end
+        checkpointed = memory.checkpointing in ("steps", "both")
+        self.sampler = FewStepSampler(log_linear(steps, sigma_max, sigma_end), gradient, checkpointed)
+        self.sigma_end = sigma_end
         self.dmd_range, self.normalizer, self.noise_table = dmd_range, normalizer, noise_table
         self.weighting, self.sigma_data = weighting, sigma_data
         self.critic = critic
@@ -257,7 +262,9 @@ class UniDAD(GenerativeModule):
         terms = {}
         with torch.no_grad():
             fake_eps = self.fake_score.predict(noisy, sigma, cond).eps
-            teacher_eps = {name: teacher.predict(noisy, sigma, cond).eps for name, (_, teacher) in teachers.items()}
+            teacher_eps = {
+                name: predict_where_it_is(teacher, noisy, sigma, cond).eps for name, (_, teacher) in teachers.items()
+            }
         torch.clear_autocast_cache()  # torch reuses casts made without a graph, and their weights get no gradient
         for name, (weight, _) in teachers.items():
             direction = dmd_gradient(x.detach(), noisy, sigma, fake_eps, teacher_eps[name], self.normalizer)
@@ -318,7 +325,10 @@ class UniDAD(GenerativeModule):
             return self.discriminator(self.fake_score.taps(noisy, sigma, cond))
 
     def _frozen_logits(self, x: Tensor, cond: Tensor | None) -> list[Tensor]:
-        with frozen(self.fake_score, self.discriminator):
+        # Checkpointed blocks are computed again in the backward pass, when the flags are back: the same flags then.
+        # Gradient reaches the student alone either way, see backward_into.
+        checkpointed = self.memory.checkpointing in ("blocks", "both")
+        with nullcontext() if checkpointed else frozen(self.fake_score, self.discriminator):
             noisy, sigma = self.add_noise(x, 0, self.critic_entries - 1)
             return self.logits(noisy, sigma, cond)
 
