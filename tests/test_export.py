@@ -71,7 +71,7 @@ def like_google_ddpm(folder: Path, **scheduler: Any) -> None:
 SOURCES: dict[str, Any] = {
     "ddpm": {},
     "v": dict(prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2"),
-    "classes": dict(prediction_type="sample", classes=3),
+    "classes": dict(classes=3),
     "edm": None,
 }
 
@@ -106,7 +106,7 @@ def pixels(folder: Path, seeds: Any) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("kind", list(SOURCES))
+@pytest.mark.parametrize("kind", ["v", "classes", "edm"])
 def test_a_process_without_unidad_pl_draws_the_same_images(kind: str, tmp_path: Path) -> None:
     checkpoint = train(tmp_path / "run", kind)
     export(str(checkpoint), str(tmp_path / "out"))

@@ -23,6 +23,7 @@ domain from about ten images, in one training run (Uni-DAD).
   unidad fit --config FILE --print_config               the whole config a run would use
   unidad export --ckpt_path RUN/checkpoints/last.ckpt --out FOLDER      the student as a diffusers pipeline
   unidad sample --model FOLDER --num 64 --out IMAGES                    PNGs from it, or from a checkpoint
+  unidad report memory --config FILE                                    peak GiB of a run, without its weights
   unidad import adm --checkpoint FILE --preset ffhq256 --out FOLDER     a guided-diffusion model as a source model
   unidad restore adm --folder FOLDER --out FILE         such a folder as a guided-diffusion checkpoint again
 """
@@ -32,6 +33,7 @@ TOOLS = {
     "restore adm": "unidad_pl.backbones.adm_files:restore_adm",
     "export": "unidad_pl.export:export",
     "sample": "unidad_pl.sample:sample",
+    "report memory": "unidad_pl.memory:report_memory",
 }
 """Commands beside Lightning's: words on the command line -> module:function, whose arguments are the options."""
 
@@ -63,22 +65,27 @@ def _run_tool(given: Sequence[str]) -> None:
     if name not in same:
         sys.exit(f"unidad {given[0]}: use one of: " + ", ".join(f"unidad {command}" for command in same))
     module, _, function_name = same[name].partition(":")
-    function: Callable[..., Path] = getattr(import_module(module), function_name)
+    function: Callable[..., Path | str] = getattr(import_module(module), function_name)
     parser = ArgumentParser(prog=f"unidad {name}", description=(function.__doc__ or "").partition("\n\n")[0])
     parser.add_function_arguments(function, as_group=False)
-    options = [_switched_on(option, function) for option in given[len(name.split()) :]]
+    options = [_spelled_out(option, function) for option in given[len(name.split()) :]]
     request = parser.instantiate_classes(parser.parse_args(options))
     try:
         made = function(**request)
     except (ValueError, OSError) as error:
         sys.exit(f"unidad {name}: {error}")
-    sys.stdout.write(f"written: {made}\n")
+    sys.stdout.write(made if isinstance(made, str) else f"written: {made}\n")
 
 
-def _switched_on(option: str, function: Callable[..., Path]) -> str:
-    """``--grid`` as ``--grid=true``: a switch that is off by default needs no value."""
-    switch = option.startswith("--") and signature(function).parameters.get(option[2:])
-    return f"{option}=true" if switch and switch.default is False else option
+def _spelled_out(option: str, function: Callable[..., Path | str]) -> str:
+    """What users may leave out: ``--grid`` means ``--grid=true``, and a list option given twice means both."""
+    name, equals, value = option.partition("=")
+    parameter = signature(function).parameters.get(name[2:]) if name.startswith("--") else None
+    if parameter is not None and parameter.default is False and not equals:
+        return f"{option}=true"
+    if parameter is not None and str(parameter.annotation).startswith("list["):
+        return f"{name}+{equals}{value}"
+    return option
 
 
 if __name__ == "__main__":

@@ -69,22 +69,45 @@ def load_module(config: str | Path) -> Any:
     Raises:
         ValueError: the file is no config with a ``model``, or its values are refused.
     """
-    import lightning.pytorch as pl
     import yaml
-    from jsonargparse import ArgumentError, ArgumentParser
 
     try:
         content = yaml.safe_load(Path(config).read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"{str(config)!r} is not YAML: {error}") from error
-    if not isinstance(content, dict) or "model" not in content:
-        raise ValueError(f"{str(config)!r} is no config of a run: it has no entry 'model'")
+    return build_module(content, str(config))
+
+
+def merge_configs(configs: list[Any]) -> Any:
+    """Configs on top of each other: entries of later ones win, mappings are merged."""
+    merged: Any = {}
+    for config in configs:
+        both = isinstance(merged, dict) and isinstance(config, dict)
+        merged = (
+            merged | {k: merge_configs([merged[k], v]) if k in merged else v for k, v in config.items()}
+            if both
+            else config
+        )
+    return merged
+
+
+def build_module(config: Any, name: str) -> Any:
+    """The LightningModule of a config that was read already; ``name`` is what errors call it.
+
+    Raises:
+        ValueError: it has no ``model``, or its values are refused.
+    """
+    import lightning.pytorch as pl
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    if not isinstance(config, dict) or "model" not in config:
+        raise ValueError(f"{name!r} is no config of a run: it has no entry 'model'")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(pl.LightningModule, "model")
     try:
-        return parser.instantiate_classes(parser.parse_object({"model": content["model"]})).model
+        return parser.instantiate_classes(parser.parse_object({"model": config["model"]})).model
     except ArgumentError as error:
-        raise ValueError(f"the model in {str(config)!r} is refused: {error}") from error
+        raise ValueError(f"the model in {name!r} is refused: {error}") from error
 
 
 def read_weights(ckpt_path: str | Path) -> dict[str, Any]:

@@ -104,8 +104,9 @@ class UNetDenoiser(Denoiser):
 
     def to_bfloat16(self) -> None:
         for name, part in self.unet.named_children():
-            if name != "conv_out":
-                part.bfloat16()
+            for layer in part.modules() if name != "conv_out" else ():
+                for own, weight in layer.named_parameters(recurse=False):
+                    setattr(layer, own, nn.Parameter(weight.detach().bfloat16(), weight.requires_grad))
 
     @property
     def tap_channels(self) -> dict[str, int]:
