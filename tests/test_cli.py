@@ -165,6 +165,9 @@ def test_the_quickstart_on_the_users_own_photographs(photographs: Path, tmp_path
     pictures = sorted(p.name for p in tmp_path.rglob("predictions/*.png"))
     assert pictures == ["000000.png", "000001.png", "000002.png"]
     assert "test/fid" in unidad("test", *arguments[1:])
+    (hand_on,) = [line for line in printed.splitlines() if line.startswith("hand on")]
+    unidad(*hand_on.split("unidad ")[1].split())
+    assert (run / "export" / "model_index.json").is_file()
     tests = [r for path in tmp_path.rglob("metrics.jsonl") for r in map(json.loads, path.read_text().splitlines())]
     assert {r["step"] for r in tests if r["stage"] == "test"} == {2}  # Lightning's own count is 0 here
     assert list(tmp_path.rglob("samples/test_step00000002.png"))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import warnings
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from jsonargparse import DefaultHelpFormatter
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -20,6 +22,10 @@ from unidad_pl.callbacks.records import run_folder
 from unidad_pl.cli import DESCRIPTION
 from unidad_pl.modules.base import GenerativeModule
 from unidad_pl.summary import fit_summary
+
+
+class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the description's example commands one per line."""
 
 
 class UnidadCLI(LightningCLI):
@@ -115,6 +121,6 @@ def run(args: Sequence[str] | None) -> UnidadCLI:
         subclass_mode_data=True,
         seed_everything_default=0,
         args=None if args is None else list(args),
-        parser_kwargs={"description": DESCRIPTION},
+        parser_kwargs={"description": DESCRIPTION, "formatter_class": HelpFormatter},
         save_config_kwargs={"overwrite": True},
     )

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from unidad_pl.modules.unidad import UniDAD
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -40,8 +44,18 @@ def fit_summary(
             console.print(f"{label:<13} {path}", soft_wrap=True, highlight=False)
     if checkpoint is not None:
         console.print(f"checkpoint    {checkpoint}", soft_wrap=True, highlight=False)
-        command = f"unidad predict --config {folder / 'config.yaml'} --ckpt_path {checkpoint}"
-        console.print(f"next          {command}", soft_wrap=True, highlight=False)
+        unidad = _command()
+        following = {"next": f"{unidad} predict --config {folder / 'config.yaml'} --ckpt_path {checkpoint}"}
+        if isinstance(trainer.lightning_module, UniDAD):
+            following["hand on"] = f"{unidad} export --ckpt_path {checkpoint} --out {folder / 'export'}"
+        for label, command in following.items():
+            console.print(f"{label:<13} {command}", soft_wrap=True, highlight=False)
+
+
+def _command() -> str:
+    """``unidad`` as the user's shell finds it: with its path if it lies in an environment that is not activated."""
+    beside = Path(sys.executable).with_name("unidad")
+    return "unidad" if shutil.which("unidad") or not beside.exists() else str(beside)
 
 
 def _last_checkpoint(trainer: pl.Trainer) -> str | None:
