@@ -101,26 +101,22 @@ class FewShotDataModule(pl.LightningDataModule):
         self.excluded = 0
 
     def setup(self, stage: str | None = None) -> None:
-        """Decode the shots and the reference set once, into memory.
+        """Decode the shots once, into memory.
 
         Raises:
             FileNotFoundError, ValueError: a missing or empty place, an unreadable image, no labels where they are
-                asked for, fewer different images than shots, or a reference that holds nothing but the shots.
+                asked for, or fewer different images than shots.
         """
         if self._shots is not None:
             return
         if self.domain is not None:
             indices = choose_shots(self.domain, int(self.wanted_shots or 0), self.seed)
-            self._shots, rest = render_uint8(indices, self.domain, self.resolution), None
+            self._shots = render_uint8(indices, self.domain, self.resolution)
             self.shot_names = [f"{self.domain}[{i}]" for i in indices]
         else:
             self._shots, rest = self._choose_shots()
-        if self.reference_root is not None:
-            self._reference = self._without_shots(open_images(self.reference_root).load(self.resolution))
-        elif self.domain is not None:
-            self._reference = render_uint8(range(self.reference_size), self.domain, self.resolution)
-        else:
-            self._reference = rest
+            if self.reference_root is None:
+                self._reference = rest
 
     def _choose_shots(self) -> tuple[Tensor, Tensor]:
         source = open_images(str(self.root))
@@ -177,9 +173,19 @@ class FewShotDataModule(pl.LightningDataModule):
 
     @property
     def reference(self) -> Tensor:
-        """The images metrics compare with, [N, 3, R, R] uint8."""
+        """The images metrics compare with, [N, 3, R, R] uint8: decoded when first asked for, as a run without metrics
+        needs none.
+
+        Raises:
+            FileNotFoundError, ValueError: a missing or empty place, an unreadable image, or nothing but the shots.
+        """
         self.setup()
-        assert self._reference is not None
+        if self._reference is None:
+            if self.reference_root is not None:
+                self._reference = self._without_shots(open_images(self.reference_root).load(self.resolution))
+            else:
+                assert self.domain is not None
+                self._reference = render_uint8(range(self.reference_size), self.domain, self.resolution)
         return self._reference
 
     def train_dataloader(self) -> DataLoader[Batch]:
