@@ -70,7 +70,7 @@ def load_export(folder: str | Path) -> TrainedStudent:
     index = json.loads((Path(folder) / INDEX).read_text())
     network = PretrainedUNet(str(folder)).build().requires_grad_(False)
     sampler = FewStepSampler(_tensor(index["sigmas"]))
-    return TrainedStudent(network, sampler, index["sigma_end"], index["weights"], index["iteration"],
+    return TrainedStudent(network, sampler, index["sigma_end"], index["_weights"], index["_iteration"],
                           index["classes"], {}, Path(folder))  # fmt: skip
 
 
@@ -106,8 +106,8 @@ def _write(student: TrainedStudent, network: UNetDenoiser, folder: Path) -> None
         "patch_size": spec.patch_size,
         "timestep": spec.timestep,
         "classes": student.classes,
-        "weights": student.weights,
-        "iteration": student.iteration,
+        "_weights": student.weights,
+        "_iteration": student.iteration,
     }
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 

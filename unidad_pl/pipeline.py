@@ -39,13 +39,13 @@ class FewStepPipeline(DiffusionPipeline):
         self,
         unet: UNet2DModel,
         scheduler: SchedulerMixin,
-        sigmas: Sequence[float] = (80.0,),  # diffusers takes arguments without a default for networks
+        sigmas: list[float] = [80.0],  # noqa: B006 (diffusers takes arguments without a default for networks)
         sigma_end: float = 0.5,
         prediction: str = "epsilon",
         sigma_data: float = 0.5,
         patch_size: int = 1,
         timestep: str = "nearest",
-        classes: Sequence[int] | None = None,
+        classes: list[int] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
