@@ -8,6 +8,7 @@ package knows about it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -113,6 +114,14 @@ class Denoiser(nn.Module, ABC):
         """
         raise ValueError(f"this {type(self).__name__} was trained on continuous noise levels: use noise_table: karras")
 
+    def trained_sigmas(self, sigmas: Sequence[float]) -> list[float]:
+        """What a few-step student of this model uses for ``sigmas``: the same, or the nearest trained ones."""
+        return list(sigmas)
+
+    def start_scale(self, sigma: float) -> float:
+        """Standard deviation of the noise that sampling starts from at the first ``sigma``."""
+        return sigma
+
     def checkpoint_blocks(self) -> None:
         """From now on compute the blocks again in the backward pass instead of keeping what they computed.
 
@@ -134,12 +143,64 @@ class Denoiser(nn.Module, ABC):
         return self.predict(x, sigma, cond).x0
 
 
+def guided(
+    network: Denoiser, x: Tensor, sigma: Tensor, cond: Tensor | None, unconditional: Tensor | None, scale: float
+) -> Prediction:
+    """Classifier-free guidance ``u + scale (c - u)`` (Ho and Salimans 2022), both in one pass.
+
+    Args:
+        network: the denoiser.
+        x: [B, C, H, W] noisy latents.
+        sigma: [B].
+        cond: condition of the B rows.
+        unconditional: condition [1, ...] or [B, ...] of the empty or negative prompt; needed above a scale of 1.
+        scale: the guidance scale; 1 is no guidance and costs no second evaluation.
+
+    Raises:
+        ValueError: ``scale`` is below 1, or above it without both conditions.
+    """
+    if scale < 1:
+        raise ValueError(f"a guidance scale below 1 weakens the prompt: give 1 (off) or more, got {scale}")
+    if scale == 1:
+        return network.predict(x, sigma, cond)
+    if cond is None or unconditional is None:
+        raise ValueError(f"a guidance scale of {scale} needs a condition and an unconditional one")
+    both = torch.cat([unconditional.expand_as(cond), cond])
+    answer = network.predict(torch.cat([x, x]), torch.cat([sigma, sigma]), both)
+    parts = (part.chunk(2) for part in answer)
+    return Prediction(*(u + scale * (c - u) for u, c in parts))
+
+
+class Codec:
+    """Between pictures and what the networks work on. This one is for pixels: nothing to convert, no prompts."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Pictures [B, 3, R, R] in [-1, 1] -> images or latents [B, C, H, W] of the networks."""
+        return images
+
+    def decode(self, images: Tensor) -> Tensor:
+        """Images or latents [B, C, H, W] -> pictures [B, 3, R, R], about in [-1, 1]."""
+        return images
+
+    def embed(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
+        """Condition of ``prompts``: one row for each.
+
+        Raises:
+            ValueError: the model takes none.
+        """
+        raise ValueError(f"prompts were given ({prompts[0]!r}), but the source model is no text-to-image model")
+
+
 class DenoiserSource(ABC):
     """A light description of a denoiser that a config can hold; nothing heavy happens before :meth:`build`."""
 
     @abstractmethod
     def build(self) -> Denoiser:
         """Make the network (random or loaded), float32, in eval mode, on the current default device."""
+
+    def codec(self) -> Codec:
+        """What turns pictures and prompts into the network's images and conditions; light until it is used."""
+        return Codec()
 
     def architecture(self) -> Denoiser:
         """The network without its weights, for questions about its size; no weight file is needed."""

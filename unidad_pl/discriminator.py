@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,6 +59,18 @@ class Critic:
                 f"set both, or neither"
             )
 
+    def head_taps(self, channels: Mapping[str, int]) -> dict[str, int]:
+        """The taps that carry a head, out of all ``channels`` of a network.
+
+        Raises:
+            ValueError: a tap the network has not.
+        """
+        chosen = self.taps if self.taps is not None else list(channels)
+        unknown = [name for name in chosen if name not in channels]
+        if unknown:
+            raise ValueError(f"critic taps {unknown} do not exist: this model has {', '.join(channels)}")
+        return {name: channels[name] for name in chosen}
+
 
 class MultiHeadDiscriminator(nn.Module):
     """Logits from feature maps; positive means "real".
@@ -109,3 +121,9 @@ class MultiHeadDiscriminator(nn.Module):
             if self.kind == "global":  # pooling first is the same number for less work: the head is linear
                 return head(tap.mean(dim=(2, 3), keepdim=True)).flatten()
             return head(tap)[:, 0]
+
+
+def accuracy(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
+    """Share of right verdicts over all heads, a scalar in [0, 1]; real images have positive logits."""
+    right = [(r > 0).float().mean() + (f < 0).float().mean() for r, f in zip(real, fake, strict=True)]
+    return torch.stack(right).detach().mean() / 2

@@ -9,7 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unidad_pl.backbones.stable_diffusion import StableDiffusionUNet
 from unidad_pl.backbones.unet import PretrainedUNet, UNetDenoiser
+from unidad_pl.export_text import is_text_export, load_text_export, write_text_pipeline
 from unidad_pl.runs import TrainedStudent, load_student
 from unidad_pl.sampling import FewStepSampler
 
@@ -44,12 +46,15 @@ def export(ckpt_path: str, out: str, weights: str = "auto", config: str | None =
     if target.exists() and not _is_export(target) and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{out!r} is there and is no earlier export: choose another folder, or remove it")
     student = load_student(ckpt_path, weights, config)
-    if not isinstance(student.network, UNetDenoiser):
+    if not isinstance(student.network, (UNetDenoiser, StableDiffusionUNet)):
         raise ValueError(f"only diffusers UNets can be exported, this student is a {type(student.network).__name__}")
     part = target.with_name(f"{target.name}.part{os.getpid()}")
     part.mkdir(parents=True)
     try:
-        _write(student, student.network, part)
+        if isinstance(student.network, StableDiffusionUNet):
+            write_text_pipeline(student, student.network, part)
+        else:
+            _write(student, student.network, part)
         (part / "README.md").write_text(model_card(student, Path(ckpt_path).name))
         if target.exists():
             shutil.rmtree(target)
@@ -65,6 +70,8 @@ def load_export(folder: str | Path) -> TrainedStudent:
     Raises:
         FileNotFoundError, ValueError: it is none, or is broken; says what.
     """
+    if is_text_export(Path(folder)):
+        return load_text_export(Path(folder))
     if not _is_export(Path(folder)):
         raise ValueError(f"{str(folder)!r} is neither a checkpoint nor a directory that 'unidad export' wrote")
     index = json.loads((Path(folder) / INDEX).read_text())
@@ -81,6 +88,8 @@ def _tensor(values: list[float]) -> Any:
 
 
 def _is_export(folder: Path) -> bool:
+    if is_text_export(folder):
+        return True
     try:
         name = json.loads((folder / INDEX).read_text())["_class_name"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -127,18 +136,15 @@ def _scheduler(spec: UNetSpec) -> Any:
 CARD = """---
 license: other  # fill in: it depends on the source model's and the images' licences
 library_name: diffusers
-pipeline_tag: unconditional-image-generation
+pipeline_tag: {task}
 tags: [few-step, few-shot, uni-dad]
 ---
 # {title}
 
-A {steps}-step generator of {shape} images, trained with Uni-DAD (arXiv 2511.18281) by unidad_pl {version}.
+A {steps}-step generator of {shape} {what}, trained with Uni-DAD (arXiv 2511.18281) by unidad_pl {version}.
 
 ```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER", trust_remote_code=True)  # runs pipeline.py of this folder
-images = pipe(seeds=[0, 1, 2, 3]).images
+{usage}
 ```
 
 - licence of the weights: (fill in)
@@ -160,6 +166,16 @@ images = pipe(seeds=[0, 1, 2, 3]).images
 """
 
 
+PIXEL_USAGE = """from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER", trust_remote_code=True)  # runs pipeline.py of this folder
+images = pipe(seeds=[0, 1, 2, 3]).images"""
+TEXT_USAGE = """from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER")
+images = pipe({prompt!r}, num_inference_steps={steps}, guidance_scale=1.0).images  # guidance is distilled into it"""
+
+
 def model_card(student: TrainedStudent, checkpoint: str) -> str:
     """The README.md of an export: how to use it, data, config, metrics, seed, versions, licences to fill in."""
     import yaml
@@ -167,6 +183,8 @@ def model_card(student: TrainedStudent, checkpoint: str) -> str:
     config = student.config
     data = (config.get("data") or {}).get("init_args") or {}
     channels, height, width = student.network.image_shape
+    text = isinstance(student.network, StableDiffusionUNet)
+    subject = f"a {data.get('token', 'prt')} {data.get('class_word') or 'subject'}"
     return CARD.format(
         title=data.get("domain") or Path(str(data.get("root") or "few-step student")).name,
         steps=len(student.sampler), shape=f"{height}x{width}x{channels}", version=version("unidad_pl"),
@@ -174,6 +192,8 @@ def model_card(student: TrainedStudent, checkpoint: str) -> str:
         checkpoint=checkpoint, iteration=student.iteration, weights=student.weights,
         seed=config.get("seed_everything"), sigmas=", ".join(f"{sigma:.4g}" for sigma in student.sampler.sigmas),
         versions=", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "lightning")),
+        task="text-to-image" if text else "unconditional-image-generation", what="latents" if text else "images",
+        usage=TEXT_USAGE.format(prompt=subject, steps=len(student.sampler)) if text else PIXEL_USAGE,
         metrics=_metrics_table(student.folder), config=yaml.safe_dump(config, sort_keys=False),
     )  # fmt: skip
 

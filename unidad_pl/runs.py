@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from unidad_pl.denoiser import Denoiser
+from unidad_pl.denoiser import Codec, Denoiser
 from unidad_pl.sampling import FewStepSampler
 
 CONFIG_FILE = "config.yaml"
@@ -28,6 +28,7 @@ class TrainedStudent:
         classes: class labels of its run; None: unconditional.
         config: the run's config as plain data; empty if it is not known.
         folder: the run's folder, with ``metrics.jsonl``; None if it is not known.
+        codec: between the network and pictures and prompts.
     """
 
     network: Denoiser
@@ -38,6 +39,7 @@ class TrainedStudent:
     classes: list[int] | None
     config: dict[str, Any]
     folder: Path | None
+    codec: Codec = field(default_factory=Codec)
 
     def with_steps(self, steps: int | None) -> FewStepSampler:
         """The sampler for ``steps`` network evaluations; None: as trained."""
@@ -45,7 +47,7 @@ class TrainedStudent:
 
         if steps is None or steps == len(self.sampler):
             return self.sampler
-        return FewStepSampler(log_linear(steps, self.sampler.sigmas[0], self.sigma_end))
+        return FewStepSampler(log_linear(steps, self.sampler.sigmas[0], self.sigma_end)).fitted_to(self.network)
 
 
 def find_config(ckpt_path: str | Path, config: str | None = None) -> Path:
@@ -168,6 +170,7 @@ def load_student(ckpt_path: str | Path, weights: str = "auto", config: str | Non
         raise ValueError(f"the weights {prefix}* in {str(ckpt_path)!r} do not fit {str(place)!r}: {error}") from error
     classes = list(range(network.num_classes)) if network.num_classes is not None else None
     return TrainedStudent(
-        network.eval().requires_grad_(False), sampler, sigma_end, chosen, int(state["iteration"]),
+        network.eval().requires_grad_(False), sampler.fitted_to(network), sigma_end, chosen, int(state["iteration"]),
         module.classes or classes, yaml.safe_load(place.read_text()), place.parent,
+        module.sampled_source.codec(),
     )  # fmt: skip

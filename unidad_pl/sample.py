@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from unidad_pl.backbones.stable_diffusion import StableDiffusionUNet
 from unidad_pl.callbacks.pictures import as_uint8, grid, write_png
 from unidad_pl.export import load_export
 from unidad_pl.modules.labels import ClassLabels
@@ -32,6 +33,7 @@ def sample(
     weights: str = "auto",
     config: str | None = None,
     class_labels: list[int] | None = None,
+    prompts: list[str] | None = None,
     device: str = "auto",
 ) -> Path:
     """Draw images with a few-step student, one PNG per seed; images that are there already are kept.
@@ -47,6 +49,7 @@ def sample(
         weights: of a checkpoint: ``ema``, ``raw`` or ``auto`` (ema where it has it).
         config: of a checkpoint: its run's config.yaml; null: the one of its run folder.
         class_labels: classes that seeds take in turn, for a class-conditional model; null: those of its training.
+        prompts: prompts that seeds take in turn, for a text-to-image model.
         device: ``cpu``, ``cuda``, or ``auto``.
 
     Returns:
@@ -63,17 +66,22 @@ def sample(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     student = load_student(model, weights, config) if Path(model).is_file() else load_export(model)
+    if bool(prompts) != isinstance(student.network, StableDiffusionUNet):
+        raise ValueError(
+            f"{model!r} is "
+            + ("no text-to-image model: leave prompts out" if prompts else "a text-to-image model: give --prompts")
+        )
     labels = ClassLabels(student.network.num_classes, class_labels or student.classes)
     trained = len(student.sampler)
     if steps is not None and steps > trained:
         sys.stderr.write(f"note: the student was trained for {trained} steps; {steps} need not be better\n")
     folder = Path(out)
-    _record(folder, student, steps or trained, labels.classes)
+    _record(folder, student, steps or trained, labels.classes, prompts)
     seeds = range(seed, seed + num)
     missing = [s for s in seeds if not _path(folder, s).is_file()]
     if len(missing) < num:
         sys.stderr.write(f"{num - len(missing)} of {num} images are there already\n")
-    _draw(student, steps, labels, missing, batch_size, device, folder)
+    _draw(student, steps, labels, prompts, missing, batch_size, device, folder)
     if grid:
         _write_grid(folder, seeds)
     return folder
@@ -83,9 +91,10 @@ def _path(folder: Path, seed: int) -> Path:
     return folder / f"{seed:06d}.png"
 
 
-def _record(folder: Path, student: TrainedStudent, steps: int, classes: list[int]) -> None:
+def _record(folder: Path, student: TrainedStudent, steps: int, classes: list[int], prompts: list[str] | None) -> None:
     """Note what the folder's images are drawn with; refuse to mix them with others."""
     now: dict[str, Any] = {"weights_sha256": content_hash(student.network), "steps": steps, "classes": classes}
+    now |= {"prompts": prompts} if prompts else {}
     path = folder / RECORD
     if path.is_file():
         try:
@@ -111,6 +120,7 @@ def _draw(
     student: TrainedStudent,
     steps: int | None,
     labels: ClassLabels,
+    prompts: list[str] | None,
     seeds: list[int],
     batch_size: int,
     device: str,
@@ -122,9 +132,13 @@ def _draw(
     with tqdm(total=len(seeds), unit="image", disable=not seeds) as bar, torch.no_grad():
         for first in range(0, len(seeds), batch_size):
             part = seeds[first : first + batch_size]
-            cond = labels.of_seeds(torch.tensor(part))
+            if prompts:
+                cond: Any = student.codec.embed([prompts[one % len(prompts)] for one in part], device)
+            else:
+                cond = labels.of_seeds(torch.tensor(part))
             noise = seeded_noise(part, network.image_shape, device)
-            images = sampler(network, noise, None if cond is None else cond.to(device)).clamp(-1, 1)
+            drawn = sampler(network, noise, None if cond is None else cond.to(device))
+            images = student.codec.decode(drawn).clamp(-1, 1)
             for one, image in zip(part, as_uint8(images), strict=True):
                 write_png(image.expand(3, -1, -1), _path(folder, one))
             bar.update(len(part))

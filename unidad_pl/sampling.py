@@ -68,6 +68,11 @@ class FewStepSampler:
     def __len__(self) -> int:
         return len(self.sigmas)
 
+    def fitted_to(self, network: Denoiser) -> FewStepSampler:
+        """The same sampler at the sigmas that ``network`` can be sampled at."""
+        sigmas = torch.tensor(network.trained_sigmas(self.sigmas), dtype=torch.float64)
+        return FewStepSampler(sigmas, self.gradient, self.checkpoint)
+
     def __call__(self, student: Denoiser, noise: Noise, cond: Tensor | None = None, stop: int | None = None) -> Tensor:
         """Images [B, C, H, W], not clamped.
 
@@ -79,7 +84,7 @@ class FewStepSampler:
                 training draws it.
         """
         last = len(self) - 1 if stop is None else stop
-        x0, x = torch.zeros(()), self.sigmas[0] * noise()
+        x0, x = torch.zeros(()), student.start_scale(self.sigmas[0]) * noise()
         for k in range(last + 1):
             if k > 0:
                 x = x0 + self.sigmas[k] * noise()

@@ -197,6 +197,7 @@ def test_every_constructor_argument_is_tested() -> None:
 
     tested = {name.split(":")[0] for name in EXACT} | {"critic", "noise_table", "max_skipped", "classes"}
     tested |= {"memory"}  # tests/modules/test_frozen.py
+    tested |= {"guidance_scale", "negative_prompt"}  # tests/modules/test_text_to_image.py
     wanted = set(inspect.signature(UniDAD.__init__).parameters) - {"self"}
     wanted |= {f"critic.{f.name}" for f in dataclasses.fields(Critic)}
     assert wanted == tested
@@ -232,8 +233,10 @@ class Broken(UniDAD):
 
     until: int = 10**9
 
-    def student_loss(self, x: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
-        loss = super().student_loss(x, cond)
+    def student_loss(
+        self, x: torch.Tensor, cond: torch.Tensor | None, source_cond: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        loss = super().student_loss(x, cond, source_cond)
         return loss * float("nan") if 2 <= int(self.iteration) < self.until else loss
 
 

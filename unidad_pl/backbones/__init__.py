@@ -2,6 +2,7 @@
 
 from unidad_pl.backbones.adm import ADMSource, ADMStateDictAdapter
 from unidad_pl.backbones.adm_config import ADMConfig
+from unidad_pl.backbones.stable_diffusion import StableDiffusion, StableDiffusionUNet
 from unidad_pl.backbones.unet import NewUNet, PretrainedUNet, UNetDenoiser
 from unidad_pl.backbones.unet_spec import UNetSpec
 
@@ -11,6 +12,8 @@ __all__ = [
     "ADMStateDictAdapter",
     "NewUNet",
     "PretrainedUNet",
+    "StableDiffusion",
+    "StableDiffusionUNet",
     "UNetDenoiser",
     "UNetSpec",
 ]

@@ -12,7 +12,7 @@ SCHEDULER_FILE = "scheduler_config.json"
 SUPPORTED = (
     "DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
     "UniPCMultistepScheduler", "DEISMultistepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
-    "HeunDiscreteScheduler", "LMSDiscreteScheduler",
+    "HeunDiscreteScheduler", "LMSDiscreteScheduler", "LCMScheduler",
 )  # fmt: skip
 """Schedulers of variance-preserving networks with discrete timesteps: all read the same betas."""
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from unidad_pl.backbones.network import DiffusersNetwork
 from unidad_pl.backbones.scheduler import SCHEDULER_FILE, find_scheduler, spec_of_scheduler
 from unidad_pl.backbones.unet_spec import UNetSpec
-from unidad_pl.denoiser import Denoiser, DenoiserSource, Parameterization, Prediction, PredictionType
-from unidad_pl.schedules import abar_from_sigma, sigma_from_abar
+from unidad_pl.denoiser import DenoiserSource, Parameterization, Prediction, PredictionType
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
@@ -25,22 +25,7 @@ DENOISER_FILE = "denoiser.json"
 BIN_FILE = "diffusion_pytorch_model.bin"
 
 
-class _Float32Conv2d(nn.Conv2d):
-    """The output convolution: float32 even under autocast, because sigma = 80 multiplies its rounding error."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        with torch.autocast(input.device.type, enabled=False):
-            return super().forward(input.to(torch.promote_types(self.weight.dtype, torch.float32)))
-
-    @classmethod
-    def of(cls, conv: nn.Conv2d) -> _Float32Conv2d:
-        """The same layer, sharing ``conv``'s parameters."""
-        same = cls(conv.in_channels, conv.out_channels, 1, padding=cast("tuple[int, int]", conv.padding), device="meta")
-        same.kernel_size, same.weight, same.bias = conv.kernel_size, conv.weight, conv.bias
-        return same
-
-
-class UNetDenoiser(Denoiser):
+class UNetDenoiser(DiffusersNetwork):
     """A diffusers ``UNet2DModel`` behind the sigma contract.
 
     Extra output channels (learned variance of guided-diffusion models) are dropped.
@@ -54,7 +39,6 @@ class UNetDenoiser(Denoiser):
     """
 
     def __init__(self, unet: UNet2DModel, spec: UNetSpec) -> None:
-        super().__init__()
         size, fold = unet.config["sample_size"], spec.patch_size**2
         channels = unet.config["in_channels"]
         if size is None:
@@ -64,14 +48,10 @@ class UNetDenoiser(Denoiser):
                 f"a UNet with {channels} input and {unet.config['out_channels']} output channels does not fit "
                 f"patch_size {spec.patch_size}: inputs must be a multiple of {fold}, outputs at least the inputs"
             )
+        super().__init__(unet, spec)
         height, width = (size, size) if isinstance(size, int) else size
         self.image_shape = (channels // fold, height * spec.patch_size, width * spec.patch_size)
         self.num_classes = unet.config["num_class_embeds"]
-        self.spec = spec
-        self.unet = unet
-        self.unet.conv_out = _Float32Conv2d.of(unet.conv_out)
-        self.register_buffer("abar", spec.abar(), persistent=False)
-        self.abar: Tensor
 
     def predict(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Prediction:
         how = Parameterization.of(self.spec.prediction, sigma, self.spec.sigma_data)
@@ -95,20 +75,6 @@ class UNetDenoiser(Denoiser):
         return taps
 
     @property
-    def dtype(self) -> torch.dtype:
-        """What the network computes in, outside of autocast."""
-        return self.unet.conv_in.weight.dtype
-
-    def checkpoint_blocks(self) -> None:
-        self.unet.enable_gradient_checkpointing()
-
-    def to_bfloat16(self) -> None:
-        for name, part in self.unet.named_children():
-            for layer in part.modules() if name != "conv_out" else ():
-                for own, weight in layer.named_parameters(recurse=False):
-                    setattr(layer, own, nn.Parameter(weight.detach().bfloat16(), weight.requires_grad))
-
-    @property
     def tap_channels(self) -> dict[str, int]:
         config = self.unet.config
         widths, layers = list(config["block_out_channels"]), config["layers_per_block"]
@@ -116,24 +82,6 @@ class UNetDenoiser(Denoiser):
         for level, width in enumerate(widths):
             channels += [width] * (layers + (level < len(widths) - 1))
         return {f"in{i}": c for i, c in enumerate(channels)} | {"mid": widths[-1]}
-
-    @property
-    def native_sigmas(self) -> Tensor:
-        if self.spec.prediction == "edm":
-            return super().native_sigmas
-        return sigma_from_abar(self.abar.double()).float()
-
-    def time(self, sigma: Tensor) -> Tensor:
-        """The network's time input [B] for ``sigma`` [B]."""
-        if self.spec.prediction == "edm":
-            return 250 * sigma.log() / 4
-        if self.spec.timestep == "nearest":
-            return (abar_from_sigma(sigma)[:, None] - self.abar).abs().argmin(dim=1)
-        table = sigma_from_abar(self.abar.double()).log()
-        level = sigma.double().log().clamp(table[0], table[-1])
-        right = torch.searchsorted(table, level).clamp(1, len(table) - 1)
-        low, high = table[right - 1], table[right]
-        return (right - 1 + (level - low) / (high - low)).to(sigma.dtype)
 
     def _embedding(self, time: Tensor, cond: Tensor | None, dtype: torch.dtype) -> Tensor:
         emb = self.unet.time_embedding(self.unet.time_proj(time).to(dtype))

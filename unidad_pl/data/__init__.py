@@ -2,5 +2,6 @@
 
 from unidad_pl.data.batch import Batch
 from unidad_pl.data.few_shot import FewShotDataModule
+from unidad_pl.data.subject import SubjectDataModule
 
-__all__ = ["Batch", "FewShotDataModule"]
+__all__ = ["Batch", "FewShotDataModule", "SubjectDataModule"]

@@ -15,10 +15,30 @@ class Batch:
     Attributes:
         images: [B, C, H, W] float32 in [-1, 1].
         cond: condition of the B rows (class labels [B] int64), or None.
+        prompts: B prompts instead, for a text-to-image model.
+        source_prompts: what the source teacher is told in their place, e.g. without the subject's rare token; None: the
+            same.
     """
 
     images: Tensor
     cond: Tensor | None = None
+    prompts: list[str] | None = None
+    source_prompts: list[str] | None = None
+
+
+@dataclass
+class EncodedBatch:
+    """A part of a batch as the networks see it.
+
+    Attributes:
+        images: [B, C, H, W] images or latents.
+        cond: condition of the B rows, or None.
+        source_cond: the source teacher's condition, where it is another one; None: ``cond``.
+    """
+
+    images: Tensor
+    cond: Tensor | None = None
+    source_cond: Tensor | None = None
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from unidad_pl.denoiser import Denoiser, DenoiserSource
+from unidad_pl.data.batch import Batch, EncodedBatch
+from unidad_pl.denoiser import Codec, Denoiser, DenoiserSource
 from unidad_pl.distributed import UnwrappedDDPStrategy
 from unidad_pl.modules.frozen import FrozenNetworks, Memory
 from unidad_pl.modules.labels import ClassLabels
@@ -126,6 +127,7 @@ class GenerativeModule(FrozenNetworks):
     def configure_model(self) -> None:
         if self._built:
             return
+        self.codec: Codec = self.sampled_source.codec()  # first: it knows what a model needs
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mix_seed(self.seed, 0xA11))
             self.build_networks()
@@ -173,8 +175,8 @@ class GenerativeModule(FrozenNetworks):
                 f"precision {self.trainer.precision!r} is not supported: use one of {', '.join(PRECISIONS)}"
             )
 
-    def micro_batches(self, images: Tensor, cond: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Split a batch into ``accumulate`` parts; before each, seed torch by (seed, iteration, global part).
+    def micro_batches(self, batch: Batch) -> Iterator[EncodedBatch]:
+        """Split a batch into ``accumulate`` parts and encode them, each with torch seeded by (seed, iteration, part).
 
         A class-conditional model whose batches carry no labels gets random ones.
 
@@ -182,8 +184,9 @@ class GenerativeModule(FrozenNetworks):
             ValueError: the images are not of the model's size, labels do not fit the model, or the batch cannot be
                 split evenly.
         """
+        images, cond = batch.images, batch.cond
         self.labels.check(cond, len(images))
-        if tuple(images.shape[1:]) != tuple(self.sampled_network.image_shape):
+        if type(self.codec) is Codec and tuple(images.shape[1:]) != tuple(self.sampled_network.image_shape):
             raise ValueError(
                 f"the data module serves images of {tuple(images.shape[1:])}, but the model works on "
                 f"{tuple(self.sampled_network.image_shape)}: set the data module's resolution to the model's"
@@ -195,7 +198,16 @@ class GenerativeModule(FrozenNetworks):
             number = self.global_rank * self.accumulate + part
             torch.manual_seed(mix_seed(self.seed, int(self.iteration), number))
             rows = slice(part * size, (part + 1) * size)
-            yield images[rows], self.labels.draw(size, images.device) if cond is None else cond[rows]
+            if batch.prompts is not None:
+                told, source = self._embed(batch.prompts[rows]), batch.source_prompts
+                source_cond = None if source is None else self._embed(source[rows])
+                yield EncodedBatch(self.codec.encode(images[rows]), told, source_cond)
+            else:
+                labels = self.labels.draw(size, images.device) if cond is None else cond[rows]
+                yield EncodedBatch(self.codec.encode(images[rows]), labels)
+
+    def _embed(self, prompts: Sequence[str]) -> Tensor:
+        return self.codec.embed(prompts, self.device)
 
     def shared_randint(self, high: int) -> int:
         """A draw in [0, high) that is the same on every rank and for every micro-batch of this iteration."""
@@ -266,16 +278,23 @@ class GenerativeModule(FrozenNetworks):
     # -- evaluation: seeds in, images out ------------------------------------------------------------------------
 
     @torch.no_grad()
-    def sample(self, seeds: Tensor | Sequence[int], cond: Tensor | None = None, weights: str = "auto") -> Tensor:
+    def sample(
+        self,
+        seeds: Tensor | Sequence[int],
+        cond: Tensor | None = None,
+        weights: str = "auto",
+        prompts: Sequence[str] | None = None,
+    ) -> Tensor:
         """Generate one image per seed. Image ``s`` is the same for any batch it is drawn in.
 
         Args:
             seeds: B integers.
             cond: B class labels; None: a class-conditional model's classes in turn, seed 0 the first.
             weights: ``ema``, ``raw`` or ``auto`` (ema where it exists).
+            prompts: B prompts, for a text-to-image model.
 
         Returns:
-            [B, C, H, W] in the model's range, clamped to [-1, 1].
+            Pictures [B, C, H, W], clamped to [-1, 1].
 
         Raises:
             ValueError: ``weights="ema"`` without an average, or labels that do not fit the model.
@@ -285,29 +304,34 @@ class GenerativeModule(FrozenNetworks):
         if weights == "ema" and self.ema is None:
             raise ValueError("weights='ema' but this module keeps no average: set ema_decay above 0")
         seeds = torch.as_tensor(seeds, dtype=torch.long)
-        self.labels.check(cond, len(seeds))
-        cond = self.labels.of_seeds(seeds) if cond is None else cond
+        if prompts is not None:
+            cond = self._embed(prompts)
+        else:
+            self.labels.check(cond, len(seeds))
+            cond = self.labels.of_seeds(seeds) if cond is None else cond
         cond = None if cond is None else cond.to(self.device)
         network: Any = self.ema.module if self.ema is not None and weights != "raw" else self.sampled_network
         if next(network.parameters()).device != self.device:  # an average kept elsewhere
             network = copy.deepcopy(network).to(self.device)
         training = network.training
         network.eval()
-        images = self.generate(network, seeds, cond).clamp(-1, 1)
+        images = self.codec.decode(self.generate(network, seeds, cond)).clamp(-1, 1)
         network.train(training)
         return images
 
-    def _evaluation_step(self, batch: dict[str, Tensor]) -> dict[str, Any]:
-        seeds, cond = batch["seeds"], batch.get("cond")
+    def _evaluation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        seeds, cond, prompts = batch["seeds"], batch.get("cond"), batch.get("prompts")
         cond = self.labels.of_seeds(seeds) if cond is None else cond
-        outputs = {"samples": self.sample(seeds, cond), "seeds": seeds, "weights": "raw" if self.ema is None else "ema"}
+        images = self.sample(seeds, cond, prompts=prompts)
+        outputs = {"samples": images, "seeds": seeds, "weights": "raw" if self.ema is None else "ema"}
+        outputs |= {} if prompts is None else {"prompts": prompts}
         return outputs if cond is None else outputs | {"labels": cond}
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         return self._evaluation_step(batch)
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         return self._evaluation_step(batch)
 
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         return self._evaluation_step(batch)

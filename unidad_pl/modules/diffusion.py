@@ -108,7 +108,8 @@ class Diffusion(GenerativeModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         total = torch.zeros((), device=self.device)
-        for images, cond in self.micro_batches(batch.images, batch.cond):
+        for part in self.micro_batches(batch):
+            images, cond = part.images, part.cond
             sigma = self.draw_sigma(len(images))
             noisy = images + sigma.view(-1, 1, 1, 1) * torch.randn_like(images)
             x0 = self.denoiser(noisy, sigma, cond)

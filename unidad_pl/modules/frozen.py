@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from unidad_pl.denoiser import Denoiser, Prediction
+from unidad_pl.denoiser import Denoiser, Prediction, guided
 from unidad_pl.modules.optimization import check_choices, content_hash
 
 
@@ -43,12 +43,20 @@ class Memory:
                 torch.device(device)  # refuse a wrong name now
 
 
-def predict_where_it_is(network: Denoiser, x: Tensor, sigma: Tensor, cond: Tensor | None) -> Prediction:
-    """``network.predict`` on the network's own device; arguments travel there, the answer back to that of ``x``."""
+def predict_where_it_is(
+    network: Denoiser,
+    x: Tensor,
+    sigma: Tensor,
+    cond: Tensor | None,
+    unconditional: Tensor | None = None,
+    guidance_scale: float = 1.0,
+) -> Prediction:
+    """The :func:`~unidad_pl.denoiser.guided` prediction on the network's own device; arguments travel there, the answer
+    back to that of ``x``."""
     device = next(network.parameters()).device
-    if device == x.device:
-        return network.predict(x, sigma, cond)
-    there = network.predict(x.to(device), sigma.to(device), None if cond is None else cond.to(device))
+    cond = None if cond is None else cond.to(device)
+    unconditional = None if unconditional is None else unconditional.to(device)
+    there = guided(network, x.to(device), sigma.to(device), cond, unconditional, guidance_scale)
     return Prediction(*(part.to(x.device) for part in there))
 
 

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unidad_pl.data.batch import Batch
 from unidad_pl.denoiser import Denoiser, DenoiserSource
-from unidad_pl.discriminator import Critic, MultiHeadDiscriminator
+from unidad_pl.discriminator import Critic, MultiHeadDiscriminator, accuracy
 from unidad_pl.losses import (
     Normalizer,
     Weighting,
@@ -56,6 +56,8 @@ class UniDAD(GenerativeModule):
         student_every: r, the student is updated on every r-th iteration.
         target_weight: a in [0, 1]; the student follows ``(1 - a) g_S + a g_T``. 0: T is not built, 1: S is not.
         dmd_weights: (w_S, w_T) instead of (1 - a, a), for weights that do not sum to one.
+        guidance_scale: classifier-free guidance of both teachers in the DMD, for text-to-image models; 1: none.
+        negative_prompt: what guidance leads away from.
         dmd_range: part of the noise table the DMD sigmas are drawn from, as two fractions of its length.
         normalizer: ``clean`` or ``noisy``, see :func:`~unidad_pl.losses.dmd_gradient`.
         noise_table: ``karras`` (1000 entries, rho 7, 0.002..80) or the ``model``'s own sigmas.
@@ -94,6 +96,8 @@ class UniDAD(GenerativeModule):
         student_every: int = 5,
         target_weight: float = 0.25,
         dmd_weights: tuple[float, float] | None = None,
+        guidance_scale: float = 1.0,
+        negative_prompt: str = "",
         dmd_range: tuple[float, float] = (0.02, 0.98),
         normalizer: Normalizer = "clean",
         noise_table: Literal["karras", "model"] = "karras",
@@ -118,8 +122,11 @@ class UniDAD(GenerativeModule):
             normalizer=(normalizer, ("clean", "noisy")),
             weighting=(weighting, ("eps", "edm")),
         )
-        if not 0 <= target_weight <= 1:
-            raise ValueError(f"target_weight (a) must be in [0, 1], got {target_weight}")
+        if not 0 <= target_weight <= 1 or guidance_scale < 1:
+            raise ValueError(
+                f"target_weight (a) must be in [0, 1] and guidance_scale >= 1, got {target_weight} and {guidance_scale}"
+            )
+        self.guidance_scale, self.negative_prompt = guidance_scale, negative_prompt
         if student_every < 1 or (target_iterations is not None and target_iterations < 1):
             raise ValueError(
                 f"student_every and target_iterations must be >= 1, got {student_every} and {target_iterations}"
@@ -164,7 +171,9 @@ class UniDAD(GenerativeModule):
         if self.source_weight:
             self.source_teacher = source
         if self.critic.critic_weight:
-            self.discriminator = MultiHeadDiscriminator(self._head_taps(), self.critic.kind, self.critic.reduction)
+            taps = self.critic.head_taps(self.fake_score.tap_channels)
+            self.discriminator = MultiHeadDiscriminator(taps, self.critic.kind, self.critic.reduction)
+        self.sampler = self.sampler.fitted_to(self.student)
         sigmas = karras() if self.noise_table == "karras" else source.native_sigmas
         self.register_buffer("sigmas", sigmas, persistent=False)
         self.sigmas: Tensor
@@ -172,14 +181,6 @@ class UniDAD(GenerativeModule):
         self.critic_entries = int((sigmas <= critic_max).sum())
         if not self.critic_entries:
             raise ValueError(f"critic sigma_max {critic_max} is below the smallest sigma {float(sigmas[0]):g}")
-
-    def _head_taps(self) -> dict[str, int]:
-        channels = self.fake_score.tap_channels
-        chosen = self.critic.taps if self.critic.taps is not None else list(channels)
-        unknown = [name for name in chosen if name not in channels]
-        if unknown:
-            raise ValueError(f"critic taps {unknown} do not exist: this model has {', '.join(channels)}")
-        return {name: channels[name] for name in chosen}
 
     @property
     def sampled_source(self) -> DenoiserSource:
@@ -212,11 +213,12 @@ class UniDAD(GenerativeModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         update = int(self.iteration) % self.student_every == 0
         update_target = self._target_is_due(update)
-        for real, cond in self.micro_batches(batch.images, batch.cond):
+        for part in self.micro_batches(batch):
+            real, cond = part.images, part.cond
             with torch.set_grad_enabled(update):
                 x = self.draw_student_images(len(real), cond)
             if update:
-                self.backward_into(self.student_loss(x, cond), "student")
+                self.backward_into(self.student_loss(x, cond, part.source_cond), "student")
             self.backward_into(self.fake_loss(x.detach(), real, cond), "fake")
             if update_target:
                 self.backward_into(self.target_loss(real, cond), "target")
@@ -237,9 +239,9 @@ class UniDAD(GenerativeModule):
         stop = self.shared_randint(len(self.sampler)) if simulated else None
         return self.sampler(self.student, random_noise(batch, self.student.image_shape, self.device), cond, stop)
 
-    def student_loss(self, x: Tensor, cond: Tensor | None) -> Tensor:
+    def student_loss(self, x: Tensor, cond: Tensor | None, source_cond: Tensor | None = None) -> Tensor:
         """``L_G = L_DMD + lambda_G L_adv`` on student images ``x`` with a graph to G."""
-        terms = self.dmd_terms(x, cond)
+        terms = self.dmd_terms(x, cond, source_cond)
         if self.critic.student_weight:
             adversarial = generator_loss(self._frozen_logits(x, cond), self.critic.loss)
             self._log_loss("student_adversarial", adversarial)
@@ -250,23 +252,26 @@ class UniDAD(GenerativeModule):
             }
         return torch.stack(list(terms.values())).sum()
 
-    def dmd_terms(self, x: Tensor, cond: Tensor | None) -> dict[str, Tensor]:
-        """The weighted DMD losses of the two teachers; both see the same noisy images as F (eq. 3-5)."""
-        first, last = index_range(len(self.sigmas), *self.dmd_range)
-        noisy, sigma = self.add_noise(x.detach(), first, last)
-        teachers = {}
+    def dmd_terms(self, x: Tensor, cond: Tensor | None, source_cond: Tensor | None = None) -> dict[str, Tensor]:
+        """The weighted DMD losses of the two teachers; both see the same noisy images as F (eq. 3-5).
+
+        S is told ``source_cond`` where there is one: the prompt without the subject's token.
+        """
+        noisy, sigma = self.add_noise(x.detach(), *index_range(len(self.sigmas), *self.dmd_range))
+        guide = (self._embed([self.negative_prompt]) if self.guidance_scale > 1 else None, self.guidance_scale)
+        teachers, terms = {}, {}
         if self.source_weight:
-            teachers["source"] = (self.source_weight, self.source_teacher)
+            teachers["source"] = (self.source_weight, self.source_teacher, cond if source_cond is None else source_cond)
         if self.target_weight:
-            teachers["target"] = (self.target_weight, self.target_teacher)
-        terms = {}
+            teachers["target"] = (self.target_weight, self.target_teacher, cond)
         with torch.no_grad():
             fake_eps = self.fake_score.predict(noisy, sigma, cond).eps
             teacher_eps = {
-                name: predict_where_it_is(teacher, noisy, sigma, cond).eps for name, (_, teacher) in teachers.items()
+                name: predict_where_it_is(teacher, noisy, sigma, told, *guide).eps
+                for name, (_, teacher, told) in teachers.items()
             }
         torch.clear_autocast_cache()  # torch reuses casts made without a graph, and their weights get no gradient
-        for name, (weight, _) in teachers.items():
+        for name, (weight, *_) in teachers.items():
             direction = dmd_gradient(x.detach(), noisy, sigma, fake_eps, teacher_eps[name], self.normalizer)
             loss = dmd_loss(x, direction)
             self._log_loss(f"dmd_{name}", loss)
@@ -303,11 +308,7 @@ class UniDAD(GenerativeModule):
         logits_real, logits_fake = zip(*(logit.chunk(2) for logit in logits), strict=True)  # one pass for both
         loss = critic_loss(logits_real, logits_fake, self.critic.loss)
         self._log_loss("critic", loss)
-        with torch.no_grad():
-            right = [
-                (r > 0).float().mean() + (f < 0).float().mean() for r, f in zip(logits_real, logits_fake, strict=True)
-            ]
-        self.log("critic/accuracy", torch.stack(right).mean() / 2, rank_zero_only=True)
+        self.log("critic/accuracy", accuracy(logits_real, logits_fake), rank_zero_only=True)
         if self.critic.r1:
             loss = loss + self.critic.r1 * r1_penalty(logits_real, noisy_real)
         if self.critic.gradient_penalty:

@@ -1,0 +1,171 @@
+"""The text-to-image UNets against diffusers itself: schedule, hooks, guidance; tiny ones saved and loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+
+from tests.tiny_sd import BETAS, POOLED, WIDTH, save_unet
+from unidad_pl.backbones import StableDiffusion, StableDiffusionUNet
+from unidad_pl.backbones.latents import pack_prompts
+from unidad_pl.denoiser import guided
+
+
+@pytest.fixture(params=["1.x", "xl"])
+def network(request: pytest.FixtureRequest, tmp_path: Path) -> StableDiffusionUNet:
+    return StableDiffusion(str(save_unet(tmp_path / "sd", xl=request.param == "xl"))).build()
+
+
+def conditions(network: StableDiffusionUNet, count: int) -> torch.Tensor:
+    pooled = torch.randn(count, network.pooled) if network.pooled else None
+    return pack_prompts(torch.randn(count, 5, network.width), pooled)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("t", [0, 499, 999])
+def test_x0_is_that_of_diffusers_ddim(tmp_path: Path, prediction: str, t: int) -> None:
+    network = StableDiffusion(str(save_unet(tmp_path, prediction=prediction))).build()
+    scheduler = DDIMScheduler(prediction_type=prediction, **BETAS)
+    scheduler.set_timesteps(1000)
+    scaled, tokens = torch.randn(2, 4, 8, 8), torch.randn(2, 5, WIDTH)
+    with torch.no_grad():
+        out = network.unet(scaled, t, encoder_hidden_states=tokens).sample
+        want = scheduler.step(out, t, scaled).pred_original_sample
+        sigma = network.native_sigmas[t]
+        got = network(scaled * (1 + sigma**2).sqrt(), sigma.expand(2), tokens)
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    assert len(network.native_sigmas) == 1000
+
+
+def test_last_sigma_is_stable_diffusions(tmp_path: Path) -> None:
+    assert float(StableDiffusion(str(save_unet(tmp_path))).build().native_sigmas[-1]) == pytest.approx(
+        14.6146, abs=1e-3
+    )
+
+
+def test_taps_are_what_hooks_see(network: StableDiffusionUNet) -> None:
+    x, sigma, cond = torch.randn(2, *network.image_shape), torch.tensor([0.3, 9.0]), conditions(network, 2)
+    seen = {}
+    for i, block in enumerate(network.unet.down_blocks):
+        block.register_forward_hook(lambda _, __, out, i=i: seen.update({f"in{i}": out[0]}))
+    network.unet.mid_block.register_forward_hook(lambda _, __, out: seen.update(mid=out))
+    with torch.no_grad():
+        network(x, sigma, cond)
+        hooked = dict(seen)
+        taps = network.taps(x, sigma, cond)
+    assert list(taps) == list(network.tap_channels) == ["in0", "in1", "mid"]
+    for name, tap in taps.items():
+        assert torch.equal(tap, hooked[name])
+        assert tap.shape[1] == network.tap_channels[name]
+
+
+def test_sdxl_gets_its_pooled_embedding_and_sizes(tmp_path: Path) -> None:
+    folder = save_unet(tmp_path, xl=True)
+    x, sigma = torch.randn(2, 4, 16, 16), torch.tensor([1.0, 2.0])
+    tokens, pooled = torch.randn(2, 5, WIDTH + POOLED), torch.randn(2, POOLED)
+    network = StableDiffusion(str(folder), resolution=32).build()
+    assert network.image_shape == (4, 16, 16)
+    ids = torch.tensor([[32.0, 32, 0, 0, 32, 32]] * 2)
+    scale = (1 + sigma**2).rsqrt().view(-1, 1, 1, 1)
+    with torch.no_grad():
+        eps = network.unet(scale * x, network.time(sigma), encoder_hidden_states=tokens,
+                           added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}).sample  # fmt: skip
+        got = network.predict(x, sigma, pack_prompts(tokens, pooled)).eps
+        small = StableDiffusion(str(folder), resolution=16).build().predict(x, sigma, pack_prompts(tokens, pooled)).eps
+    assert torch.equal(got, eps)
+    assert not torch.allclose(small, eps)
+
+
+def test_guidance_is_diffusers_formula(network: StableDiffusionUNet) -> None:
+    x, sigma, cond = torch.randn(2, *network.image_shape), torch.tensor([0.3, 9.0]), conditions(network, 2)
+    empty = conditions(network, 1)
+    with torch.no_grad():
+        u, c = network.predict(x, sigma, empty.expand_as(cond)), network.predict(x, sigma, cond)
+        got = guided(network, x, sigma, cond, empty, 7.5)
+        assert torch.equal(guided(network, x, sigma, cond, empty, 1.0).eps, c.eps)
+    torch.testing.assert_close(got.eps, u.eps + 7.5 * (c.eps - u.eps), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(got.x0 + sigma.view(-1, 1, 1, 1) * got.eps, x, atol=1e-3, rtol=1e-4)
+    with pytest.raises(ValueError, match="below 1"):
+        guided(network, x, sigma, cond, empty, 0.5)
+
+
+def test_the_condition_matters_and_must_fit(network: StableDiffusionUNet) -> None:
+    x, sigma, cond = torch.randn(2, *network.image_shape), torch.tensor([0.3, 9.0]), conditions(network, 2)
+    with torch.no_grad():
+        assert not torch.allclose(network(x, sigma, cond), network(x, sigma, cond.flip(0)))
+    for wrong in (None, cond[:1], cond[..., :5], torch.zeros(2)):
+        with pytest.raises(ValueError, match="need conditions of shape"):
+            network(x, sigma, wrong)
+
+
+def test_bfloat16_storage_keeps_the_output_layer(network: StableDiffusionUNet) -> None:
+    x, sigma, cond = torch.randn(2, *network.image_shape), torch.tensor([0.3, 9.0]), conditions(network, 2)
+    with torch.no_grad():
+        want = network(x, sigma, cond)
+        network.to_bfloat16()
+        got = network(x, sigma, cond)
+    assert network.unet.conv_in.weight.dtype == torch.bfloat16
+    assert network.unet.conv_out.weight.dtype == got.dtype == torch.float32
+    assert 0 < (got - want).abs().max() < 0.1 * want.abs().max()
+
+
+def test_gradient_checkpointing_changes_no_gradient(network: StableDiffusionUNet) -> None:
+    x, sigma, cond = torch.randn(1, *network.image_shape), torch.tensor([2.0]), conditions(network, 1)
+    network.train()
+    network(x, sigma, cond).square().mean().backward()
+    want = [None if p.grad is None else p.grad.clone() for p in network.parameters()]
+    network.zero_grad()
+    network.checkpoint_blocks()
+    network(x, sigma, cond).square().mean().backward()
+    for p, g in zip(network.parameters(), want, strict=True):
+        assert (p.grad is None) == (g is None)
+        if g is not None:
+            torch.testing.assert_close(p.grad, g)
+
+
+def test_architecture_needs_no_weights(tmp_path: Path) -> None:
+    folder = save_unet(tmp_path)
+    source = StableDiffusion(str(folder))
+    count = sum(p.numel() for p in source.build().parameters())
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    assert sum(p.numel() for p in source.architecture().parameters()) == count
+    with pytest.raises(OSError, match="diffusion_pytorch_model"):
+        source.build()
+
+
+def test_stable_diffusion_15_has_its_published_size() -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+    assert sum(p.numel() for p in unet.parameters()) == 859_520_964
+
+
+def test_other_pipelines_and_broken_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no model_index\.json"):
+        StableDiffusion(str(tmp_path)).build()
+    folder = save_unet(tmp_path)
+    for name in ("StableDiffusion3Pipeline", "FluxPipeline"):
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": name}))
+        with pytest.raises(ValueError, match=name):
+            StableDiffusion(str(folder)).build()
+    save_unet(tmp_path)
+    with pytest.raises(ValueError, match="resolution must be a multiple of 4 pixels"):
+        StableDiffusion(str(folder), resolution=18).build()
+    (folder / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="scheduler_config"):
+        StableDiffusion(str(folder)).build()
+
+
+def test_inpainting_and_class_models_are_refused(tmp_path: Path) -> None:
+    from unidad_pl.backbones.unet_spec import UNetSpec
+
+    small = dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
+                 down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), sample_size=8,
+                 up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=10)  # fmt: skip
+    with pytest.raises(ValueError, match="inpainting"):
+        StableDiffusionUNet(UNet2DConditionModel(in_channels=9, **small), UNetSpec())
+    with pytest.raises(ValueError, match="class_embed_type"):
+        StableDiffusionUNet(UNet2DConditionModel(class_embed_type="timestep", **small), UNetSpec())

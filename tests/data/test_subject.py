@@ -1,0 +1,146 @@
+"""Photos of one subject and their prompts."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from unidad_pl.data import SubjectDataModule
+from unidad_pl.data.prompts import read_dreambooth, read_templates
+
+LIST = """Classes
+
+subject_name,class
+mug,cup
+dog6,dog
+
+Prompts
+
+Object Prompts
+
+prompt_list = [
+'a jungle pathway',
+'a {0} {1}'.format(unique_token, class_token),
+'a red {0} {1}'.format(unique_token, class_token)
+]
+
+Live Subject Prompts
+
+prompt_list = [
+'a {0} {1} in a hat'.format(unique_token, __import__('os').abort()),
+]
+"""
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    place = tmp_path / "dog6"
+    place.mkdir()
+    for i in range(4):
+        Image.new("RGB", (16, 12), (60 * i, 10, 90)).save(place / f"{i}.png")
+    (tmp_path / "list.txt").write_text(LIST)
+    return place
+
+
+def test_batches_carry_the_prompts_of_both_roles(photos: Path) -> None:
+    data = SubjectDataModule(str(photos), "dog", token="xyz", prompts="a photo of {}", resolution=8, batch_size=3)
+    batch = next(iter(data.train_dataloader()))
+    assert batch.images.shape == (3, 3, 8, 8)
+    assert batch.prompts == ["a photo of xyz dog"] * 3
+    assert batch.source_prompts == ["a photo of dog"] * 3
+
+
+def test_templates_are_drawn_by_seed_and_position_alike_for_both_roles(photos: Path) -> None:
+    def prompts(seed: int, batch_size: int) -> list[str]:
+        data = SubjectDataModule(str(photos), "dog", prompts=["a {}", "red {}"], seed=seed, batch_size=batch_size)
+        drawn = []
+        for batch in islice(iter(data.train_dataloader()), 24 // batch_size):
+            assert [p.replace("prt ", "") for p in batch.prompts] == batch.source_prompts
+            drawn += batch.prompts
+        return drawn
+
+    assert prompts(0, 2) == prompts(0, 3)
+    assert prompts(0, 2) != prompts(1, 2)
+    assert set(prompts(0, 2)) == {"a prt dog", "red prt dog"}
+
+
+def test_dreambooths_list_gives_class_templates_and_augmentation(photos: Path) -> None:
+    listed = str(photos.parent / "list.txt")
+    data = SubjectDataModule(str(photos), dreambooth=listed, augment=True)
+    assert data.class_word == "dog"
+    assert data.templates == ["a {}", "a {} in a hat"]
+    assert data.eval_templates == ["a {} in a hat"]
+    assert SubjectDataModule(str(photos), dreambooth=listed).templates == ["a {}"]
+    known = read_dreambooth(listed)
+    assert known.object_templates == ["a {}", "a red {}"]
+    assert known.templates_of("cup") == known.object_templates
+    with pytest.raises(ValueError, match="'sofa' is not in the list: dog6, mug"):
+        known.class_of("sofa")
+
+
+def test_evaluation_draws_so_many_images_of_every_prompt(photos: Path) -> None:
+    data = SubjectDataModule(
+        str(photos),
+        "dog",
+        eval_prompts=["a {}", "red {}", "wet {}"],
+        samples_per_prompt=2,
+        eval_batch_size=4,
+        first_seed=7,
+    )
+    drawn = [
+        (int(s), p) for batch in data.test_dataloader() for s, p in zip(batch["seeds"], batch["prompts"], strict=True)
+    ]
+    names = ["a prt dog", "red prt dog", "wet prt dog"]
+    assert drawn == [(7 + i, names[i // 2]) for i in range(6)]
+    assert len(next(iter(data.test_dataloader()))["seeds"]) == 4
+    assert [b["prompts"] for b in data.val_dataloader()] == [["a prt dog"] * 2]
+    assert sum(len(b["seeds"]) for b in data.predict_dataloader()) == 6
+
+
+def test_options_of_the_photos(photos: Path) -> None:
+    assert SubjectDataModule(str(photos), "dog", resolution=8).shots.shape == (4, 3, 8, 8)
+    assert len(SubjectDataModule(str(photos), "dog", shots=2, resolution=8).shots) == 2
+    for option in ({"flip": True}, {"shift": 3}):
+        plain = SubjectDataModule(str(photos), "dog", batch_size=8).train_dataloader().dataset
+        moved = SubjectDataModule(str(photos), "dog", batch_size=8, **option).train_dataloader().dataset
+        assert (plain.flip, plain.shift) != (moved.flip, moved.shift)  # type: ignore[attr-defined]
+
+
+def test_a_single_photo_is_enough(tmp_path: Path) -> None:
+    (tmp_path / "dog").mkdir()
+    Image.new("RGB", (16, 12), (60, 10, 90)).save(tmp_path / "dog" / "a.png")
+    batch = next(iter(SubjectDataModule(str(tmp_path / "dog"), "dog", batch_size=2, resolution=8).train_dataloader()))
+    assert torch.equal(batch.images[0], batch.images[1])
+
+
+def test_templates_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("a {}\n\nthe {} at sea\n")
+    assert read_templates(str(tmp_path / "t.txt")) == ["a {}", "the {} at sea"]
+
+
+def test_what_is_wrong_is_named(photos: Path, tmp_path: Path) -> None:
+    for options, message in (
+        ({}, "say what"),
+        ({"class_word": "dog", "prompts": "a dog"}, "must have {} once"),
+        ({"class_word": "dog", "prompts": "a {} {x}"}, "must have {} once"),
+        ({"class_word": "dog", "prompts": []}, "no prompt templates"),
+        ({"class_word": "dog", "augment": True}, "give dreambooth"),
+        ({"class_word": "dog", "token": " "}, "token must be a word"),
+        ({"class_word": "dog", "samples_per_prompt": 0}, "samples_per_prompt >= 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SubjectDataModule(str(photos), **options)  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError, match=r"no template file at 'none\.txt'"):
+        SubjectDataModule(str(photos), "dog", prompts="none.txt")
+    with pytest.raises(FileNotFoundError, match=r"no prompts file"):
+        SubjectDataModule(str(photos), dreambooth="none.txt")
+    (tmp_path / "other.txt").write_text("hello")
+    with pytest.raises(ValueError, match="it has 0 'subject_name,class' lines and 0 lists"):
+        read_dreambooth(tmp_path / "other.txt")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError):
+        SubjectDataModule(str(tmp_path / "empty"), "dog").train_dataloader()

@@ -1,0 +1,231 @@
+"""Uni-DAD on a tiny Stable Diffusion: who is told which prompt, guidance, what is cached, kept, and drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+from tests.tiny_sd import save_tiny
+from unidad_pl.backbones import NewUNet, StableDiffusion
+from unidad_pl.backbones.latents import LatentCodec
+from unidad_pl.data import SubjectDataModule
+from unidad_pl.discriminator import Critic
+from unidad_pl.modules import UniDAD
+from unidad_pl.modules.optimization import Optimization, content_hash
+
+FAST = Optimization(lr=1e-3, warmup=0)
+
+
+@pytest.fixture(scope="module", params=["1.x", "xl"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("sd") / "sd", xl=request.param == "xl")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("photos") / "dog"
+    place.mkdir()
+    for i in range(3):
+        Image.new("RGB", (20, 20), (60 * i, 200 - 50 * i, 90)).save(place / f"{i}.png")
+    return place
+
+
+def module(folder: Path, **options: Any) -> UniDAD:
+    defaults: dict[str, Any] = dict(
+        source=StableDiffusion(str(folder)), steps=2, student_every=2, target_update="every", target_weight=0.75,
+        noise_table="model", normalizer="noisy", weighting="eps", guidance_scale=7.5, critic=Critic(noise="shared"),
+        student_optimization=FAST, fake_optimization=FAST, target_optimization=FAST,
+    )  # fmt: skip
+    return UniDAD(**{**defaults, **options})
+
+
+def data(photos: Path, **options: Any) -> SubjectDataModule:
+    return SubjectDataModule(str(photos), "dog", **{"resolution": 16, "batch_size": 2, **options})
+
+
+def fit(model: UniDAD, photos: Path, steps: int, folder: Path, ckpt_path: str | None = None) -> pl.Trainer:
+    trainer = pl.Trainer(
+        max_steps=steps, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu",
+        default_root_dir=folder, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(model, data(photos), ckpt_path=ckpt_path)
+    return trainer
+
+
+def test_every_network_is_told_its_own_prompt(folder: Path, photos: Path, tmp_path: Path) -> None:
+    model = module(folder, negative_prompt="a cat")
+    model.configure_model()
+    told: dict[str, set[str]] = {}
+    rows = {text: model.codec.embed([text])[0] for text in ("a prt dog", "a dog", "a cat", "")}
+
+    def spy(name: str, network: Any, method: str) -> None:
+        original = getattr(network, method)
+
+        def called(x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Any:
+            assert cond is not None
+            for row in cond:
+                told.setdefault(name, set()).update(text for text, known in rows.items() if torch.equal(row, known))
+            return original(x, sigma, cond)
+
+        setattr(network, method, called)
+
+    for name in ("student", "fake_score", "target_teacher", "source_teacher"):
+        for method in ("predict", "taps"):
+            spy(f"{name}.{method}", getattr(model, name), method)
+    fit(model, photos, 2, tmp_path)
+    assert told == {
+        "student.predict": {"a prt dog"},
+        "fake_score.predict": {"a prt dog"},
+        "fake_score.taps": {"a prt dog"},
+        "target_teacher.predict": {"a prt dog", "a cat"},
+        "source_teacher.predict": {"a dog", "a cat"},
+    }
+
+
+def test_guidance_and_its_negative_prompt_change_the_direction(folder: Path) -> None:
+    def terms(**options: Any) -> Tensor:
+        model = module(folder, **options)
+        model.configure_model()
+        torch.manual_seed(0)
+        x = torch.randn(1, 4, 8, 8, requires_grad=True)
+        cond, source = model.codec.embed(["a prt dog"]), model.codec.embed(["a dog"])
+        model._log_loss = lambda *args, **kwargs: None  # type: ignore[method-assign]
+        losses = model.dmd_terms(x, cond, source)
+        return torch.autograd.grad(torch.stack(list(losses.values())).sum(), x)[0]
+
+    plain = terms()
+    assert torch.equal(plain, terms())
+    assert not torch.allclose(plain, terms(guidance_scale=2.0))
+    assert not torch.allclose(plain, terms(negative_prompt="cat"))
+    with pytest.raises(ValueError, match=r"guidance_scale >= 1, got 0\.75 and 0\.5"):
+        module(folder, guidance_scale=0.5)
+
+
+def test_training_moves_what_it_should_and_keeps_codec_and_source_out(
+    folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    model = module(folder, ema_decay=0.5)
+    model.configure_model()
+    before = {name: content_hash(getattr(model, name)) for name, _ in model.named_children() if name != "ema"}
+    trainer = fit(model, photos, 3, tmp_path)
+    after = {name: content_hash(getattr(model, name)) for name in before}
+    assert {name for name in before if before[name] == after[name]} == {"source_teacher"}
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    keys = torch.load(tmp_path / "one.ckpt", weights_only=True)["state_dict"]
+    networks = {"student", "fake_score", "target_teacher", "discriminator", "ema", "iteration"}
+    assert {key.split(".")[0] for key in keys} == networks
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(folder: Path, photos: Path, tmp_path: Path) -> None:
+    whole = module(folder)
+    fit(whole, photos, 4, tmp_path)
+    first = module(folder)
+    fit(first, photos, 2, tmp_path).save_checkpoint(tmp_path / "half.ckpt")
+    second = module(folder)
+    fit(second, photos, 4, tmp_path, str(tmp_path / "half.ckpt"))
+    for name in ("student", "fake_score", "target_teacher", "discriminator"):
+        assert content_hash(getattr(second, name)) == content_hash(getattr(whole, name)), name
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+@pytest.mark.parametrize("gradient", ["unroll", "last", "backward_simulation"])
+def test_any_number_of_steps_trains_and_samples(
+    folder: Path, photos: Path, tmp_path: Path, steps: int, gradient: Any
+) -> None:
+    model = module(folder, steps=steps, gradient=gradient, sigma_max=14.6146)
+    fit(model, photos, 1, tmp_path)
+    images = model.sample([0, 1], prompts=["a prt dog"] * 2)
+    assert images.shape == (2, 3, 16, 16)
+    assert images.abs().max() <= 1
+
+
+def test_one_step_from_the_last_timestep_is_the_formula(folder: Path) -> None:
+    model = module(folder, steps=1)
+    model.configure_model()
+    cond = model.codec.embed(["a dog"])
+    noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(3))[None]
+    tokens, added = model.student._conditions(cond, 1)
+    abar = model.student.abar[999]
+    with torch.no_grad():
+        eps = model.student.unet(noise, 999, encoder_hidden_states=tokens, added_cond_kwargs=added).sample
+        x0 = (noise - (1 - abar).sqrt() * eps) / abar.sqrt()
+        want = model.codec.decode(x0).clamp(-1, 1)
+    torch.testing.assert_close(model.sample([3], prompts=["a dog"]), want, atol=2e-5, rtol=1e-4)
+
+
+def test_an_image_depends_on_its_seed_and_prompt_alone(folder: Path) -> None:
+    model = module(folder)
+    prompts = ["a prt dog", "a dog", "a cat"]
+    together = model.sample([4, 5, 6], prompts=prompts)
+    for i, prompt in enumerate(prompts):
+        torch.testing.assert_close(model.sample([4 + i], prompts=[prompt])[0], together[i], atol=1e-5, rtol=0)
+    assert not torch.allclose(model.sample([4], prompts=["a cat"])[0], together[0])
+    with pytest.raises(ValueError, match="need conditions"):
+        model.sample([4])
+
+
+def test_latents_and_pictures_are_those_of_diffusers(folder: Path) -> None:
+    codec, vae = LatentCodec(folder), AutoencoderKL.from_pretrained(folder / "vae")
+    images = torch.rand(3, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        found = vae.encode(images).latent_dist
+        torch.manual_seed(5)
+        got = codec.encode(images)
+        torch.manual_seed(5)
+        want = (found.mean + found.std * torch.randn(found.mean.shape)) * vae.config.scaling_factor
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(codec.decode(got), vae.decode(got / vae.config.scaling_factor).sample)
+
+
+def test_each_picture_and_prompt_is_encoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = LatentCodec(folder)
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    first, told = codec.encode(images), codec.embed(["a dog", "a cat"])
+    monkeypatch.setattr(codec.parts.vae, "encode", None)
+    monkeypatch.setattr(codec.parts, "encode_prompt", None)
+    assert not torch.equal(codec.encode(images.flip(0)), first.flip(0))  # drawn anew from the kept mean and std
+    assert torch.equal(codec.embed(["a cat"]), told[1:])
+
+
+def test_loading_and_encoding_leave_the_random_state_alone(folder: Path) -> None:
+    before = torch.get_rng_state()
+    LatentCodec(folder).embed(["a dog"])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_prompts_are_embedded_as_a_pipeline_does(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "sd")
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    want, empty = pipe.encode_prompt(["a prt dog"], "cpu", 1, True, [""])
+    codec = LatentCodec(folder)
+    torch.testing.assert_close(codec.embed(["a prt dog"]), want)
+    torch.testing.assert_close(codec.embed([""]), empty)
+
+
+def test_wrong_pictures_and_prompts_are_named(folder: Path, photos: Path, tmp_path: Path) -> None:
+    codec = LatentCodec(folder, 16)
+    with pytest.raises(ValueError, match=r"serves images of \(3, 8, 8\)"):
+        codec.encode(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"must be in \[-1, 1\], got 0 to 3"):
+        codec.encode(torch.linspace(0, 3, 768).view(1, 3, 16, 16))
+    with pytest.raises(ValueError, match="tokens, 77 can be read"):
+        codec.embed(["dog " * 90])
+
+
+def test_without_transformers_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unidad_pl.backbones.latents.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"unidad_pl\[sdp\]"):
+        module(folder).configure_model()
+
+
+def test_prompts_for_a_pixel_model_are_refused() -> None:
+    model = UniDAD(NewUNet(resolution=8, channels=(8, 8), attention_levels=(), head_channels=8, patch_size=1))
+    with pytest.raises(ValueError, match="no text-to-image model"):
+        model.sample([0], prompts=["a dog"])

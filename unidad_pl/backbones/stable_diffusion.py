@@ -1,0 +1,222 @@
+"""The UNet of Stable Diffusion 1.x, 2.x and XL as a :class:`~unidad_pl.denoiser.Denoiser` of VAE latents.
+
+A condition is one float tensor [B, L + P, D]: L token embeddings, then P rows that hold SDXL's pooled embedding, padded
+with zeros (P = 0 for 1.x and 2.x), see :func:`~unidad_pl.backbones.latents.pack_prompts`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from unidad_pl.backbones.latents import LatentCodec
+from unidad_pl.backbones.network import DiffusersNetwork
+from unidad_pl.backbones.scheduler import find_scheduler, spec_of_scheduler
+from unidad_pl.backbones.unet_spec import UNetSpec
+from unidad_pl.denoiser import Codec, DenoiserSource, Parameterization, Prediction
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+INDEX_FILE = "model_index.json"
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline")
+Spacing = Literal["even", "log_linear"]
+TIME_IDS = 6
+"""SDXL's size conditions: original height and width, crop top and left, target height and width."""
+
+
+class StableDiffusionUNet(DiffusersNetwork):
+    """A diffusers ``UNet2DConditionModel`` behind the sigma contract.
+
+    Taps are the outputs of the down blocks (``in0``, ``in1``, ...) and of the middle block (``mid``).
+
+    Args:
+        unet: the network.
+        spec: how to read it; only variance-preserving networks with discrete timesteps exist.
+        resolution: side of the images in pixels, which SDXL is told; None: the side its config was made for.
+        vae_scale: pixels per latent, along each axis.
+        spacing: see :class:`StableDiffusion`.
+
+    Raises:
+        ValueError: a network that needs other conditions than text, or a resolution that its levels do not divide.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        spec: UNetSpec,
+        resolution: int | None = None,
+        vae_scale: int = 8,
+        spacing: Spacing = "even",
+    ) -> None:
+        if spacing not in get_args(Spacing):
+            raise ValueError(f"spacing must be one of {', '.join(get_args(Spacing))}, got {spacing!r}")
+        self.spacing: Spacing = spacing
+        config = unet.config
+        added, labels = config["addition_embed_type"], config["class_embed_type"]
+        if added not in (None, "text_time") or labels is not None or config["num_class_embeds"] is not None:
+            raise ValueError(
+                f"this UNet wants conditions that are not text (addition_embed_type {added!r}, class_embed_type "
+                f"{labels!r}): use a Stable Diffusion 1.x, 2.x or XL model"
+            )
+        if config["in_channels"] != config["out_channels"]:
+            raise ValueError(
+                f"this UNet maps {config['in_channels']} to {config['out_channels']} channels, as inpainting and "
+                f"upscaling models do: use a text-to-image model"
+            )
+        super().__init__(unet, spec)
+        size = config["sample_size"] if resolution is None else resolution / vae_scale
+        depth = 2 ** (len(config["block_out_channels"]) - 1)
+        if size is None or size < 1 or size % depth:
+            raise ValueError(
+                f"resolution must be a multiple of {vae_scale * depth} pixels for this model, got {resolution}"
+            )
+        self.image_shape = (config["in_channels"], int(size), int(size))
+        self.resolution = int(size) * vae_scale
+        self.width: int = config["cross_attention_dim"]
+        sizes = TIME_IDS * (config["addition_time_embed_dim"] or 0)
+        self.pooled = config["projection_class_embeddings_input_dim"] - sizes if added else 0
+
+    def predict(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Prediction:
+        how = Parameterization.of(self.spec.prediction, sigma, self.spec.sigma_data)
+        tokens, added = self._conditions(cond, len(x))
+        out = self.unet(
+            (how.input_scale * x).to(self.dtype), self.time(sigma), encoder_hidden_states=tokens,
+            added_cond_kwargs=added,
+        ).sample  # fmt: skip
+        return how.prediction(x, out)
+
+    def taps(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> dict[str, Tensor]:
+        how = Parameterization.of(self.spec.prediction, sigma, self.spec.sigma_data)
+        tokens, added = self._conditions(cond, len(x))
+        h = (how.input_scale * x).to(self.dtype)
+        if self.unet.config["center_input_sample"]:
+            h = 2 * h - 1.0
+        emb = self.unet.time_embedding(self.unet.get_time_embed(sample=h, timestep=self.time(sigma)))
+        extra = self.unet.get_aug_embed(emb=emb, encoder_hidden_states=tokens, added_cond_kwargs=added)
+        emb = emb if extra is None else emb + extra
+        h = self.unet.conv_in(h)
+        taps = {}
+        for i, block in enumerate(self.unet.down_blocks):
+            crossed = {"encoder_hidden_states": tokens} if getattr(block, "has_cross_attention", False) else {}
+            h, _ = block(hidden_states=h, temb=emb, **crossed)
+            taps[f"in{i}"] = h
+        taps["mid"] = self.unet.mid_block(h, emb, encoder_hidden_states=tokens)
+        return taps
+
+    @property
+    def tap_channels(self) -> dict[str, int]:
+        widths = list(self.unet.config["block_out_channels"])
+        return {f"in{i}": width for i, width in enumerate(widths)} | {"mid": widths[-1]}
+
+    def trained_sigmas(self, sigmas: Sequence[float]) -> list[float]:
+        if self.spacing == "even":
+            return self.even_sigmas(len(sigmas))
+        table = self.native_sigmas.double().cpu()
+        return [float(table[(table.log() - math.log(sigma)).abs().argmin()]) for sigma in sigmas]
+
+    def even_sigmas(self, steps: int) -> list[float]:
+        """The sigmas of ``steps`` evenly spaced timesteps from the last one down, as in diffusers' ``LCMScheduler``.
+
+        Raises:
+            ValueError: more steps than timesteps.
+        """
+        table = self.native_sigmas.double().cpu()
+        if steps > len(table):
+            raise ValueError(f"this model has {len(table)} timesteps, {steps} steps were asked for")
+        stride = len(table) // steps
+        return [float(table[number * stride - 1]) for number in range(steps, 0, -1)]
+
+    def start_scale(self, sigma: float) -> float:
+        return math.sqrt(1 + sigma**2)  # the network sees unit variance, as in diffusers' pipelines
+
+    def _conditions(self, cond: Tensor | None, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Token embeddings [B, L, D] and SDXL's added conditions of a packed condition."""
+        rows = -(-self.pooled // self.width)
+        if cond is None or cond.ndim != 3 or len(cond) != count or cond.shape[2] != self.width or cond.shape[1] <= rows:
+            seen = "none" if cond is None else tuple(cond.shape)
+            raise ValueError(
+                f"{count} latents need conditions of shape ({count}, tokens + {rows}, {self.width}), got {seen}"
+            )
+        cond = cond.to(self.dtype)
+        if not self.pooled:
+            return cond, {}
+        sizes = (self.resolution, self.resolution, 0, 0, self.resolution, self.resolution)
+        pooled = cond[:, cond.shape[1] - rows :].flatten(1)[:, : self.pooled]
+        return cond[:, : cond.shape[1] - rows], {
+            "text_embeds": pooled, "time_ids": cond.new_tensor(sizes).expand(count, TIME_IDS)
+        }  # fmt: skip
+
+
+class StableDiffusion(DenoiserSource):
+    """A diffusers Stable Diffusion folder: 1.x, 2.x or XL.
+
+    Args:
+        path: the pipeline's folder, with ``unet/``, ``vae/``, ``scheduler/`` and the text encoders.
+        resolution: side of the images in pixels; null: what the model was made for.
+        spacing: where a few-step student's steps lie: at ``even`` timesteps from the last one down, as diffusers'
+            ``LCMScheduler`` runs an exported student, whatever sigma_max and sigma_end are; or ``log_linear``, at the
+            trained sigmas nearest to those of :func:`~unidad_pl.schedules.log_linear`. A single step is the last
+            timestep's either way.
+    """
+
+    def __init__(self, path: str, resolution: int | None = None, spacing: Spacing = "even") -> None:
+        self.path, self.resolution, self.spacing = path, resolution, spacing
+
+    def build(self) -> StableDiffusionUNet:
+        """Load strictly.
+
+        Raises:
+            FileNotFoundError: a part is missing; names it.
+            ValueError: another kind of pipeline, a scheduler that is not supported, or weights that do not fit.
+        """
+        from diffusers import UNet2DConditionModel
+
+        folder = self._folder()
+        unet, report = UNet2DConditionModel.from_pretrained(
+            folder / "unet", torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True,
+            low_cpu_mem_usage=False, local_files_only=True,
+        )  # fmt: skip
+        wrong: dict[str, Any] = {kind: keys for kind, keys in report.items() if keys}
+        if wrong:
+            raise ValueError(f"weights in {folder / 'unet'} do not fit its config.json: {wrong}")
+        return self._denoiser(unet, folder)
+
+    def codec(self) -> Codec:
+        return LatentCodec(self._folder(), self.resolution)
+
+    def architecture(self) -> StableDiffusionUNet:
+        from diffusers import UNet2DConditionModel
+
+        folder = self._folder()
+        config = UNet2DConditionModel.load_config(folder / "unet")
+        return self._denoiser(UNet2DConditionModel.from_config(config), folder)
+
+    def _denoiser(self, unet: Any, folder: Path) -> StableDiffusionUNet:
+        scheduler = find_scheduler(folder)
+        assert scheduler is not None  # _folder looked
+        vae = json.loads((folder / "vae" / "config.json").read_text())
+        scale = 2 ** (len(vae["block_out_channels"]) - 1)
+        return StableDiffusionUNet(unet, spec_of_scheduler(scheduler), self.resolution, scale, self.spacing).eval()
+
+    def _folder(self) -> Path:
+        folder = Path(self.path)
+        index = folder / INDEX_FILE
+        if not index.is_file():
+            raise FileNotFoundError(
+                f"source model {self.path!r} has no {INDEX_FILE}: give the folder of a Stable Diffusion 1.x, 2.x or XL "
+                f"pipeline as diffusers saves it"
+            )
+        name = json.loads(index.read_text()).get("_class_name")
+        if name not in PIPELINES:
+            raise ValueError(f"{self.path!r} is a {name}; supported are {', '.join(PIPELINES)}")
+        for part in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
+            if not (folder / part).is_file():
+                raise FileNotFoundError(f"source model {self.path!r} has no {part}: the download is incomplete")
+        return folder

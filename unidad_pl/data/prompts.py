@@ -1,0 +1,87 @@
+"""Prompt templates with ``{}`` in the subject's place, from a list, a text file, or DreamBooth's list of subjects."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+LIVE = ("cat", "dog")
+"""DreamBooth's classes of live subjects, which have templates of their own."""
+BOTH = "{0} {1}"
+"""DreamBooth's placeholders of the rare token and the class word."""
+
+
+@dataclass(frozen=True)
+class DreamBooth:
+    """DreamBooth's ``prompts_and_classes.txt``.
+
+    Attributes:
+        classes: name of each subject's folder -> its class word.
+        object_templates: prompts for things.
+        live_templates: prompts for cats and dogs.
+    """
+
+    classes: dict[str, str]
+    object_templates: list[str]
+    live_templates: list[str]
+
+    def class_of(self, subject: str) -> str:
+        """The class word of the subject whose folder is called ``subject``.
+
+        Raises:
+            ValueError: it is not in the list.
+        """
+        if subject not in self.classes:
+            raise ValueError(f"subject {subject!r} is not in the list: {', '.join(sorted(self.classes))}")
+        return self.classes[subject]
+
+    def templates_of(self, class_word: str) -> list[str]:
+        """The templates for subjects of this class."""
+        return self.live_templates if class_word in LIVE else self.object_templates
+
+
+def read_dreambooth(path: str | Path) -> DreamBooth:
+    """Read DreamBooth's list of subjects and prompts as data; nothing in it is evaluated.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it holds no ``subject_name,class`` block, or not two lists of templates.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no prompts file at {str(path)!r}")
+    text = Path(path).read_text(encoding="utf-8")
+    head, *lists = re.split(r"^prompt_list\s*=\s*\[", text, flags=re.MULTILINE)
+    rows = [line.strip().split(",") for line in head.splitlines() if line.count(",") == 1]
+    classes = {name.strip(): word.strip() for name, word in rows if name.strip() != "subject_name"}
+    found = [re.findall(r"'([^']*)'\.format\(", part) for part in lists]
+    if not classes or len(found) != 2 or any(BOTH not in one for part in found for one in part):
+        raise ValueError(
+            f"{str(path)!r} is not DreamBooth's prompts_and_classes.txt: it has {len(classes)} 'subject_name,class' "
+            f"lines and {len(found)} lists of templates with {BOTH!r}, wanted are some and 2"
+        )
+    objects, live = ([one.replace(BOTH, "{}") for one in part] for part in found)
+    return DreamBooth(classes, objects, live)
+
+
+def read_templates(given: str | Sequence[str]) -> list[str]:
+    """Prompt templates: one, a list, or the lines of a ``.txt`` file; blank lines do not count.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: there are none, or one has not exactly one ``{}``.
+    """
+    if isinstance(given, str) and given.endswith(".txt"):
+        if not Path(given).is_file():
+            raise FileNotFoundError(f"no template file at {given!r}")
+        given = Path(given).read_text(encoding="utf-8").splitlines()
+    templates = [line.strip() for line in ([given] if isinstance(given, str) else given) if line.strip()]
+    if not templates:
+        raise ValueError("there are no prompt templates: give at least one, e.g. 'a {}'")
+    for template in templates:
+        if template.count("{}") != 1 or template.replace("{}", "").count("{"):
+            raise ValueError(
+                f"the prompt {template!r} must have {{}} once, in the subject's place, e.g. 'a photo of a {{}}'"
+            )
+    return templates

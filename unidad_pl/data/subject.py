@@ -1,0 +1,149 @@
+"""The DataModule of subject-driven personalisation: a few photos of one subject, and prompts by role."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from unidad_pl.data.batch import Batch
+from unidad_pl.data.few_shot import FewShotDataModule, SeedBatches, ShotStream
+from unidad_pl.data.prompts import read_dreambooth, read_templates
+from unidad_pl.seeds import mix_seed
+
+NAMED = 3  # number of the stream of draws that chooses prompts
+
+
+class SubjectDataModule(FewShotDataModule):
+    """Four to six photos of one subject, for a text-to-image model.
+
+    Every template is filled in twice: with the rare token and the class word (``a prt dog``), which the student, the
+    fake score and the target teacher are told, and with the class word alone (``a dog``) for the source teacher.
+
+    Training photos are a stateless stream as in :class:`~unidad_pl.data.few_shot.FewShotDataModule`; so is the choice
+    of the template. Validation draws ``samples_per_prompt`` images of every training prompt, test and prediction of
+    every evaluation prompt.
+
+    Args:
+        root: the subject's photos, any place :class:`~unidad_pl.data.few_shot.FewShotDataModule` knows.
+        class_word: what the subject is, e.g. ``dog``; null: looked up in ``dreambooth`` by the folder's name.
+        token: the rare word that names the subject.
+        prompts: training templates with ``{}`` in the subject's place: one, a list, or a ``.txt`` file with one a line.
+        eval_prompts: the same for test and prediction; null: DreamBooth's 25 where ``dreambooth`` is given, else
+            ``prompts``.
+        dreambooth: DreamBooth's ``prompts_and_classes.txt``; it is data, nothing in it is run.
+        augment: train with DreamBooth's 25 templates beside ``prompts``.
+        samples_per_prompt: images of each prompt in an evaluation.
+        shots: number of photos; null: all of them.
+        resolution: side in pixels; must be the model's.
+        batch_size: photos per iteration and rank.
+        flip: mirror photos at random, left to right.
+        shift: move photos at random by up to so many pixels.
+        seed: of the choice of shots, their order and prompts; null: 0, or the command line's ``seed_everything``.
+        eval_batch_size: images per evaluation batch.
+        first_seed: seed of an evaluation's first image; the others follow.
+
+    Raises:
+        ValueError: no class word and no list to find it in, a template without ``{}``, or ``augment`` without
+            ``dreambooth``.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        class_word: str | None = None,
+        token: str = "prt",
+        prompts: str | list[str] = "a {}",
+        eval_prompts: str | list[str] | None = None,
+        dreambooth: str | None = None,
+        augment: bool = False,
+        samples_per_prompt: int = 4,
+        shots: int | None = None,
+        resolution: int = 512,
+        batch_size: int = 1,
+        flip: bool = False,
+        shift: int = 0,
+        seed: int | None = None,
+        eval_batch_size: int = 4,
+        first_seed: int = 0,
+    ) -> None:
+        super().__init__(
+            root, None, shots, resolution, batch_size, flip, shift, seed,
+            eval_batch_size=eval_batch_size, first_seed=first_seed,
+        )  # fmt: skip
+        known = None if dreambooth is None else read_dreambooth(dreambooth)
+        if class_word is None and known is None:
+            raise ValueError(
+                f"say what {root!r} shows, as class_word: dog, or give dreambooth: prompts_and_classes.txt"
+            )
+        self.class_word = class_word or known.class_of(Path(root).name)  # type: ignore[union-attr]
+        if augment and known is None:
+            raise ValueError("augment: true takes its templates from DreamBooth's list: give dreambooth")
+        if not token.strip() or samples_per_prompt < 1:
+            raise ValueError(
+                f"token must be a word and samples_per_prompt >= 1, got {token!r} and {samples_per_prompt}"
+            )
+        self.token, self.samples_per_prompt = token, samples_per_prompt
+        standard = [] if known is None else known.templates_of(self.class_word)
+        own = read_templates(prompts)
+        self.templates = own + [one for one in standard if one not in own] * augment
+        self.eval_templates = read_templates(eval_prompts) if eval_prompts is not None else standard or own
+        for stage, templates in (
+            ("val", self.templates),
+            ("test", self.eval_templates),
+            ("predict", self.eval_templates),
+        ):
+            self.samples[stage] = len(templates) * samples_per_prompt
+
+    def subject_prompt(self, template: str) -> str:
+        """``template`` with the rare token and the class word."""
+        return template.replace("{}", f"{self.token} {self.class_word}")
+
+    def class_prompt(self, template: str) -> str:
+        """``template`` with the class word alone."""
+        return template.replace("{}", self.class_word)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        shots: Any = super().train_dataloader().dataset
+        return DataLoader(PromptedStream(shots, self), batch_size=None)
+
+    def _seed_loader(self, stage: str) -> DataLoader[dict[str, Tensor]]:
+        loader = super()._seed_loader(stage)
+        templates = self.templates if stage == "val" else self.eval_templates
+        batches: Any = loader.dataset
+        named: list[dict[str, Any]] = [
+            {**batch, "prompts": [self.subject_prompt(templates[n]) for n in self._template_of(batch["seeds"])]}
+            for batch in batches
+        ]
+        return DataLoader(SeedBatches(named), batch_size=None)
+
+    def _template_of(self, seeds: Tensor) -> list[int]:
+        numbers: list[int] = torch.div(seeds - self.first_seed, self.samples_per_prompt, rounding_mode="floor").tolist()
+        return numbers
+
+
+class PromptedStream(ShotStream):
+    """A :class:`~unidad_pl.data.few_shot.ShotStream` whose batches carry prompts.
+
+    Args:
+        shots: the photos' stream.
+        data: what fills in the templates.
+    """
+
+    def __init__(self, shots: ShotStream, data: SubjectDataModule) -> None:
+        super().__init__(
+            shots.images, shots.batch_size, shots.flip, shots.seed, shots.start, shots.world, shots.rank, shots.shift
+        )
+        self.data = data
+
+    def batch_at(self, positions: range) -> Batch:
+        templates = self.data.templates
+        drawn = [templates[mix_seed(self.seed, NAMED, position) % len(templates)] for position in positions]
+        return Batch(
+            super().batch_at(positions).images,
+            prompts=[self.data.subject_prompt(template) for template in drawn],
+            source_prompts=[self.data.class_prompt(template) for template in drawn],
+        )

@@ -1,0 +1,75 @@
+"""A text-to-image student as the diffusers pipeline its source was: plain ``StableDiffusionPipeline`` code runs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unidad_pl.backbones.latents import LatentCodec
+from unidad_pl.backbones.stable_diffusion import StableDiffusion, StableDiffusionUNet
+from unidad_pl.runs import TrainedStudent
+from unidad_pl.sampling import FewStepSampler
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RECORD = "unidad.json"
+
+
+def write_text_pipeline(student: TrainedStudent, network: StableDiffusionUNet, folder: Path) -> None:
+    """Write UNet, VAE, text encoders, tokenizers, an ``LCMScheduler`` with the trained timesteps, and ``unidad.json``.
+
+    Raises:
+        ValueError: the student's steps are not those that scheduler can hold; says which spacing can.
+    """
+    import diffusers
+
+    codec, spec, sampler = student.codec, network.spec, student.sampler
+    if not isinstance(codec, LatentCodec) or sampler.sigmas != network.even_sigmas(len(sampler)):
+        raise ValueError(
+            f"diffusers' LCMScheduler holds evenly spaced timesteps only, this student was trained at the sigmas "
+            f"{[round(sigma, 3) for sigma in sampler.sigmas]}: sample it with 'unidad sample', or train with the "
+            f"source's spacing: even"
+        )
+    scheduler = diffusers.LCMScheduler(
+        num_train_timesteps=spec.train_timesteps, beta_start=spec.beta_start, beta_end=spec.beta_end,
+        beta_schedule=spec.beta_schedule, prediction_type=spec.prediction, original_inference_steps=len(sampler),
+        clip_sample=False,
+    )  # fmt: skip
+    source = codec.parts
+    parts: dict[str, Any] = {**source.components, "unet": network.unet, "scheduler": scheduler}
+    if "requires_safety_checker" in source.config:
+        parts["requires_safety_checker"] = False
+    kind: Any = type(source)
+    kind(**parts).save_pretrained(folder)
+    record = {
+        "sigmas": sampler.sigmas, "sigma_end": student.sigma_end, "resolution": network.resolution,
+        "weights": student.weights, "iteration": student.iteration,
+    }  # fmt: skip
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def is_text_export(folder: Path) -> bool:
+    """Whether ``folder`` holds what :func:`write_text_pipeline` writes."""
+    return (folder / RECORD).is_file()
+
+
+def load_text_export(folder: Path) -> TrainedStudent:
+    """The student of such a folder.
+
+    Raises:
+        FileNotFoundError, ValueError: it is broken; says what.
+    """
+    record = json.loads((folder / RECORD).read_text())
+    source = StableDiffusion(str(folder), record["resolution"])
+    network = source.build().requires_grad_(False)
+    sampler = FewStepSampler(_tensor(record["sigmas"]))
+    return TrainedStudent(network, sampler, record["sigma_end"], record["weights"], record["iteration"], None, {},
+                          folder, source.codec())  # fmt: skip
+
+
+def _tensor(values: list[float]) -> Tensor:
+    import torch
+
+    return torch.tensor(values, dtype=torch.float64)
