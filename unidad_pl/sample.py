@@ -66,11 +66,7 @@ def sample(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     student = load_student(model, weights, config) if Path(model).is_file() else load_export(model)
-    if bool(prompts) != isinstance(student.network, StableDiffusionUNet):
-        raise ValueError(
-            f"{model!r} is "
-            + ("no text-to-image model: leave prompts out" if prompts else "a text-to-image model: give --prompts")
-        )
+    _check_prompts(prompts, student, model)
     labels = ClassLabels(student.network.num_classes, class_labels or student.classes)
     trained = len(student.sampler)
     if steps is not None and steps > trained:
@@ -85,6 +81,13 @@ def sample(
     if grid:
         _write_grid(folder, seeds)
     return folder
+
+
+def _check_prompts(prompts: list[str] | None, student: TrainedStudent, model: str) -> None:
+    """Raise ``ValueError`` unless prompts are there exactly where the model needs some."""
+    if bool(prompts) != isinstance(student.network, StableDiffusionUNet):
+        wanted = "no text-to-image model: leave prompts out" if prompts else "a text-to-image model: give --prompts"
+        raise ValueError(f"{model!r} is {wanted}")
 
 
 def _path(folder: Path, seed: int) -> Path:
