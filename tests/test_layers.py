@@ -10,7 +10,7 @@ LAYERS = [
     {"schedules", "losses", "discriminator", "metrics", "seeds"},
     {"denoiser", "data.batch"},
     {"backbones", "sampling"},
-    {"modules", "distributed", "data", "pipeline"},
+    {"modules", "distributed", "checkpoints", "data", "pipeline"},
     {"callbacks", "summary"},
     {"memory", "runs", "export", "export_text", "sample", "cli", "lightning_cli"},
 ]

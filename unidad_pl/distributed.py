@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,7 +17,8 @@ class UnwrappedDDPStrategy(DDPStrategy):
 
     DistributedDataParallel expects every parameter in every backward pass; with three optimisers each backward has
     its own parameters. Here one flat all-reduce per optimiser step moves that group's gradients and nothing else.
-    Registered as ``unidad_ddp``.
+    Registered as ``unidad_ddp``. Takes the arguments of ``DDPStrategy``; ``timeout`` is how long a rank waits for the
+    others before the job ends.
     """
 
     strategy_name = NAME
@@ -28,6 +30,23 @@ class UnwrappedDDPStrategy(DDPStrategy):
     def block_backward_sync(self) -> Any:
         """Nothing to block: gradients are only exchanged in the module's own ``step``."""
         return nullcontext()
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | os.PathLike[str], storage_options: Any | None = None
+    ) -> None:
+        """Rank 0 writes; where it cannot, every rank raises, so that none waits for it.
+
+        Raises:
+            OSError: as rank 0 saw it.
+        """
+        failure: OSError | None = None
+        try:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+        except OSError as error:
+            failure = error
+        failure = self.broadcast(failure)
+        if failure is not None:
+            raise failure
 
 
 def register() -> None:
