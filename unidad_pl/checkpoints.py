@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 from uuid import uuid4
 
 import torch
@@ -46,9 +46,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
     Remote paths (``s3://...``) are written as Lightning does, and not verified.
     """
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write ``checkpoint``.
 
         Raises:
@@ -61,7 +59,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(
         self,
-        path: str | os.PathLike[str],
+        path: str | Path,
         map_location: Callable[..., Any] | None = lambda storage, loc: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
@@ -80,7 +78,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(path, map_location)
 
 
-def is_remote(path: str | os.PathLike[str]) -> bool:
+def is_remote(path: str | Path) -> bool:
     """Whether ``path`` is an address such as ``s3://...`` and no local file."""
     return "://" in str(path)
 
@@ -117,7 +115,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
         _remove_abandoned(path.parent)
         with temporary.open("xb") as file:
             sink = _Sink(file)
-            torch.save(checkpoint, sink)
+            torch.save(checkpoint, cast(BinaryIO, sink))  # torch only writes and flushes
             file.seek(-2, os.SEEK_END)
             file.write(COMMENT.to_bytes(2, "little") + MARK + sink.digest.hexdigest().encode())
             file.flush()
@@ -163,7 +161,7 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def verify_checkpoint(path: str | os.PathLike[str]) -> None:
+def verify_checkpoint(path: str | Path) -> None:
     """Check a file against its checksum; one that others wrote, without a checksum, against the CRCs of its zip.
 
     Raises:
@@ -205,7 +203,7 @@ def _check_zip(path: Path) -> None:
         raise DamagedCheckpoint(f"{str(path)!r} is damaged: {wrong} in it is not what was written")
 
 
-def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
+def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     """A checkpoint's content; local files are verified first, code in it never runs.
 
     Raises:

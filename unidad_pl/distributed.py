@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.overrides.distributed import _sync_module_states
@@ -32,7 +32,7 @@ class UnwrappedDDPStrategy(DDPStrategy):
         return nullcontext()
 
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: str | os.PathLike[str], storage_options: Any | None = None
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
         """Rank 0 writes; where it cannot, every rank raises, so that none waits for it.
 

@@ -26,13 +26,14 @@ from unidad_pl.distributed import UnwrappedDDPStrategy
 from unidad_pl.modules.frozen import FrozenNetworks, Memory
 from unidad_pl.modules.labels import ClassLabels
 from unidad_pl.modules.optimization import Optimization, average_gradients, check_choices
+from unidad_pl.modules.resume import Resumable
 from unidad_pl.sampling import FewStepSampler
 from unidad_pl.seeds import mix_seed
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed")
 
 
-class GenerativeModule(FrozenNetworks):
+class GenerativeModule(Resumable, FrozenNetworks):
     """Base of :class:`~unidad_pl.modules.unidad.UniDAD` and :class:`~unidad_pl.modules.diffusion.Diffusion`.
 
     A subclass builds its networks in :meth:`build_networks`, names its trained parameters in :meth:`groups`, its
@@ -265,8 +266,8 @@ class GenerativeModule(FrozenNetworks):
         if row >= self.max_skipped:
             raise RuntimeError(
                 f"{row} iterations in a row had a non-finite gradient for {group!r} (now at iteration "
-                f"{int(self.iteration)}). The last checkpoint is untouched: resume from it with a lower learning rate "
-                f"or in float32."
+                f"{int(self.iteration)}). The last checkpoint is untouched: resume from it in 32-true, or begin again "
+                f"with a lower learning rate."
             )
 
     def finish_iteration(self, sampled_network_stepped: bool) -> None:
