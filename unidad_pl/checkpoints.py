@@ -203,6 +203,21 @@ def _check_zip(path: Path) -> None:
         raise DamagedCheckpoint(f"{str(path)!r} is damaged: {wrong} in it is not what was written")
 
 
+def refuse_damaged(path: str | Path) -> None:
+    """:func:`verify_checkpoint`, and what to take instead.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedCheckpoint: names the newest intact one of its folder.
+    """
+    try:
+        verify_checkpoint(path)
+    except DamagedCheckpoint as error:
+        intact, _ = newest_intact(Path(path).parent)
+        where = f"the newest intact one beside it is {str(intact)!r}" if intact else "none beside it is intact"
+        raise DamagedCheckpoint(f"{error}; {where}") from error
+
+
 def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     """A checkpoint's content; local files are verified first, code in it never runs.
 
@@ -212,12 +227,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
         ValueError: it carries code, or torch cannot read it.
     """
     if not is_remote(path):
-        try:
-            verify_checkpoint(path)
-        except DamagedCheckpoint as error:
-            intact, _ = newest_intact(Path(path).parent)
-            where = f"the newest intact one beside it is {str(intact)!r}" if intact else "none beside it is intact"
-            raise DamagedCheckpoint(f"{error}; {where}") from error
+        refuse_damaged(path)
     try:
         with get_filesystem(str(path)).open(str(path), "rb") as file:
             content: dict[str, Any] = torch.load(file, map_location=map_location, weights_only=True)
@@ -229,14 +239,14 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     return content
 
 
-def newest_intact(folder: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint that is whole in ``folder`` and the folders in it, by the time it was written.
+def newest_intact(*folders: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint that is whole in ``folders`` and the folders in them, by the time it was written.
 
     Returns:
         The file, None if there is none; and the newer ones that were passed over, with what is wrong with each.
     """
     passed_over: dict[Path, str] = {}
-    files = [path for path in folder.rglob("*.ckpt") if path.is_file()]
+    files = {path for folder in folders for path in folder.rglob("*.ckpt") if path.is_file()}
     for path in sorted(files, key=lambda file: (file.stat().st_mtime_ns, file.name), reverse=True):
         try:
             verify_checkpoint(path)

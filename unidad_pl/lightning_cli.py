@@ -13,13 +13,16 @@ import lightning.pytorch as pl
 import torch
 from jsonargparse import DefaultHelpFormatter
 from jsonargparse.typing import PositiveInt
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from unidad_pl import distributed
 from unidad_pl.callbacks.prediction_writer import PredictionWriter
 from unidad_pl.callbacks.records import run_folder
+from unidad_pl.checkpoints import DurableCheckpointIO, is_remote, refuse_damaged
 from unidad_pl.cli import DESCRIPTION
+from unidad_pl.going_on import WORDS, choose_folder, find_checkpoint
 from unidad_pl.modules.base import GenerativeModule
 from unidad_pl.summary import fit_summary
 
@@ -56,18 +59,41 @@ class UnidadCLI(LightningCLI):
             if init is not None and "seed" in init and init["seed"] is None:
                 init["seed"] = int(seed) if not isinstance(seed, bool) else 0
 
+    def _parse_ckpt_path(self) -> None:
+        # Lightning reads the file here, for its hyperparameters: say what is wrong with one before torch does.
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path is not None and not is_remote(path) and Path(path).is_file():
+            refuse_damaged(path)
+        super()._parse_ckpt_path()
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Checkpoints are written so that they survive, unless the config names a plugin for them."""
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = DurableCheckpointIO()
+        return trainer
+
     def before_fit(self) -> None:
-        """The untrained weights' metrics, for the summary.
+        """The checkpoint to go on from, or the untrained weights' metrics for the summary.
 
         Raises:
-            FileNotFoundError: ``--ckpt_path`` names no file; Lightning would train from the start after a warning.
+            FileNotFoundError: ``--ckpt_path`` leads to no file; Lightning would train from the start after a warning.
         """
-        path = self._get(self.config, "ckpt_path")
-        if path is not None and not Path(path).expanduser().is_file():
-            raise FileNotFoundError(
-                f"--ckpt_path {path!r} is no file: give the checkpoint's path, e.g. RUN/checkpoints/last.ckpt"
-            )
+        wanted = self._get(self.config, "ckpt_path")
+        path = self._find_checkpoint()
+        choose_folder(self.trainer, path if wanted in WORDS else None)
         self.metrics_before = self._validate() if path is None else None
+
+    def before_validate(self) -> None:
+        """``--ckpt_path last`` is the newest intact checkpoint."""
+        self._find_checkpoint()
+
+    before_test = before_validate
+
+    def _find_checkpoint(self) -> str | None:
+        path = find_checkpoint(self.trainer, self._get(self.config, "ckpt_path"))
+        self.config_init[self.subcommand]["ckpt_path"] = path
+        return path
 
     def after_fit(self) -> None:
         """Metrics of the trained weights, and the closing table."""
@@ -79,6 +105,7 @@ class UnidadCLI(LightningCLI):
 
     def before_predict(self) -> None:
         """Pictures of our own modules are written; other people's may return anything."""
+        self._find_checkpoint()
         if isinstance(self.model, GenerativeModule):
             folder = self._get(self.config, "predictions_folder")
             trainer: Any = self.trainer

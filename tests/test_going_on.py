@@ -1,0 +1,109 @@
+"""`--ckpt_path last` and `auto`, as a user runs them: the newest intact checkpoint, in the same log folder."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.worlds import weights_sha
+from unidad_pl.cli import main
+from unidad_pl.lightning_cli import UnidadCLI, run
+
+CONFIG: dict[str, Any] = {
+    "model": {
+        "class_path": "unidad_pl.modules.UniDAD",
+        "init_args": {
+            "source": {"class_path": "unidad_pl.backbones.NewUNet", "init_args": {
+                "resolution": 16, "channels": [16, 24], "layers": 1, "attention_levels": [1], "head_channels": 8,
+                "norm_groups": 4, "patch_size": 2}},
+            "student_every": 2, "target_weight": 0.5, "ema_decay": 0.9,
+        },
+    },
+    "data": {"class_path": "unidad_pl.data.FewShotDataModule",
+             "init_args": {"domain": "sunglasses", "resolution": 16, "batch_size": 2, "val_samples": 2}},
+    "trainer": {
+        "accelerator": "cpu", "max_epochs": -1, "limit_val_batches": 0, "log_every_n_steps": 1,
+        "enable_progress_bar": False, "enable_model_summary": False,
+        "logger": [
+            {"class_path": "lightning.pytorch.loggers.CSVLogger",
+             "init_args": {"save_dir": "runs", "name": "tiny", "flush_logs_every_n_steps": 1}},
+            {"class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+             "init_args": {"save_dir": "runs", "name": "tiny"}},
+        ],
+        "callbacks": [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                       "init_args": {"every_n_train_steps": 2, "save_top_k": -1, "filename": "{step}"}}],
+    },
+}  # fmt: skip
+FOLDER = Path("runs/tiny/version_0/checkpoints")
+
+
+def fit(steps: int, *options: str) -> UnidadCLI:
+    Path("config.yaml").write_text(yaml.safe_dump(CONFIG))
+    return run(["fit", "--config", "config.yaml", "--trainer.max_steps", str(steps), *options])
+
+
+@pytest.fixture
+def four(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run of four iterations, with checkpoints of the second and the fourth."""
+    monkeypatch.chdir(tmp_path)
+    fit(4)
+    assert sorted(path.name for path in FOLDER.iterdir()) == ["step=2.ckpt", "step=4.ckpt"]
+    return FOLDER
+
+
+def test_last_goes_on_in_the_same_folder_with_the_same_numbers(four: Path) -> None:
+    resumed = fit(6, "--ckpt_path", "last")
+    assert os.listdir("runs/tiny") == ["version_0"]
+    assert (four / "step=6.ckpt").is_file()
+    with open("runs/tiny/version_0/metrics.csv", newline="") as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file)]
+    assert steps == [0, 1, 2, 3, 4, 5]
+    whole = fit(6, "--trainer.logger", "false", "--trainer.enable_checkpointing", "false", "--trainer.callbacks", "[]")
+    assert weights_sha(resumed.model) == weights_sha(whole.model)
+
+
+def test_last_passes_over_damaged_checkpoints_and_says_so(four: Path) -> None:
+    os.truncate(four / "step=4.ckpt", 5000)
+    with pytest.warns(UserWarning, match=r"passes over.*step=4\.ckpt' is damaged"):
+        resumed = fit(3, "--ckpt_path", "last")
+    assert resumed.config_init["fit"]["ckpt_path"] == str(four / "step=2.ckpt")
+    assert resumed.trainer.global_step == 3
+    with pytest.raises(ValueError, match=r"step=4\.ckpt' is damaged.*newest intact one.*step=2\.ckpt"):
+        fit(3, "--ckpt_path", str(four / "step=4.ckpt"))
+    for path in four.iterdir():
+        os.truncate(path, 1000)
+    with (
+        pytest.warns(UserWarning, match="passes over"),
+        pytest.raises(FileNotFoundError, match=r"no intact .* 'runs/tiny' \(2 damaged"),
+    ):
+        fit(3, "--ckpt_path", "last")
+
+
+def test_auto_begins_where_there_is_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert fit(2, "--ckpt_path", "auto").config_init["fit"]["ckpt_path"] is None
+    assert fit(4, "--ckpt_path", "auto").config_init["fit"]["ckpt_path"].endswith("step=2.ckpt")
+    assert os.listdir("runs/tiny") == ["version_0"]
+
+
+def test_last_for_the_other_commands(four: Path) -> None:
+    main(["predict", "--config", "config.yaml", "--ckpt_path", "last", "--data.predict_samples", "1"])
+    assert len(list(Path("runs").rglob("predictions/*.png"))) == 1
+
+
+def test_checkpoints_of_the_command_carry_a_checksum(four: Path) -> None:
+    assert b"sha256:" in (four / "step=4.ckpt").read_bytes()[-80:]
+
+
+def test_an_explicit_folder_of_checkpoints_is_searched_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = ("--trainer.callbacks.dirpath", "elsewhere")
+    fit(2, *place)
+    assert fit(4, *place, "--ckpt_path", "last").config_init["fit"]["ckpt_path"] == str(
+        tmp_path / "elsewhere" / "step=2.ckpt"
+    )
