@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from unidad_pl import distributed
 from unidad_pl.callbacks.prediction_writer import PredictionWriter
+from unidad_pl.callbacks.preemption import Preemption, leaving_on_signals
 from unidad_pl.callbacks.records import run_folder
 from unidad_pl.checkpoints import DurableCheckpointIO, is_remote, refuse_damaged
 from unidad_pl.cli import DESCRIPTION
@@ -67,10 +68,13 @@ class UnidadCLI(LightningCLI):
         super()._parse_ckpt_path()
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Checkpoints are written so that they survive, unless the config names a plugin for them."""
+        """With checkpoints that survive and an end in good order on signals, unless the config brings its own."""
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = DurableCheckpointIO()
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, Preemption) for callback in callbacks):
+            callbacks.append(Preemption())  # last: what it saves is what all others have made of the iteration
         return trainer
 
     def before_fit(self) -> None:
@@ -141,13 +145,14 @@ def run(args: Sequence[str] | None) -> UnidadCLI:
     """Parse ``args`` (the command line's if None) and run the subcommand they name."""
     _quieten()
     distributed.register()
-    return UnidadCLI(
-        pl.LightningModule,
-        pl.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        seed_everything_default=0,
-        args=None if args is None else list(args),
-        parser_kwargs={"description": DESCRIPTION, "formatter_class": HelpFormatter},
-        save_config_kwargs={"overwrite": True},
-    )
+    with leaving_on_signals():
+        return UnidadCLI(
+            pl.LightningModule,
+            pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            args=None if args is None else list(args),
+            parser_kwargs={"description": DESCRIPTION, "formatter_class": HelpFormatter},
+            save_config_kwargs={"overwrite": True},
+        )
