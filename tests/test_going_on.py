@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
+import signal
+from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
+import torch
 import yaml
 
 from tests.worlds import weights_sha
 from unidad_pl.cli import main
+from unidad_pl.distributed import UnwrappedDDPStrategy
 from unidad_pl.lightning_cli import UnidadCLI, run
 
 CONFIG: dict[str, Any] = {
@@ -39,6 +46,7 @@ CONFIG: dict[str, Any] = {
                        "init_args": {"every_n_train_steps": 2, "save_top_k": -1, "filename": "{step}"}}],
     },
 }  # fmt: skip
+ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path("runs/tiny/version_0/checkpoints")
 
 
@@ -89,6 +97,64 @@ def test_auto_begins_where_there_is_nothing(tmp_path: Path, monkeypatch: pytest.
     assert fit(2, "--ckpt_path", "auto").config_init["fit"]["ckpt_path"] is None
     assert fit(4, "--ckpt_path", "auto").config_init["fit"]["ckpt_path"].endswith("step=2.ckpt")
     assert os.listdir("runs/tiny") == ["version_0"]
+
+
+class Signal(pl.Callback):
+    """A signal in the fourth iteration, before it is computed."""
+
+    number = signal.SIGTERM
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == 3:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_saves_and_exits_and_last_goes_on(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Signal, "number", number)
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as leaving:
+        fit(9, "--trainer.callbacks+", "tests.test_going_on.Signal")
+    assert leaving.value.code == 85
+    assert signal.getsignal(number) == before
+    saved = torch.load(FOLDER / "preempted.ckpt", weights_only=True)
+    assert saved["global_step"] == int(saved["state_dict"]["iteration"]) == 4
+    resumed = fit(5, "--ckpt_path", "last")
+    assert resumed.config_init["fit"]["ckpt_path"] == str(FOLDER / "preempted.ckpt")
+    assert os.listdir("runs/tiny") == ["version_0"]
+    starts = [json.loads(line) for line in Path("runs/tiny/version_0/environment.jsonl").read_text().splitlines()]
+    assert [start["stage"] for start in starts] == ["fit", "fit"]
+    for start in starts:
+        assert {"host", "command", "git", "gpus", "python", "time"} <= set(start)
+        assert start["seed"] == 0
+        assert start["packages"]["torch"] == version("torch")
+
+
+def test_the_config_for_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    here = ("--config", str(ROOT / "configs" / "trainer" / "slurm.yaml"), "--trainer.accelerator", "cpu")
+    try:
+        cli = fit(1, *here, "--trainer.devices", "1")
+    finally:
+        torch.distributed.destroy_process_group()
+    strategy = cli.trainer.strategy
+    assert isinstance(strategy, UnwrappedDDPStrategy)
+    assert strategy._timeout == timedelta(minutes=10)
+    assert cli.config_init["fit"]["ckpt_path"] is None
+
+
+def test_a_signal_before_the_loops_exits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def early(*args: Any, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr("unidad_pl.lightning_cli.UnidadCLI", early)
+    with pytest.raises(SystemExit) as leaving:
+        run(["fit"])
+    assert leaving.value.code == 85
 
 
 def test_last_for_the_other_commands(four: Path) -> None:

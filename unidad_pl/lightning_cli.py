@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from unidad_pl import distributed
+from unidad_pl.callbacks.environment import RunRecord
 from unidad_pl.callbacks.prediction_writer import PredictionWriter
 from unidad_pl.callbacks.preemption import Preemption, leaving_on_signals
 from unidad_pl.callbacks.records import run_folder
@@ -154,5 +155,6 @@ def run(args: Sequence[str] | None) -> UnidadCLI:
             seed_everything_default=0,
             args=None if args is None else list(args),
             parser_kwargs={"description": DESCRIPTION, "formatter_class": HelpFormatter},
+            save_config_callback=RunRecord,
             save_config_kwargs={"overwrite": True},
         )
