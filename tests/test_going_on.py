@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 from datetime import timedelta
 from importlib.metadata import version
@@ -55,12 +56,21 @@ def fit(steps: int, *options: str) -> UnidadCLI:
     return run(["fit", "--config", "config.yaml", "--trainer.max_steps", str(steps), *options])
 
 
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("first")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        fit(4)
+        assert sorted(path.name for path in FOLDER.iterdir()) == ["step=2.ckpt", "step=4.ckpt"]
+    return place
+
+
 @pytest.fixture
-def four(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def four(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run of four iterations, with checkpoints of the second and the fourth."""
+    shutil.copytree(first, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    fit(4)
-    assert sorted(path.name for path in FOLDER.iterdir()) == ["step=2.ckpt", "step=4.ckpt"]
     return FOLDER
 
 
@@ -90,6 +100,24 @@ def test_last_passes_over_damaged_checkpoints_and_says_so(four: Path) -> None:
         pytest.raises(FileNotFoundError, match=r"no intact .* 'runs/tiny' \(2 damaged"),
     ):
         fit(3, "--ckpt_path", "last")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--data.shift", "1"), "shift was 0 and is now 1"),
+        (("--data.flip", "false"), "flip was True and is now False"),
+        (("--data.domain", "cats"), "shots was '.*' and is now '.*'"),
+        (("--model.steps", "2"), "steps was 3 and is now 2"),
+    ],
+)
+def test_other_data_and_other_options_are_refused(four: Path, options: tuple[str, str], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        fit(6, "--ckpt_path", "last", *options)
+
+
+def test_another_batch_size_is_allowed(four: Path) -> None:
+    assert fit(5, "--ckpt_path", "last", "--data.batch_size", "3").trainer.global_step == 5
 
 
 def test_auto_begins_where_there_is_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
