@@ -228,7 +228,8 @@ def test_print_config_is_complete(unidad: Any) -> None:
         (("--data.root", "/nowhere", "--data.domain", "null"), "/nowhere"),
         (("--model.source.path", "/nowhere"), "/nowhere"),
         (("--trainer.strategy", "ddp"), "unidad_ddp"),
-        (("--ckpt_path", "last"), "'last' is no file"),
+        (("--ckpt_path", "nowhere.ckpt"), "'nowhere.ckpt' is no file"),
+        (("--ckpt_path", "last"), "no intact checkpoint in 'runs/quickstart'"),
         (("--data.resolution", "64"), "resolution"),
     ],
 )

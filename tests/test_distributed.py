@@ -1,4 +1,4 @@
-"""Two gloo processes: equal weights on both ranks, and the same as one process with the whole batch."""
+"""The strategy at its edges, and the command line on two processes; what ranks do together: test_faults.py."""
 
 from __future__ import annotations
 
@@ -17,29 +17,6 @@ from unidad_pl.modules.optimization import average_gradients
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCHER = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-def launch(ranks: int, folder: Path) -> list[dict[str, torch.Tensor]]:
-    env = {k: v for k, v in os.environ.items() if k not in LAUNCHER}
-    env |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.two_ranks", str(ranks), str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"ranks{ranks}_{rank}.pt", weights_only=True) for rank in range(ranks)]
-
-
-def test_two_ranks_train_as_one(tmp_path: Path) -> None:
-    first, second = launch(2, tmp_path)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[k], second[k]) for k in first), "the ranks' weights differ"
-    (alone,) = launch(1, tmp_path)
-    assert alone.keys() == first.keys()
-    for name, value in alone.items():
-        # Adam's first steps are lr * sign(gradient): where a true gradient is zero, rounding decides the sign.
-        torch.testing.assert_close(first[name], value, atol=8e-3, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
-    moved = sum((first[k].double() - alone[k].double()).abs().sum() for k in first)
-    size = sum(v.numel() for v in first.values())
-    assert float(moved) / size < 1e-5  # on average nothing moves
 
 
 def test_a_wrapping_strategy_is_refused() -> None:

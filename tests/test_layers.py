@@ -10,9 +10,9 @@ LAYERS = [
     {"schedules", "losses", "discriminator", "metrics", "seeds"},
     {"denoiser", "data.batch"},
     {"backbones", "sampling"},
-    {"modules", "distributed", "data", "pipeline"},
+    {"modules", "distributed", "checkpoints", "data", "pipeline"},
     {"callbacks", "summary"},
-    {"memory", "runs", "export", "export_text", "sample", "cli", "lightning_cli"},
+    {"memory", "runs", "export", "export_text", "sample", "cli", "lightning_cli", "going_on"},
 ]
 LIGHT = {"lightning", "diffusers", "torchvision", "lpips", "torch_fidelity", "rich", "PIL"}
 

@@ -13,13 +13,18 @@ import lightning.pytorch as pl
 import torch
 from jsonargparse import DefaultHelpFormatter
 from jsonargparse.typing import PositiveInt
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from unidad_pl import distributed
+from unidad_pl.callbacks.environment import RunRecord
 from unidad_pl.callbacks.prediction_writer import PredictionWriter
+from unidad_pl.callbacks.preemption import Preemption, leaving_on_signals
 from unidad_pl.callbacks.records import run_folder
+from unidad_pl.checkpoints import DurableCheckpointIO, is_remote, refuse_damaged
 from unidad_pl.cli import DESCRIPTION
+from unidad_pl.going_on import WORDS, choose_folder, find_checkpoint
 from unidad_pl.modules.base import GenerativeModule
 from unidad_pl.summary import fit_summary
 
@@ -56,18 +61,44 @@ class UnidadCLI(LightningCLI):
             if init is not None and "seed" in init and init["seed"] is None:
                 init["seed"] = int(seed) if not isinstance(seed, bool) else 0
 
+    def _parse_ckpt_path(self) -> None:
+        # Lightning reads the file here, for its hyperparameters: say what is wrong with one before torch does.
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path is not None and not is_remote(path) and Path(path).is_file():
+            refuse_damaged(path)
+        super()._parse_ckpt_path()
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """With checkpoints that survive and an end in good order on signals, unless the config brings its own."""
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = DurableCheckpointIO()
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, Preemption) for callback in callbacks):
+            callbacks.append(Preemption())  # last: what it saves is what all others have made of the iteration
+        return trainer
+
     def before_fit(self) -> None:
-        """The untrained weights' metrics, for the summary.
+        """The checkpoint to go on from, or the untrained weights' metrics for the summary.
 
         Raises:
-            FileNotFoundError: ``--ckpt_path`` names no file; Lightning would train from the start after a warning.
+            FileNotFoundError: ``--ckpt_path`` leads to no file; Lightning would train from the start after a warning.
         """
-        path = self._get(self.config, "ckpt_path")
-        if path is not None and not Path(path).expanduser().is_file():
-            raise FileNotFoundError(
-                f"--ckpt_path {path!r} is no file: give the checkpoint's path, e.g. RUN/checkpoints/last.ckpt"
-            )
+        wanted = self._get(self.config, "ckpt_path")
+        path = self._find_checkpoint()
+        choose_folder(self.trainer, path if wanted in WORDS else None)
         self.metrics_before = self._validate() if path is None else None
+
+    def before_validate(self) -> None:
+        """``--ckpt_path last`` is the newest intact checkpoint."""
+        self._find_checkpoint()
+
+    before_test = before_validate
+
+    def _find_checkpoint(self) -> str | None:
+        path = find_checkpoint(self.trainer, self._get(self.config, "ckpt_path"))
+        self.config_init[self.subcommand]["ckpt_path"] = path
+        return path
 
     def after_fit(self) -> None:
         """Metrics of the trained weights, and the closing table."""
@@ -79,6 +110,7 @@ class UnidadCLI(LightningCLI):
 
     def before_predict(self) -> None:
         """Pictures of our own modules are written; other people's may return anything."""
+        self._find_checkpoint()
         if isinstance(self.model, GenerativeModule):
             folder = self._get(self.config, "predictions_folder")
             trainer: Any = self.trainer
@@ -114,13 +146,15 @@ def run(args: Sequence[str] | None) -> UnidadCLI:
     """Parse ``args`` (the command line's if None) and run the subcommand they name."""
     _quieten()
     distributed.register()
-    return UnidadCLI(
-        pl.LightningModule,
-        pl.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        seed_everything_default=0,
-        args=None if args is None else list(args),
-        parser_kwargs={"description": DESCRIPTION, "formatter_class": HelpFormatter},
-        save_config_kwargs={"overwrite": True},
-    )
+    with leaving_on_signals():
+        return UnidadCLI(
+            pl.LightningModule,
+            pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            args=None if args is None else list(args),
+            parser_kwargs={"description": DESCRIPTION, "formatter_class": HelpFormatter},
+            save_config_callback=RunRecord,
+            save_config_kwargs={"overwrite": True},
+        )

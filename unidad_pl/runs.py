@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from unidad_pl.checkpoints import read_checkpoint
 from unidad_pl.denoiser import Codec, Denoiser
 from unidad_pl.sampling import FewStepSampler
 
@@ -117,17 +115,9 @@ def read_weights(ckpt_path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it cannot be read, carries code, or is no Lightning checkpoint.
+        ValueError: it is damaged, carries code, or is no Lightning checkpoint.
     """
-    if not Path(ckpt_path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {str(ckpt_path)!r}")
-    try:
-        content = torch.load(ckpt_path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{str(ckpt_path)!r} may carry code, which is never run here: {reason}") from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{str(ckpt_path)!r} cannot be read, it may be cut short: {error}") from error
+    content = read_checkpoint(ckpt_path)
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise ValueError(f"{str(ckpt_path)!r} is no Lightning checkpoint: it has no state_dict")
     return content

@@ -6,6 +6,7 @@ from unidad_pl.callbacks.base import EvaluationCallback, Report
 from unidad_pl.callbacks.fid import FID
 from unidad_pl.callbacks.intra_lpips import IntraLPIPS
 from unidad_pl.callbacks.prediction_writer import PredictionWriter
+from unidad_pl.callbacks.preemption import Preemption
 from unidad_pl.callbacks.records import read_records
 from unidad_pl.callbacks.sample_grid import SampleGrid
 
@@ -16,6 +17,7 @@ __all__ = [
     "IntraLPIPS",
     "LossBalance",
     "PredictionWriter",
+    "Preemption",
     "Report",
     "SampleGrid",
     "read_records",

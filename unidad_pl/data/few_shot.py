@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -163,6 +165,32 @@ class FewShotDataModule(pl.LightningDataModule):
         if self.excluded:
             rank_zero_info(f"{self.excluded} of {len(images)} reference images are shots and left out")
         return images[kept]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint remembers of the training data: with the same, a position of the stream is the same."""
+        self.setup()
+        assert self._shots is not None
+        content = image_hash(self._shots.flatten(0, 1))
+        return {"shots": content, "seed": self.seed, "flip": self.flip, "shift": self.shift, "batch": self.batch_size}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compare with the data of the run that is resumed; another batch size is told of.
+
+        Raises:
+            RuntimeError: training would go on with other data; names both values.
+        """
+        if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        now = self.state_dict()
+        changed = [f"{k} was {was!r} and is now {now.get(k)!r}" for k, was in state_dict.items() if was != now.get(k)]
+        refused = [text for text in changed if not text.startswith("batch ")]
+        if refused:
+            raise RuntimeError(
+                f"the checkpoint was trained on other data: {'; '.join(refused)}. Resume with the data the run started "
+                f"with, or begin a new run without --ckpt_path"
+            )
+        if changed:
+            rank_zero_info(f"Resuming with another batch size: {changed[0]}")
 
     @property
     def shots(self) -> Tensor:

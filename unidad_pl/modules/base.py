@@ -11,7 +11,6 @@ The rules it keeps (DESIGN):
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,14 +24,16 @@ from unidad_pl.denoiser import Codec, Denoiser, DenoiserSource
 from unidad_pl.distributed import UnwrappedDDPStrategy
 from unidad_pl.modules.frozen import FrozenNetworks, Memory
 from unidad_pl.modules.labels import ClassLabels
-from unidad_pl.modules.optimization import Optimization, average_gradients, check_choices
+from unidad_pl.modules.optimization import check_choices
+from unidad_pl.modules.resume import Resumable
+from unidad_pl.modules.stepping import ManualSteps
 from unidad_pl.sampling import FewStepSampler
 from unidad_pl.seeds import mix_seed
 
-PRECISIONS = ("32-true", "64-true", "bf16-mixed")
+PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
 
 
-class GenerativeModule(FrozenNetworks):
+class GenerativeModule(ManualSteps, Resumable, FrozenNetworks):
     """Base of :class:`~unidad_pl.modules.unidad.UniDAD` and :class:`~unidad_pl.modules.diffusion.Diffusion`.
 
     A subclass builds its networks in :meth:`build_networks`, names its trained parameters in :meth:`groups`, its
@@ -44,15 +45,13 @@ class GenerativeModule(FrozenNetworks):
         accumulate: micro-batches an iteration's batch is split into; gradients are averaged over them.
         ema_decay: decay of the exponential moving average of the sampled network, one update per step of it; early
             on the decay is ``(1 + n) / (10 + n)``. 0: no average.
-        max_skipped: iterations in a row with a non-finite gradient after which the run ends with an error.
+        max_skipped: iterations in a row with a non-finite loss or gradient after which the run ends with an error.
         classes: class labels to use of a class-conditional model; null: all of them.
         memory: what trades time for memory.
     """
 
     sampled_name: str
     """The attribute, and the prefix in checkpoints, of the network that is sampled."""
-    clock: str
-    """The group that steps in every iteration; ``trainer.global_step`` counts its steps."""
 
     def __init__(
         self,
@@ -104,14 +103,6 @@ class GenerativeModule(FrozenNetworks):
         Raises:
             ValueError: the module is sampled in many steps.
         """
-        raise NotImplementedError
-
-    def optimizations(self) -> dict[str, Optimization]:
-        """Group name -> its optimiser settings, in the order they step."""
-        raise NotImplementedError
-
-    def groups(self) -> dict[str, list[dict[str, Any]]]:
-        """Group name -> torch parameter groups, the same names as :meth:`optimizations`."""
         raise NotImplementedError
 
     def steps_of(self, group: str, iterations: int) -> int:
@@ -213,66 +204,11 @@ class GenerativeModule(FrozenNetworks):
         """A draw in [0, high) that is the same on every rank and for every micro-batch of this iteration."""
         return mix_seed(self.seed, int(self.iteration), 0x5EED) % high
 
-    def _optimizer(self, group: str) -> tuple[Any, Any]:
-        position = list(self.optimizations()).index(group)
-        optimizers: Any = self.optimizers(use_pl_optimizer=True)
-        schedules: Any = self.lr_schedulers()
-        if not isinstance(optimizers, list):
-            return optimizers, schedules
-        return optimizers[position], schedules[position]
-
-    def backward_into(self, loss: Tensor, group: str) -> None:
-        """Add the gradient of ``loss / accumulate`` to the parameters of ``group``, and to nothing else."""
-        parameters = [p for settings in self.groups()[group] for p in settings["params"]]
-        self.manual_backward(loss / self.accumulate, inputs=parameters)
-
-    def step(self, group: str) -> bool:
-        """Average the group's gradient over ranks, clip it, step its optimiser and schedule.
-
-        A non-finite gradient skips the step (on every rank alike: the average spreads it), is counted and logged.
-
-        Returns:
-            Whether the optimiser stepped.
-
-        Raises:
-            RuntimeError: ``max_skipped`` steps in a row were skipped.
-        """
-        optimizer, schedule = self._optimizer(group)
-        parameters = [p for settings in optimizer.param_groups for p in settings["params"] if p.grad is not None]
-        average_gradients(parameters)
-        clip = self.optimizations()[group].clip
-        norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip else math.inf)
-        finite = bool(torch.isfinite(norm))
-        self.log(f"grad_norm/{group}", norm, rank_zero_only=True)
-        if finite:
-            if group == self.clock:
-                optimizer.step()
-            else:  # not through Lightning's counter: an iteration is counted once
-                self.trainer.strategy.optimizer_step(optimizer.optimizer, lambda: None)
-            schedule.step()
-            self._skipped_in_a_row[group] = 0
-        else:
-            self._skip(group)
-        optimizer.zero_grad()
-        return finite
-
-    def _skip(self, group: str) -> None:
-        if group == self.clock:  # keep counting iterations
-            self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.increment_ready()
-            self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.increment_completed()
-        row = self._skipped_in_a_row[group] = self._skipped_in_a_row.get(group, 0) + 1
-        self.log(f"skipped/{group}", float(row), rank_zero_only=True)
-        if row >= self.max_skipped:
-            raise RuntimeError(
-                f"{row} iterations in a row had a non-finite gradient for {group!r} (now at iteration "
-                f"{int(self.iteration)}). The last checkpoint is untouched: resume from it with a lower learning rate "
-                f"or in float32."
-            )
-
     def finish_iteration(self, sampled_network_stepped: bool) -> None:
         """Advance the iteration count; update the average if the sampled network changed."""
         if sampled_network_stepped and self.ema is not None:
             self.ema.update_parameters(self.sampled_network)
+        self.update_scale()
         self.iteration += 1
 
     # -- evaluation: seeds in, images out ------------------------------------------------------------------------

@@ -48,6 +48,7 @@ class Diffusion(GenerativeModule):
 
     clock = "denoiser"
     sampled_name = "denoiser"
+    free_options = (*GenerativeModule.free_options, "sampler", "steps", "export_to", "export_half")
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 
@@ -119,3 +119,13 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
         flat /= dist.get_world_size()
         for g, part in zip(same, flat.split([g.numel() for g in same]), strict=True):
             g.copy_(part.view_as(g))
+
+
+def spoil_gradients(parameters: Sequence[nn.Parameter], loss: Tensor) -> None:
+    """Make a gradient non-finite where its loss is, so that the average over ranks tells every rank to skip the step.
+
+    Nothing is read back from the device, and a finite loss changes no gradient.
+    """
+    grad = next((p.grad for p in parameters if p.grad is not None), None)
+    if grad is not None:
+        grad[(0,) * grad.ndim] += (loss.detach() * 0).to(grad.dtype)

@@ -1,0 +1,118 @@
+"""The fault table: what is lost, and who says what. Two gloo ranks; one process for kill -9.
+
+* kill -9 in training, at a validation, in each stage of writing a checkpoint: resumed from the newest intact file the
+  run ends bit-equal.
+* One rank gets SIGUSR1: both stop after the same iteration, save, exit; resumed the run ends bit-equal.
+* NaN in one rank's loss: both skip that optimiser's step; after N in a row both end with an error.
+* One rank is killed, or hangs for longer than the timeout: the other ends with an error that names it.
+* A missing file, a failing metric, a full disk on one rank: both end with that rank's message.
+* A damaged newest checkpoint, SIGTERM to the command: tests/test_going_on.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.fault_script import MOMENTS
+
+ROOT = Path(__file__).resolve().parents[1]
+LAUNCHER = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("faults")
+    env = {k: v for k, v in os.environ.items() if k not in LAUNCHER}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.fault_script", str(place)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return place
+
+
+def of_both(folder: Path, case: str) -> list[dict[str, Any]]:
+    return [json.loads((folder / f"{case}{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_two_ranks_train_as_one_with_the_batch_of_both(folder: Path) -> None:
+    """Ten iterations, accumulation 2 and 4, in float64: in float32 Adam makes a step of the rate of any rounding."""
+    alone, *ranks = (torch.load(folder / f"{name}.pt", weights_only=True) for name in ("alone", "rank0", "rank1"))
+    assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in ranks[0])
+    moved = 0.0
+    for name, value in alone.items():
+        torch.testing.assert_close(ranks[0][name], value, atol=1e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+        moved = max(moved, float((value - alone[name.replace("student", "source_teacher", 1)]).abs().max()))
+    assert moved > 1e-3
+
+
+def test_the_gradient_bytes_of_the_group_that_steps_and_nothing_else(folder: Path) -> None:
+    for result in of_both(folder, "equal"):
+        student, fake, target = (result["groups"][name] for name in ("student", "fake", "target"))
+        assert result["sent"] == [student, fake, target, fake] * 5  # the student steps in every second iteration
+
+
+def test_nan_on_one_rank_skips_that_step_on_both(folder: Path) -> None:
+    first, second = of_both(folder, "nan")
+    assert first["steps"] == second["steps"] == [3, 4, 4]
+    assert first["global_step"] == 4
+    assert first["sha"] == second["sha"]
+    assert first["finite"]
+
+
+def test_nan_for_good_ends_both(folder: Path) -> None:
+    for result in of_both(folder, "nan_for_good"):
+        assert "1 iterations in a row had a non-finite loss or gradient for 'student'" in result["error"]
+
+
+@pytest.mark.parametrize("case", ["killed", "hung"])
+def test_a_rank_that_does_not_answer_is_named(folder: Path, case: str) -> None:
+    result = json.loads((folder / f"{case}0.json").read_text())
+    assert "rank 1 does not answer" in result["error"]
+    assert result["seconds"] < 60
+
+
+@pytest.mark.parametrize(
+    ("case", "culprit", "message"),
+    [
+        ("missing_file", 1, "FileNotFoundError: no such picture: shots/3.png"),
+        ("broken_metric", 0, "ZeroDivisionError: FID: the reference set is empty"),
+    ],
+)
+def test_both_end_with_the_message_of_the_rank_that_failed(folder: Path, case: str, culprit: int, message: str) -> None:
+    results = of_both(folder, case)
+    assert results[culprit]["error"] == message
+    assert f"rank {culprit} failed with {message}" in results[1 - culprit]["error"]
+
+
+def test_a_full_disk_ends_both_and_leaves_the_checkpoint_before(folder: Path) -> None:
+    first, second = of_both(folder, "full_disk")
+    assert "cannot write the checkpoint (File too large)" in first["error"]
+    assert second["error"] == first["error"]
+    assert os.listdir(folder / "disk") == ["x.ckpt"]
+    assert torch.load(folder / "disk" / "x.ckpt", weights_only=True)["global_step"] == 1
+
+
+def test_one_preempted_rank_stops_both_after_the_same_iteration(folder: Path) -> None:
+    assert of_both(folder, "preempted")[0]["exit"] == 77
+    saved = torch.load(folder / "checkpoints" / "preempted.ckpt", weights_only=True)
+    assert saved["global_step"] in (4, 5)  # the iteration of the signal, or the next, which all agree on
+    for result in of_both(folder, "resumed"):
+        assert result["resumed"] == result["whole"]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_kill_9_loses_nothing(folder: Path, moment: str) -> None:
+    results = json.loads((folder / "kill_9.json").read_text())
+    result = results[moment]
+    assert result["died"] == -9
+    assert result["from"] == ("step=4.ckpt" if moment in ("after the rename", "validation") else "step=2.ckpt")
+    assert result["damaged"] == 0
+    assert result["sha"] == results["whole"]
