@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 INDEX_FILE = "model_index.json"
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline")
 Spacing = Literal["even", "log_linear"]
+TOKENS = 77
+"""What CLIP's text encoders read of a prompt, padding included."""
 TIME_IDS = 6
 """SDXL's size conditions: original height and width, crop top and left, target height and width."""
 
@@ -84,6 +86,7 @@ class StableDiffusionUNet(DiffusersNetwork):
         self.width: int = config["cross_attention_dim"]
         sizes = TIME_IDS * (config["addition_time_embed_dim"] or 0)
         self.pooled = config["projection_class_embeddings_input_dim"] - sizes if added else 0
+        self.condition_shape = (TOKENS - (-self.pooled // self.width), self.width)
 
     def predict(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Prediction:
         how = Parameterization.of(self.spec.prediction, sigma, self.spec.sigma_data)
