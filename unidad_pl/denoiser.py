@@ -7,10 +7,11 @@ package knows about it.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +88,18 @@ class Denoiser(nn.Module, ABC):
 
     num_classes: int | None = None
     """Number of class labels a class-conditional model needs in ``cond`` [B] int64; None: unconditional."""
+
+    shared_weights: frozenset[str] = frozenset()
+    """Names in the state dict of weights that are never trained and that all copies of this network have in common: the
+    base under adapters. They come from the network's source, not from checkpoints."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Denoiser:
+        """A network of its own, but for :attr:`shared_weights`."""
+        memo.update({id(p): p for name, p in self.named_parameters() if name in self.shared_weights})
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     @abstractmethod
     def predict(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Prediction:

@@ -23,7 +23,7 @@ PIPELINE = "FewStepPipeline"
 METRICS = "metrics.jsonl"
 
 
-def export(ckpt_path: str, out: str, weights: str = "auto", config: str | None = None) -> Path:
+def export(ckpt_path: str, out: str, weights: str = "auto", config: str | None = None, adapters: bool = False) -> Path:
     """Write a checkpoint's few-step student as a diffusers pipeline directory.
 
     ``DiffusionPipeline.from_pretrained(DIR, trust_remote_code=True)`` samples from it without unidad_pl, and
@@ -34,6 +34,8 @@ def export(ckpt_path: str, out: str, weights: str = "auto", config: str | None =
         out: the directory to make; an earlier export is replaced.
         weights: ``ema``, ``raw`` or ``auto`` (ema where the checkpoint has it).
         config: the run's config.yaml; null: the one of the checkpoint's run folder.
+        adapters: of a text-to-image student trained as adapters (LoRA): write them alone, for ``load_lora_weights``,
+            and not the whole pipeline with the adapters merged into it.
 
     Returns:
         The directory.
@@ -48,14 +50,16 @@ def export(ckpt_path: str, out: str, weights: str = "auto", config: str | None =
     student = load_student(ckpt_path, weights, config)
     if not isinstance(student.network, (UNetDenoiser, StableDiffusionUNet)):
         raise ValueError(f"only diffusers UNets can be exported, this student is a {type(student.network).__name__}")
+    if adapters and not isinstance(student.network, StableDiffusionUNet):
+        raise ValueError("only text-to-image students can be trained as adapters: leave --adapters out")
     part = target.with_name(f"{target.name}.part{os.getpid()}")
     part.mkdir(parents=True)
     try:
         if isinstance(student.network, StableDiffusionUNet):
-            write_text_pipeline(student, student.network, part)
+            write_text_pipeline(student, student.network, part, adapters)
         else:
             _write(student, student.network, part)
-        (part / "README.md").write_text(model_card(student, Path(ckpt_path).name))
+        (part / "README.md").write_text(model_card(student, Path(ckpt_path).name, adapters))
         if target.exists():
             shutil.rmtree(target)
         part.rename(target)
@@ -175,8 +179,22 @@ TEXT_USAGE = """from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER")
 images = pipe({prompt!r}, num_inference_steps={steps}, guidance_scale=1.0).images  # guidance is distilled into it"""
 
+ADAPTER_USAGE = """from diffusers import DiffusionPipeline, LCMScheduler
 
-def model_card(student: TrainedStudent, checkpoint: str) -> str:
+pipe = DiffusionPipeline.from_pretrained({base!r})  # the model that the adapters were trained over
+pipe.load_lora_weights("THIS_FOLDER")
+pipe.scheduler = LCMScheduler.from_pretrained("THIS_FOLDER", subfolder="scheduler")
+images = pipe({{prompt!r}}, num_inference_steps={{steps}}, guidance_scale=1.0).images"""
+
+
+def _usage(config: dict[str, Any], adapters: bool) -> str:
+    model = (config.get("model") or {}).get("init_args") or {}
+    source = model.get("student_source") or model.get("source") or {}
+    base = (source.get("init_args") or {}).get("path", "THE_BASE_MODEL")
+    return ADAPTER_USAGE.format(base=base) if adapters else TEXT_USAGE
+
+
+def model_card(student: TrainedStudent, checkpoint: str, adapters: bool = False) -> str:
     """The README.md of an export: how to use it, data, config, metrics, seed, versions, licences to fill in."""
     import yaml
 
@@ -193,7 +211,7 @@ def model_card(student: TrainedStudent, checkpoint: str) -> str:
         seed=config.get("seed_everything"), sigmas=", ".join(f"{sigma:.4g}" for sigma in student.sampler.sigmas),
         versions=", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "lightning")),
         task="text-to-image" if text else "unconditional-image-generation", what="latents" if text else "images",
-        usage=TEXT_USAGE.format(prompt=subject, steps=len(student.sampler)) if text else PIXEL_USAGE,
+        usage=_usage(config, adapters).format(prompt=subject, steps=len(student.sampler)) if text else PIXEL_USAGE,
         metrics=_metrics_table(student.folder), config=yaml.safe_dump(config, sort_keys=False),
     )  # fmt: skip
 

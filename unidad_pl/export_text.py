@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unidad_pl.backbones.latents import LatentCodec
+from unidad_pl.backbones.lora import adapter_weights, merged
 from unidad_pl.backbones.stable_diffusion import StableDiffusion, StableDiffusionUNet
 from unidad_pl.runs import TrainedStudent
 from unidad_pl.sampling import FewStepSampler
@@ -17,11 +18,21 @@ if TYPE_CHECKING:
 RECORD = "unidad.json"
 
 
-def write_text_pipeline(student: TrainedStudent, network: StableDiffusionUNet, folder: Path) -> None:
+def write_text_pipeline(
+    student: TrainedStudent, network: StableDiffusionUNet, folder: Path, adapters: bool = False
+) -> None:
     """Write UNet, VAE, text encoders, tokenizers, an ``LCMScheduler`` with the trained timesteps, and ``unidad.json``.
 
+    Args:
+        student: what to write; adapters are merged into the UNet.
+        network: its network.
+        folder: where to.
+        adapters: write ``pytorch_lora_weights.safetensors``, for diffusers' ``load_lora_weights``, and the scheduler
+            alone.
+
     Raises:
-        ValueError: the student's steps are not those that scheduler can hold; says which spacing can.
+        ValueError: the student's steps are not those that scheduler can hold; says which spacing can. Or it has no
+            adapters.
     """
     import diffusers
 
@@ -37,13 +48,21 @@ def write_text_pipeline(student: TrainedStudent, network: StableDiffusionUNet, f
         beta_schedule=spec.beta_schedule, prediction_type=spec.prediction, original_inference_steps=len(sampler),
         clip_sample=False,
     )  # fmt: skip
+    if adapters and not network.shared_weights:
+        raise ValueError("this student was trained without adapters (its source has no lora): export it whole")
     source = codec.parts
-    parts: dict[str, Any] = {**source.components, "unet": network.unet, "scheduler": scheduler}
-    if "requires_safety_checker" in source.config:
-        parts["requires_safety_checker"] = False
     kind: Any = type(source)
-    kind(**parts).save_pretrained(folder)
+    if adapters:
+        kind.save_lora_weights(folder, unet_lora_layers=adapter_weights(network.unet))
+        scheduler.save_pretrained(folder / "scheduler")
+    else:
+        unet = merged(network.unet) if network.shared_weights else network.unet
+        parts: dict[str, Any] = {**source.components, "unet": unet, "scheduler": scheduler}
+        if "requires_safety_checker" in source.config:
+            parts["requires_safety_checker"] = False
+        kind(**parts).save_pretrained(folder)
     record = {
+        "adapters": adapters,
         "sigmas": sampler.sigmas, "sigma_end": student.sigma_end, "resolution": network.resolution,
         "weights": student.weights, "iteration": student.iteration,
     }  # fmt: skip
@@ -62,6 +81,11 @@ def load_text_export(folder: Path) -> TrainedStudent:
         FileNotFoundError, ValueError: it is broken; says what.
     """
     record = json.loads((folder / RECORD).read_text())
+    if record["adapters"]:
+        raise ValueError(
+            f"{str(folder)!r} holds adapters only: load them in diffusers with load_lora_weights, or export the run "
+            f"whole, without --adapters"
+        )
     source = StableDiffusion(str(folder), record["resolution"])
     network = source.build().requires_grad_(False)
     sampler = FewStepSampler(_tensor(record["sigmas"]))

@@ -20,7 +20,7 @@ from unidad_pl.denoiser import Denoiser, DenoiserSource
 from unidad_pl.modules.base import GenerativeModule
 
 GIB = 2**30
-SOURCES = ("source", "student_source", "target_source")
+SOURCES = ("source", "student_source", "fake_source", "target_source")
 ADAM_STATES = 2
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from unidad_pl.checkpoints import read_checkpoint
 from unidad_pl.denoiser import Codec, Denoiser
+from unidad_pl.modules.optimization import content_hash
 from unidad_pl.sampling import FewStepSampler
 
 CONFIG_FILE = "config.yaml"
@@ -123,6 +124,15 @@ def read_weights(ckpt_path: str | Path) -> dict[str, Any]:
     return content
 
 
+def _check_base(network: Denoiser, seen: str | None, place: Path) -> None:
+    """Raise ``ValueError`` if a network's adapters were trained over another base."""
+    if network.shared_weights and seen != content_hash(network, network.shared_weights):
+        raise ValueError(
+            f"the adapters were trained over a base with sha256 {str(seen)[:16]}..., the source in {str(place)!r} is "
+            f"another one: point its path at the model the run started with"
+        )
+
+
 def load_student(ckpt_path: str | Path, weights: str = "auto", config: str | None = None) -> TrainedStudent:
     """The trained network of a checkpoint of :class:`~unidad_pl.modules.UniDAD`, or of a few-step ``Diffusion``.
 
@@ -140,7 +150,8 @@ def load_student(ckpt_path: str | Path, weights: str = "auto", config: str | Non
 
     if weights not in ("auto", "ema", "raw"):
         raise ValueError(f"weights must be auto, ema or raw, got {weights!r}")
-    state = read_weights(ckpt_path)["state_dict"]
+    content = read_weights(ckpt_path)
+    state = content["state_dict"]
     place = find_config(ckpt_path, config)
     module = load_module(place)
     few_step = getattr(module, "few_step", None)
@@ -153,7 +164,9 @@ def load_student(ckpt_path: str | Path, weights: str = "auto", config: str | Non
     chosen = "ema" if averaged and weights != "raw" else "raw"
     prefix = "ema.module." if chosen == "ema" else f"{module.sampled_name}."
     network = module.sampled_source.build()
-    own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    _check_base(network, content.get("frozen_sha256", {}).get(module.sampled_name), place)
+    own = {name: value for name, value in network.state_dict().items() if name in network.shared_weights}
+    own |= {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     try:
         network.load_state_dict(own)
     except RuntimeError as error:

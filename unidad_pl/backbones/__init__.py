@@ -2,6 +2,7 @@
 
 from unidad_pl.backbones.adm import ADMSource, ADMStateDictAdapter
 from unidad_pl.backbones.adm_config import ADMConfig
+from unidad_pl.backbones.lora import LoRA
 from unidad_pl.backbones.stable_diffusion import StableDiffusion, StableDiffusionUNet
 from unidad_pl.backbones.unet import NewUNet, PretrainedUNet, UNetDenoiser
 from unidad_pl.backbones.unet_spec import UNetSpec
@@ -10,6 +11,7 @@ __all__ = [
     "ADMConfig",
     "ADMSource",
     "ADMStateDictAdapter",
+    "LoRA",
     "NewUNet",
     "PretrainedUNet",
     "StableDiffusion",

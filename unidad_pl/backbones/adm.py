@@ -170,7 +170,7 @@ def _resample(ours: str, theirs: str, conv: str, adm: ADMConfig) -> Iterator[tup
 
 
 def read_checkpoint(path: str | Path) -> State:
-    """The weights in a guided-diffusion file (``torch.save`` or safetensors), on the CPU and in the file's dtype.
+    """The weights in a file (``torch.save`` or safetensors) of the released code's kind, on the CPU, dtypes kept.
 
     Weights wrapped under ``ema``, ``model`` or ``state_dict`` (looked for in that order) are taken out, with a warning
     in the log that says which. Prefixes that all names share (:data:`PREFIXES`) are taken off.
@@ -180,7 +180,7 @@ def read_checkpoint(path: str | Path) -> State:
         ValueError: the file cannot be read, or does not hold a mapping from names to tensors.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no ADM checkpoint at {str(path)!r}: put it there, or give the path of yours")
+        raise FileNotFoundError(f"no weights file at {str(path)!r}: put it there, or give the path of yours")
     if Path(path).suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file

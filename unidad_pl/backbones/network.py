@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from unidad_pl.backbones.lora import store_in_bfloat16
 from unidad_pl.backbones.unet_spec import UNetSpec
 from unidad_pl.denoiser import Denoiser
 from unidad_pl.schedules import abar_from_sigma, sigma_from_abar
@@ -53,10 +54,7 @@ class DiffusersNetwork(Denoiser):
         self.unet.enable_gradient_checkpointing()
 
     def to_bfloat16(self) -> None:
-        for name, part in self.unet.named_children():
-            for layer in part.modules() if name != "conv_out" else ():
-                for own, weight in layer.named_parameters(recurse=False):
-                    setattr(layer, own, nn.Parameter(weight.detach().bfloat16(), weight.requires_grad))
+        store_in_bfloat16(self.unet)
 
     @property
     def native_sigmas(self) -> Tensor:

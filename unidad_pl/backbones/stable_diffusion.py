@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from unidad_pl.backbones.adm import read_checkpoint
 from unidad_pl.backbones.latents import LatentCodec
+from unidad_pl.backbones.lora import LoRA, add_adapters, base_names
 from unidad_pl.backbones.network import DiffusersNetwork
 from unidad_pl.backbones.scheduler import find_scheduler, spec_of_scheduler
 from unidad_pl.backbones.unet_spec import UNetSpec
@@ -164,10 +166,22 @@ class StableDiffusion(DenoiserSource):
             ``LCMScheduler`` runs an exported student, whatever sigma_max and sigma_end are; or ``log_linear``, at the
             trained sigmas nearest to those of :func:`~unidad_pl.schedules.log_linear`. A single step is the last
             timestep's either way.
+        lora: train adapters over the frozen UNet instead of all its weights; null: all weights. All networks of a run
+            that start from this source share one UNet.
+        unet_weights: file with the UNet's weights in place of the folder's, written by torch.save or as safetensors
+            under diffusers' names, e.g. DMD2's ``pytorch_model.bin``; null: the folder's.
     """
 
-    def __init__(self, path: str, resolution: int | None = None, spacing: Spacing = "even") -> None:
+    def __init__(
+        self,
+        path: str,
+        resolution: int | None = None,
+        spacing: Spacing = "even",
+        lora: LoRA | None = None,
+        unet_weights: str | None = None,
+    ) -> None:
         self.path, self.resolution, self.spacing = path, resolution, spacing
+        self.lora, self.unet_weights = lora, unet_weights
 
     def build(self) -> StableDiffusionUNet:
         """Load strictly.
@@ -175,10 +189,18 @@ class StableDiffusion(DenoiserSource):
         Raises:
             FileNotFoundError: a part is missing; names it.
             ValueError: another kind of pipeline, a scheduler that is not supported, or weights that do not fit.
+            ModuleNotFoundError: adapters without peft.
         """
         from diffusers import UNet2DConditionModel
 
         folder = self._folder()
+        if self.unet_weights is not None:
+            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
+            try:
+                unet.load_state_dict(read_checkpoint(self.unet_weights))
+            except RuntimeError as error:
+                raise ValueError(f"{self.unet_weights!r} does not fit {folder / 'unet'}: {error}") from error
+            return self._denoiser(unet, folder)
         unet, report = UNet2DConditionModel.from_pretrained(
             folder / "unet", torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True,
             low_cpu_mem_usage=False, local_files_only=True,
@@ -203,7 +225,11 @@ class StableDiffusion(DenoiserSource):
         assert scheduler is not None  # _folder looked
         vae = json.loads((folder / "vae" / "config.json").read_text())
         scale = 2 ** (len(vae["block_out_channels"]) - 1)
-        return StableDiffusionUNet(unet, spec_of_scheduler(scheduler), self.resolution, scale, self.spacing).eval()
+        network = StableDiffusionUNet(unet, spec_of_scheduler(scheduler), self.resolution, scale, self.spacing)
+        if self.lora is not None:
+            add_adapters(network.unet, self.lora)
+            network.shared_weights = base_names(network)
+        return network.eval()
 
     def _folder(self) -> Path:
         folder = Path(self.path)

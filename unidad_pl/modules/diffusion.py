@@ -12,7 +12,7 @@ from unidad_pl.denoiser import Denoiser, DenoiserSource
 from unidad_pl.losses import Weighting, denoising_loss
 from unidad_pl.modules.base import GenerativeModule
 from unidad_pl.modules.frozen import Memory
-from unidad_pl.modules.optimization import Optimization, check_choices
+from unidad_pl.modules.optimization import Optimization, check_choices, trained
 from unidad_pl.sampling import FewStepSampler, ddim, heun, sampling_sigmas, seeded_noise
 from unidad_pl.schedules import karras, log_linear
 
@@ -105,7 +105,7 @@ class Diffusion(GenerativeModule):
         return {"denoiser": self.optimization}
 
     def groups(self) -> dict[str, list[dict[str, Any]]]:
-        return {"denoiser": [{"params": list(self.denoiser.parameters())}]}
+        return {"denoiser": [{"params": trained(self.denoiser)}]}
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         total = torch.zeros((), device=self.device)

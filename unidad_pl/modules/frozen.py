@@ -70,7 +70,18 @@ class FrozenNetworks(pl.LightningModule):
     _hashes: dict[str, str]
 
     def freeze_networks(self) -> None:
-        """To be called once they are built."""
+        """To be called once they are built.
+
+        Raises:
+            ValueError: networks that share a base under adapters are to be stored otherwise or apart.
+        """
+        memory = self.memory
+        apart = memory.teacher_device or memory.ema_device or memory.teacher_dtype != "float32"
+        if apart and any(network.shared_weights for network in self._denoisers().values()):
+            raise ValueError(
+                "all networks share one base under their adapters: leave memory.teacher_device, ema_device and "
+                "teacher_dtype as they are, and set the source's lora.base_dtype: bfloat16 to store the base in half"
+            )
         for name in self.frozen_networks:
             network: nn.Module = getattr(self, name).requires_grad_(False)
             if self.memory.teacher_dtype == "bfloat16":
@@ -105,23 +116,40 @@ class FrozenNetworks(pl.LightningModule):
     def frozen_hash(self, name: str) -> str:
         """sha256 of a frozen network's weights as its source gave them."""
         if name not in self._hashes:  # frozen: computed once
-            self._hashes[name] = content_hash(getattr(self, name))
+            network: nn.Module = getattr(self, name)
+            self._hashes[name] = content_hash(network, getattr(network, "shared_weights", None) or None)
         return self._hashes[name]
 
+    def _denoisers(self) -> dict[str, Denoiser]:
+        """Place in the state dict -> network, the average included."""
+        networks = {name: child for name, child in self.named_children() if isinstance(child, Denoiser)}
+        if self.ema is not None and isinstance(self.ema.module, Denoiser):
+            networks["ema.module"] = self.ema.module
+        return networks
+
+    def _unsaved(self) -> set[str]:
+        """Names in the state dict of what comes from sources: frozen networks and bases under adapters."""
+        shared = {f"{place}.{key}" for place, network in self._denoisers().items() for key in network.shared_weights}
+        prefixes = tuple(f"{name}." for name in self.frozen_networks)
+        return shared | {key for key in self.state_dict() if prefixes and key.startswith(prefixes)}
+
+    def _frozen_hashes(self) -> dict[str, str]:
+        """What a checkpoint keeps of all that it does not hold."""
+        based = [name for name, network in self._denoisers().items() if network.shared_weights and name != "ema.module"]
+        return {name: self.frozen_hash(name) for name in (*self.frozen_networks, *based)}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        weights = checkpoint["state_dict"]
-        frozen_keys = tuple(f"{name}." for name in self.frozen_networks)
-        for key in [k for k in weights if k.startswith(frozen_keys)]:
-            del weights[key]
-        checkpoint["frozen_sha256"] = {name: self.frozen_hash(name) for name in self.frozen_networks}
+        for key in self._unsaved():
+            del checkpoint["state_dict"][key]
+        checkpoint["frozen_sha256"] = self._frozen_hashes()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.configure_model()
         hashes = checkpoint.get("frozen_sha256", {})
-        if set(hashes) != set(self.frozen_networks):
+        if set(hashes) != set(self._frozen_hashes()):
             raise RuntimeError(
                 f"the checkpoint was trained with the frozen networks {sorted(hashes)}, this run has "
-                f"{sorted(self.frozen_networks)}: use the config the run started with"
+                f"{sorted(self._frozen_hashes())}: use the config the run started with"
             )
         for name, seen in hashes.items():
             own = self.frozen_hash(name)
@@ -130,7 +158,6 @@ class FrozenNetworks(pl.LightningModule):
                     f"the checkpoint was trained with another {name!r} network: its sha256 is {seen[:16]}..., "
                     f"this run's is {own[:16]}.... Point the config at the network the run started with."
                 )
-        # The frozen networks come from their source; put them in so that loading stays strict for all the rest.
-        weights = checkpoint["state_dict"]
-        for name in self.frozen_networks:
-            weights.update(getattr(self, name).state_dict(prefix=f"{name}."))
+        # What is not in the checkpoint comes from its source; put it in so that loading stays strict for all the rest.
+        weights = self.state_dict()
+        checkpoint["state_dict"].update({key: weights[key] for key in self._unsaved()})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,13 +74,20 @@ class Optimization:
         return warm * (self.decay_to + (1 - self.decay_to) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def content_hash(module: nn.Module) -> str:
-    """sha256 over names, shapes and float32 bytes of a module's parameters and buffers."""
+def content_hash(module: nn.Module, names: Collection[str] | None = None) -> str:
+    """sha256 over names, shapes and float32 bytes of a module's parameters and buffers, or of those in ``names``."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
+        if names is not None and name not in names:
+            continue
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def trained(*networks: nn.Module) -> list[nn.Parameter]:
+    """The parameters of ``networks`` that an optimiser steps: all but the base under adapters."""
+    return [p for network in networks for p in network.parameters() if p.requires_grad]
 
 
 @contextmanager

@@ -8,35 +8,29 @@ from __future__ import annotations
 
 import copy
 import math
-from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unidad_pl.data.batch import Batch
 from unidad_pl.denoiser import Denoiser, DenoiserSource
-from unidad_pl.discriminator import Critic, MultiHeadDiscriminator, accuracy
+from unidad_pl.discriminator import Critic, MultiHeadDiscriminator
 from unidad_pl.losses import (
     Normalizer,
     Weighting,
-    critic_loss,
-    denoising_loss,
     dmd_gradient,
     dmd_loss,
     generator_loss,
-    gradient_penalty,
-    r1_penalty,
 )
-from unidad_pl.modules.base import GenerativeModule
+from unidad_pl.modules.adversarial import AdversarialModule
 from unidad_pl.modules.frozen import Memory, predict_where_it_is
-from unidad_pl.modules.optimization import Optimization, check_choices, frozen
+from unidad_pl.modules.optimization import Optimization, check_choices, trained
 from unidad_pl.sampling import FewStepSampler, GradientMode, random_noise, seeded_noise
 from unidad_pl.schedules import index_range, karras, log_linear
 
 
-class UniDAD(GenerativeModule):
+class UniDAD(AdversarialModule):
     """Student, fake score with discriminator heads, and target teacher, trained together (METHOD 1-6).
 
     The defaults are METHOD 7's for few-shot image generation.
@@ -44,11 +38,14 @@ class UniDAD(GenerativeModule):
     Args:
         source: the source model S; F, G and T start from it too.
         student_source: where G starts from instead, e.g. an already distilled student.
+        fake_source: where F starts from instead, e.g. the fake score of that distillation.
         target_source: where T starts from instead, e.g. an already adapted model.
         target: ``train`` T on the shots, or use it ``frozen``.
         target_update: T is trained on the iterations that update the ``student``, or on ``every`` one.
         target_iterations: T is trained in the first so many iterations only: it learns the new domain long before it
             knows the shots by heart. null: always.
+        target_fine: share of T's training noise that is drawn from the lower half of the table alone. Fine structure is
+            what T learns last, and a handful of shots does not make T know it by heart. 0: none, as in the paper.
         steps: K, the student's sampling steps.
         sigma_max: sigma of the student's first step.
         sigma_end: sigma of its last step.
@@ -85,10 +82,12 @@ class UniDAD(GenerativeModule):
         self,
         source: DenoiserSource,
         student_source: DenoiserSource | None = None,
+        fake_source: DenoiserSource | None = None,
         target_source: DenoiserSource | None = None,
         target: Literal["train", "frozen"] = "train",
         target_update: Literal["student", "every"] = "student",
         target_iterations: int | None = None,
+        target_fine: float = 0.0,
         steps: int = 3,
         sigma_max: float = 80.0,
         sigma_end: float = 0.5,
@@ -122,9 +121,10 @@ class UniDAD(GenerativeModule):
             normalizer=(normalizer, ("clean", "noisy")),
             weighting=(weighting, ("eps", "edm")),
         )
-        if not 0 <= target_weight <= 1 or guidance_scale < 1:
+        if not 0 <= target_weight <= 1 or not 0 <= target_fine <= 1 or guidance_scale < 1:
             raise ValueError(
-                f"target_weight (a) must be in [0, 1] and guidance_scale >= 1, got {target_weight} and {guidance_scale}"
+                f"target_weight (a) and target_fine must be in [0, 1] and guidance_scale >= 1, "
+                f"got {target_weight}, {target_fine} and {guidance_scale}"
             )
         self.guidance_scale, self.negative_prompt = guidance_scale, negative_prompt
         if student_every < 1 or (target_iterations is not None and target_iterations < 1):
@@ -141,11 +141,12 @@ class UniDAD(GenerativeModule):
             )
         if target_source is not None and not self.target_weight:
             raise ValueError("target_source does nothing while the target teacher's weight is 0: set target_weight")
-        self.source, self.student_source, self.target_source = source, student_source, target_source
+        self.source, self.student_source = source, student_source
+        self.fake_source, self.target_source = fake_source, target_source
         self.trains_target = self.target_weight > 0 and target == "train"
         self.frozen_networks = ("source_teacher",) * (self.source_weight > 0)
         self.frozen_networks += ("target_teacher",) * (self.target_weight > 0 and target == "frozen")
-        self.target_update, self.target_iterations = target_update, target_iterations
+        self.target_update, self.target_iterations, self.target_fine = target_update, target_iterations, target_fine
         self.student_every = student_every
         checkpointed = memory.checkpointing in ("steps", "both")
         self.sampler = FewStepSampler(log_linear(steps, sigma_max, sigma_end), gradient, checkpointed)
@@ -164,7 +165,7 @@ class UniDAD(GenerativeModule):
 
     def build_networks(self) -> None:
         source = self.source.build()
-        self.fake_score = copy.deepcopy(source)
+        self.fake_score = self.fake_source.build() if self.fake_source else copy.deepcopy(source)
         self.student = self.student_source.build() if self.student_source else copy.deepcopy(source)
         if self.target_weight:
             self.target_teacher = self.target_source.build() if self.target_source else copy.deepcopy(source)
@@ -193,13 +194,13 @@ class UniDAD(GenerativeModule):
         return self._optimizations
 
     def groups(self) -> dict[str, list[dict[str, Any]]]:
-        fake: list[dict[str, Any]] = [{"params": list(self.fake_score.parameters())}]
+        fake: list[dict[str, Any]] = [{"params": trained(self.fake_score)}]
         if self.critic.critic_weight:
             lr = self.critic.lr if self.critic.lr is not None else self._optimizations["fake"].lr
             fake.append({"params": list(self.discriminator.parameters()), "lr": lr})
-        groups = {"student": [{"params": list(self.student.parameters())}], "fake": fake}
+        groups = {"student": [{"params": trained(self.student)}], "fake": fake}
         if self.trains_target:
-            groups["target"] = [{"params": list(self.target_teacher.parameters())}]
+            groups["target"] = [{"params": trained(self.target_teacher)}]
         return groups
 
     def steps_of(self, group: str, iterations: int) -> int:
@@ -288,60 +289,9 @@ class UniDAD(GenerativeModule):
 
     def target_loss(self, real: Tensor, cond: Tensor | None) -> Tensor:
         """T's denoising loss on the real images (eq. 7)."""
-        loss = self.denoise(self.target_teacher, real, cond)
+        loss = self.denoise(self.target_teacher, real, cond, self.target_fine)
         self._log_loss("target", loss, prog_bar=True)
         return loss
-
-    def denoise(self, network: Denoiser, images: Tensor, cond: Tensor | None) -> Tensor:
-        """Denoising loss of ``network`` at sigmas of the whole table."""
-        noisy, sigma = self.add_noise(images, 0, len(self.sigmas) - 1)
-        return denoising_loss(network(noisy, sigma, cond), images, sigma, self.weighting, self.sigma_data)
-
-    def critic_loss(self, x: Tensor, real: Tensor, cond: Tensor | None) -> Tensor:
-        """The discriminator's loss with its penalties; gradient into the heads and F's encoder."""
-        noisy_real, sigma = self.add_noise(real, 0, self.critic_entries - 1)
-        noisy_real.requires_grad_(self.critic.r1 > 0)
-        shared = sigma if self.critic.noise == "shared" else None
-        noisy_fake, sigma_fake = self.add_noise(x, 0, self.critic_entries - 1, shared)
-        both = None if cond is None else torch.cat([cond, cond])
-        logits = self.logits(torch.cat([noisy_real, noisy_fake]), torch.cat([sigma, sigma_fake]), both)
-        logits_real, logits_fake = zip(*(logit.chunk(2) for logit in logits), strict=True)  # one pass for both
-        loss = critic_loss(logits_real, logits_fake, self.critic.loss)
-        self._log_loss("critic", loss)
-        self.log("critic/accuracy", accuracy(logits_real, logits_fake), rank_zero_only=True)
-        if self.critic.r1:
-            loss = loss + self.critic.r1 * r1_penalty(logits_real, noisy_real)
-        if self.critic.gradient_penalty:
-            share = torch.rand(len(x), 1, 1, 1, device=x.device)
-            between, sigma = self.add_noise(share * real + (1 - share) * x, 0, self.critic_entries - 1)
-            between.requires_grad_(True)
-            loss = loss + self.critic.gradient_penalty * gradient_penalty(self.logits(between, sigma, cond), between)
-        return loss
-
-    def logits(self, noisy: Tensor, sigma: Tensor, cond: Tensor | None) -> list[Tensor]:
-        """The heads' logits of noisy images; only F's encoder and middle block are evaluated."""
-        # Fused attention kernels have no second derivative, which the penalties need.
-        penalised = self.critic.r1 or self.critic.gradient_penalty
-        with sdpa_kernel(SDPBackend.MATH) if penalised else nullcontext():
-            return self.discriminator(self.fake_score.taps(noisy, sigma, cond))
-
-    def _frozen_logits(self, x: Tensor, cond: Tensor | None) -> list[Tensor]:
-        # Checkpointed blocks are computed again in the backward pass, when the flags are back: the same flags then.
-        # Gradient reaches the student alone either way, see backward_into.
-        checkpointed = self.memory.checkpointing in ("blocks", "both")
-        with nullcontext() if checkpointed else frozen(self.fake_score, self.discriminator):
-            noisy, sigma = self.add_noise(x, 0, self.critic_entries - 1)
-            return self.logits(noisy, sigma, cond)
-
-    def add_noise(self, images: Tensor, first: int, last: int, sigma: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``images + sigma * eps`` with one table entry in [first, last] and one eps per image, or the given sigma."""
-        if sigma is None:
-            index = torch.randint(first, last + 1, (len(images),), device=images.device)
-            sigma = self.sigmas[index].to(images.dtype)
-        return images + sigma.view(-1, 1, 1, 1) * torch.randn_like(images), sigma
-
-    def _log_loss(self, name: str, value: Tensor, prog_bar: bool = False) -> None:
-        self.log(f"loss/{name}", value.detach(), prog_bar=prog_bar, rank_zero_only=True)
 
     # -- sampling ------------------------------------------------------------------------------------------------
 

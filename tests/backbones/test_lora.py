@@ -1,0 +1,289 @@
+"""Adapters over one frozen UNet: what is shared, trained, stored and handed on."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from diffusers import DiffusionPipeline, LCMScheduler
+from PIL import Image
+from torch.optim.swa_utils import AveragedModel
+
+from tests.tiny_sd import WIDTH, save_tiny, save_unet
+from unidad_pl.backbones import LoRA, StableDiffusion, StableDiffusionUNet
+from unidad_pl.backbones.lora import merged
+from unidad_pl.callbacks.pictures import as_uint8
+from unidad_pl.data import SubjectDataModule
+from unidad_pl.discriminator import Critic
+from unidad_pl.export import export, load_export
+from unidad_pl.memory import predict_memory
+from unidad_pl.modules import UniDAD
+from unidad_pl.modules.frozen import Memory
+from unidad_pl.modules.optimization import Optimization, content_hash
+from unidad_pl.runs import load_student
+from unidad_pl.sampling import seeded_noise
+
+FAST = Optimization(lr=2e-2, warmup=0)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["1.x", "xl"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("sd") / "sd", xl=request.param)
+
+
+@pytest.fixture(scope="module")
+def unet_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_unet(tmp_path_factory.mktemp("sd") / "sd")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("photos")
+    for i in range(3):
+        Image.new("RGB", (20, 20), (60 * i, 200 - 50 * i, 90)).save(place / f"{i}.png")
+    return place
+
+
+def module(folder: Path, lora: LoRA | None = LoRA(rank=2), **options: Any) -> UniDAD:  # noqa: B008
+    defaults: dict[str, Any] = dict(
+        source=StableDiffusion(str(folder), lora=lora), steps=2, student_every=2, target_update="every",
+        target_weight=0.75, noise_table="model", normalizer="noisy", weighting="eps", guidance_scale=3.0,
+        critic=Critic(noise="shared"), ema_decay=0.5,
+        student_optimization=FAST, fake_optimization=FAST, target_optimization=FAST,
+    )  # fmt: skip
+    return UniDAD(**{**defaults, **options})
+
+
+def fit(model: UniDAD, photos: Path, steps: int, folder: Path, ckpt_path: str | None = None) -> pl.Trainer:
+    trainer = pl.Trainer(
+        max_steps=steps, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu",
+        default_root_dir=folder, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(model, SubjectDataModule(str(photos), "dog", resolution=16, batch_size=2), ckpt_path=ckpt_path)
+    return trainer
+
+
+def forward(network: StableDiffusionUNet, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x, cond = (torch.randn(*shape, generator=generator) for shape in ((2, 4, 8, 8), (2, 5, WIDTH)))
+    answer: torch.Tensor = network(x, torch.tensor([1.0, 5.0]), cond)
+    return answer
+
+
+def stir(network: StableDiffusionUNet) -> None:
+    """Adapters that change something, as training would make them."""
+    with torch.no_grad():
+        for p in network.parameters():
+            if p.requires_grad:
+                p.normal_(std=0.3)
+
+
+def test_untrained_adapters_change_nothing(unet_only: Path) -> None:
+    plain, adapted = (StableDiffusion(str(unet_only), lora=lora).build() for lora in (None, LoRA(rank=2)))
+    assert torch.equal(forward(plain), forward(adapted))
+
+
+def test_copies_share_the_base_and_own_their_adapters(unet_only: Path) -> None:
+    network = StableDiffusion(str(unet_only), lora=LoRA(rank=2)).build()
+    average = AveragedModel(copy.deepcopy(network))
+    own, theirs = dict(network.named_parameters()), dict(average.module.named_parameters())
+    shared = {name for name in own if own[name] is theirs[name]}
+    assert shared == network.shared_weights
+    assert {name for name in own if own[name].requires_grad} == set(own) - shared
+
+
+def test_a_trained_copy_leaves_the_others_alone(unet_only: Path) -> None:
+    network = StableDiffusion(str(unet_only), lora=LoRA(rank=2)).build()
+    before = forward(network)
+    stir(copy.deepcopy(network))
+    assert torch.equal(forward(network), before)
+
+
+def test_the_scale_is_alpha_over_rank(unet_only: Path) -> None:
+    """Against the definition: the merged weight is W + alpha / rank * B A."""
+    network = StableDiffusion(str(unet_only), lora=LoRA(rank=2, alpha=6.0, target_modules=("to_q",))).build()
+    stir(network)
+    layer: Any = network.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    expected = layer.base_layer.weight + 6.0 / 2 * b @ a
+    found: Any = merged(network.unet).mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    torch.testing.assert_close(found.weight, expected)
+
+
+@pytest.mark.parametrize(
+    ("lora", "adapters", "size"),
+    [(LoRA(rank=2), 2, 2), (LoRA(rank=5), 2, 5), (LoRA(rank=2, target_modules=("to_q", "conv1")), 2, 2)],
+)
+def test_rank_and_target_modules_say_what_is_trained(unet_only: Path, lora: LoRA, adapters: int, size: int) -> None:
+    network = StableDiffusion(str(unet_only), lora=lora).build()
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    layers = {name.split(".lora_")[0].removesuffix(".0").rpartition(".")[2] for name in trained}
+    assert layers == {end.removesuffix(".0") for end in lora.target_modules}
+    assert len(trained) % adapters == 0
+    assert all(size in p.shape[:2] for p in trained.values())
+
+
+def test_a_base_in_bfloat16(unet_only: Path) -> None:
+    full, half = (StableDiffusion(str(unet_only), lora=LoRA(rank=2, base_dtype=d)).build() for d in ("float32", "bfloat16"))  # fmt: skip  # noqa: E501
+    stir(half)
+    forward(half).square().mean().backward()
+    assert {p.dtype for p in half.parameters() if p.requires_grad} == {torch.float32}
+    assert half.unet.conv_in.weight.dtype == torch.bfloat16
+    half.load_state_dict(full.state_dict())
+    torch.testing.assert_close(forward(half), forward(full), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (dict(rank=0), "rank"), (dict(alpha=0.0), "alpha"), (dict(target_modules=()), "target_modules"),
+        (dict(base_dtype="float16"), "base_dtype"),
+    ],
+)  # fmt: skip
+def test_wrong_settings_are_refused(options: dict[str, Any], names: str) -> None:
+    with pytest.raises(ValueError, match=names):
+        LoRA(**options)
+
+
+def test_layers_that_do_not_exist_are_named(unet_only: Path) -> None:
+    with pytest.raises(ValueError, match="ends in to_nowhere"):
+        StableDiffusion(str(unet_only), lora=LoRA(target_modules=("to_q", "to_nowhere"))).build()
+
+
+def test_the_extra_is_named_where_peft_is_missing(unet_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setattr("unidad_pl.backbones.lora.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"unidad_pl\[sdp\]"):
+        StableDiffusion(str(unet_only), lora=LoRA()).build()
+
+
+@pytest.mark.parametrize("memory", [Memory(teacher_dtype="bfloat16"), Memory(ema_device="cpu")])
+def test_a_shared_base_is_stored_in_one_way(unet_only: Path, memory: Memory) -> None:
+    with pytest.raises(ValueError, match="share one base"):
+        module(unet_only, memory=memory).configure_model()
+
+
+def test_training_moves_adapters_only(folder: Path, photos: Path, tmp_path: Path) -> None:
+    model = module(folder)
+    model.configure_model()
+    base = {n: content_hash(getattr(model, n), model.student.shared_weights) for n in ("student", "source_teacher")}
+    first = content_hash(model.student)
+    trainer = fit(model, photos, 3, tmp_path)
+    after = {n: content_hash(getattr(model, n), model.student.shared_weights) for n in base}
+    assert after == base
+    assert len({first, *(content_hash(getattr(model, n)) for n in ("student", "fake_score", "target_teacher"))}) == 4
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    stored = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+    assert {n.split(".")[0] for n in stored} == {
+        "student", "fake_score", "target_teacher", "discriminator", "ema", "iteration"
+    }  # fmt: skip
+    assert all(".lora_" in n for n in stored if ".unet." in n)
+
+
+def test_resume_equals_an_undisturbed_run(folder: Path, photos: Path, tmp_path: Path) -> None:
+    whole = module(folder)
+    fit(whole, photos, 4, tmp_path)
+    fit(module(folder), photos, 2, tmp_path).save_checkpoint(tmp_path / "half.ckpt")
+    resumed = module(folder)
+    fit(resumed, photos, 4, tmp_path, str(tmp_path / "half.ckpt"))
+    assert content_hash(resumed) == content_hash(whole)
+
+
+def test_checkpointed_blocks_give_the_same_weights(folder: Path, photos: Path, tmp_path: Path) -> None:
+    """A recomputed block that used another network's adapters would not."""
+    hashes = []
+    for checkpointing in ("none", "both"):
+        model = module(folder, memory=Memory(checkpointing=checkpointing))  # type: ignore[arg-type]
+        fit(model, photos, 3, tmp_path)
+        hashes.append(content_hash(model.student))
+    assert hashes[0] == hashes[1]
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("run")
+    (place / "config.yaml").write_text(
+        f"""model:
+  class_path: unidad_pl.modules.UniDAD
+  init_args:
+    source:
+      class_path: unidad_pl.backbones.StableDiffusion
+      init_args: {{path: {folder}, lora: {{rank: 2, alpha: 3}}}}
+    steps: 2
+"""
+    )
+    model = module(folder, LoRA(rank=2, alpha=3.0))
+    fit(model, photos, 3, place).save_checkpoint(place / "last.ckpt")
+    return place
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["merged", "adapters"])
+def test_exports_draw_the_same_images(run: Path, folder: Path, tmp_path: Path, adapters: bool) -> None:
+    """Both ways through plain diffusers code: a whole pipeline, and the base with load_lora_weights."""
+    out = export(str(run / "last.ckpt"), str(tmp_path / "out"), adapters=adapters)
+    student = load_student(run / "last.ckpt")
+    noise = seeded_noise([5, 6], student.network.image_shape, "cpu")
+    with torch.no_grad():
+        drawn = student.sampler(student.network, noise, student.codec.embed(["a prt dog"] * 2))
+        ours = as_uint8(student.codec.decode(drawn).clamp(-1, 1))
+    pipe = DiffusionPipeline.from_pretrained(folder if adapters else out)
+    if adapters:
+        pipe.load_lora_weights(str(out))
+        pipe.scheduler = LCMScheduler.from_pretrained(out, subfolder="scheduler")
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(
+        ["a prt dog"] * 2, num_inference_steps=2, guidance_scale=1.0, output_type="np",
+        generator=[torch.Generator().manual_seed(seed) for seed in (5, 6)],
+    ).images  # fmt: skip
+    shown = (torch.from_numpy(theirs).permute(0, 3, 1, 2) * 255).round().int()
+    assert (ours.int() - shown).abs().max() <= 2
+    source = StableDiffusion(str(folder)).build()
+    with torch.no_grad():
+        untrained = student.sampler(source, seeded_noise([5, 6], source.image_shape, "cpu"), student.codec.embed(["a prt dog"] * 2))  # fmt: skip  # noqa: E501
+    assert (drawn - untrained).abs().max() > 0.05  # the adapters are not nothing
+
+
+def test_adapters_are_no_pipeline(run: Path, tmp_path: Path) -> None:
+    out = export(str(run / "last.ckpt"), str(tmp_path / "out"), adapters=True)
+    with pytest.raises(ValueError, match="load_lora_weights"):
+        load_export(out)
+
+
+def test_adapters_over_another_base_are_refused(run: Path, tmp_path: Path) -> None:
+    config = (run / "config.yaml").read_text()
+    other = save_tiny(tmp_path / "other", "XL" in config)
+    network = StableDiffusion(str(other)).build()
+    with torch.no_grad():
+        network.unet.conv_in.weight.add_(1)
+    network.unet.save_pretrained(other / "unet")
+    lines = [
+        f"      init_args: {{path: {other}, lora: {{rank: 2, alpha: 3}}}}" if "init_args: {path" in line else line
+        for line in config.splitlines()
+    ]
+    (tmp_path / "config.yaml").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="another one"):
+        load_student(run / "last.ckpt", config=str(tmp_path / "config.yaml"))
+
+
+def test_weights_from_a_file(unet_only: Path, tmp_path: Path) -> None:
+    """As DMD2 saves its students: diffusers' names in a torch file."""
+    network = StableDiffusion(str(unet_only)).build()
+    with torch.no_grad():
+        network.unet.conv_in.weight.mul_(2)
+    torch.save(network.unet.state_dict(), tmp_path / "pytorch_model.bin")
+    again = StableDiffusion(str(unet_only), unet_weights=str(tmp_path / "pytorch_model.bin")).build()
+    assert content_hash(again) == content_hash(network)
+    torch.save({"conv_in.weight": network.unet.conv_in.weight}, tmp_path / "part.bin")
+    with pytest.raises(ValueError, match=r"Missing key.*conv_out\.bias"):
+        StableDiffusion(str(unet_only), unet_weights=str(tmp_path / "part.bin")).build()
+
+
+def test_adapters_need_less_than_half_of_the_memory(unet_only: Path) -> None:
+    full, small = (predict_memory(module(unet_only, lora), 1) for lora in (None, LoRA(rank=2)))
+    assert small.gradients < 0.2 * full.gradients
+    assert sum(small.weights.values()) < 0.5 * sum(full.weights.values())

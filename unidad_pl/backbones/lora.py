@@ -1,0 +1,106 @@
+"""Low-rank adapters (LoRA, Hu et al. 2022) on a diffusers UNet, through peft: small trained weights over a frozen base.
+
+The base is one set of tensors however many networks are made from it: a copy of a network with adapters has adapters
+of its own and shares the base (:meth:`~unidad_pl.denoiser.Denoiser.__deepcopy__`). No adapter is ever switched on or
+off, so that nothing depends on which network was used last.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+ADAPTER = "default"
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@dataclass
+class LoRA:
+    """What is trained of a UNet in place of all its weights: ``W + (alpha / rank) B A`` in some layers.
+
+    Attributes:
+        rank: of the update of each layer.
+        alpha: scale of the update, times ``rank``; null: the rank, a scale of 1.
+        target_modules: ends of the names of the layers that get an adapter.
+        base_dtype: how the frozen base is stored and computed, ``float32`` or ``bfloat16``; adapters stay float32.
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    target_modules: tuple[str, ...] = ATTENTION
+    base_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or (self.alpha is not None and self.alpha <= 0) or not self.target_modules:
+            raise ValueError(f"rank must be >= 1, alpha above 0, and target_modules not empty, got {self}")
+        if self.base_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"base_dtype must be float32 or bfloat16, got {self.base_dtype!r}")
+
+
+def add_adapters(unet: Any, lora: LoRA) -> None:
+    """Put adapters into ``unet``: the network computes what it did until they are trained.
+
+    The base stops being trained. ``A`` is drawn from torch's random state, ``B`` is zero.
+
+    Raises:
+        ModuleNotFoundError: peft is not installed; names the extra.
+        ValueError: no layer has such a name.
+    """
+    if find_spec("peft") is None:
+        raise ModuleNotFoundError("adapters need peft: pip install 'unidad_pl[sdp]'")
+    from peft import LoraConfig
+
+    names = [name for name, _ in unet.named_modules()]
+    absent = [end for end in lora.target_modules if not any(name == end or name.endswith(f".{end}") for name in names)]
+    if absent:
+        raise ValueError(f"lora.target_modules: this UNet has no layer whose name ends in {', '.join(absent)}")
+    if lora.base_dtype == "bfloat16":
+        store_in_bfloat16(unet)
+    config: Any = LoraConfig(
+        r=lora.rank, lora_alpha=lora.rank if lora.alpha is None else lora.alpha,  # type: ignore[arg-type]
+        target_modules=list(lora.target_modules),
+    )  # fmt: skip
+    unet.add_adapter(config, adapter_name=ADAPTER)
+    for weight in unet.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()  # peft makes them like the base
+
+
+def store_in_bfloat16(unet: Any) -> None:
+    """Store all layers but the output layer in bfloat16."""
+    for name, part in unet.named_children():
+        for layer in part.modules() if name != "conv_out" else ():
+            for own, weight in layer.named_parameters(recurse=False):
+                setattr(layer, own, nn.Parameter(weight.detach().bfloat16(), weight.requires_grad))
+
+
+def base_names(network: nn.Module) -> frozenset[str]:
+    """Names of the parameters of ``network`` that are no adapter's."""
+    return frozenset(name for name, _ in network.named_parameters() if ".lora_" not in name)
+
+
+def merged(unet: Any) -> Any:
+    """A copy of ``unet`` with its adapters added to the weights they adapt: a plain diffusers UNet again."""
+    plain = copy.deepcopy(unet)
+    plain.fuse_lora()
+    plain.unload_lora()
+    return plain.float()
+
+
+def adapter_weights(unet: Any) -> dict[str, Tensor]:
+    """The adapters of ``unet`` under diffusers' names, float32; ``alpha / rank`` is multiplied into them, so that a
+    loader that knows no alpha computes the same."""
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import get_peft_model_state_dict
+
+    config = unet.peft_config[ADAPTER]
+    scale = config.lora_alpha / config.r
+    state = get_peft_model_state_dict(unet, adapter_name=ADAPTER)
+    scaled = {name: value * scale if ".lora_B." in name else value for name, value in state.items()}
+    named: dict[str, Tensor] = convert_state_dict_to_diffusers(scaled)
+    return {name: value.detach().to(torch.float32).contiguous() for name, value in named.items()}
