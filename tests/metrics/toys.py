@@ -58,12 +58,12 @@ class WordVectors(nn.Module):
 
     name = "words"
 
-    def __init__(self, width: int = 8) -> None:
+    def __init__(self, width: int = 8, seed: int = 0) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.seed = width, seed
 
     def forward(self, texts: list[str]) -> Tensor:
         return torch.stack([torch.stack([self._of(word) for word in text.split()]).sum(0) for text in texts])
 
     def _of(self, word: str) -> Tensor:
-        return torch.randn(self.width, generator=torch.Generator().manual_seed(sum(map(ord, word))))
+        return torch.randn(self.width, generator=torch.Generator().manual_seed(self.seed + sum(map(ord, word))))

@@ -43,8 +43,7 @@ class TextEncoder(Protocol):
 def to_square(images: Tensor, size: int) -> Tensor:
     """Pictures [N, 3, H, W] in [-1, 1] -> [N, 3, size, size]: the shorter side resized, the middle cut out."""
     height, width = images.shape[2:]
-    scale = size / min(height, width)
-    shape = (max(size, int(height * scale)), max(size, int(width * scale)))
+    shape = (height * size // min(height, width), width * size // min(height, width))
     if shape != (height, width):
         images = F.interpolate(images, shape, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
     top, left = (shape[0] - size) // 2, (shape[1] - size) // 2

@@ -185,14 +185,36 @@ class SubjectSimilarity(PromptMetric):
         )
 
 
-class PromptDiversity(PromptMetric):
+class PromptImages(PromptMetric):
+    """Keeps samples, rounded to 8 bits, by prompt: ``compute()`` is prompt -> [n, 3, H, W] uint8, seeds ascending."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_rows("images", 4, torch.uint8)
+
+    def update(self, images: Tensor, prompts: Sequence[str], indices: Tensor) -> None:
+        """Samples [B, 3, H, W] in [-1, 1], their prompts and their numbers [B].
+
+        Raises:
+            ValueError: another number of prompts.
+        """
+        self.add_samples(indices, prompts)
+        self.append("images", ((images.float().clamp(-1, 1) + 1) * 127.5).round())
+
+    def compute(self) -> Any:
+        """The samples of all ranks."""
+        images = self.rows("images")
+        return {text: images[rows] for text, rows in self.by_prompt().items()}
+
+
+class PromptDiversity(PromptImages):
     """``update(images, prompts, indices)``, then ``compute() -> Scores``: LPIPS between samples.
 
     ``intra``: the mean distance of two samples of one prompt, averaged over prompts with two samples or more.
     ``inter``: the mean distance of two samples of different prompts. NaN where there is no such pair.
 
-    Pictures are kept, rounded to 8 bits, on the CPU. With ``|phi(x) - phi(y)|^2`` for LPIPS, the distances of m
-    samples sum to ``m S2 - |S1|^2`` (see :mod:`unidad_pl.metrics.intra_lpips`): one pass per picture, no pairs.
+    Pictures are kept, rounded to 8 bits. With ``|phi(x) - phi(y)|^2`` for LPIPS, the distances of m samples sum to
+    ``m S2 - |S1|^2`` (see :mod:`unidad_pl.metrics.intra_lpips`): one pass per picture, no pairs.
 
     Args:
         features: phi, e.g. :class:`~unidad_pl.metrics.LPIPSFeatures`.
@@ -206,16 +228,6 @@ class PromptDiversity(PromptMetric):
     def __init__(self, features: nn.Module, batch_size: int = 8, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.features, self.batch_size = features, batch_size
-        self.add_rows("images", 4, torch.uint8)
-
-    def update(self, images: Tensor, prompts: Sequence[str], indices: Tensor) -> None:
-        """Samples [B, 3, H, W] in [-1, 1], their prompts and their numbers [B].
-
-        Raises:
-            ValueError: another number of prompts.
-        """
-        self.add_samples(indices, prompts)
-        self.append("images", ((images.float().clamp(-1, 1) + 1) * 127.5).round())
 
     def compute(self) -> Scores:
         """The means over all samples of all ranks.
@@ -223,15 +235,15 @@ class PromptDiversity(PromptMetric):
         Raises:
             ValueError: no samples.
         """
-        groups, images = self.by_prompt(), self.rows("images")
+        groups = super().compute()
         if not groups:
             raise ValueError("PromptDiversity has no samples: call update before compute")
         everyone = _Sums()
         prompts: dict[str, _Sums] = {}
-        for text, rows in groups.items():
+        for text, images in groups.items():
             own = _Sums()
-            for part in rows.split(self.batch_size):
-                phi = double(extract(self.features, images[part].float() / 127.5 - 1, self.batch_size))
+            for part in images.split(self.batch_size):
+                phi = double(extract(self.features, part.float() / 127.5 - 1, self.batch_size))
                 everyone.anchor = phi[0] if everyone.anchor is None else everyone.anchor
                 own.add(phi - everyone.anchor)
             everyone.join(own)  # takes its vector along: one prompt's at a time is in memory
