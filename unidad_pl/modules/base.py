@@ -26,6 +26,7 @@ from unidad_pl.distributed import UnwrappedDDPStrategy
 from unidad_pl.modules.frozen import FrozenNetworks, Memory
 from unidad_pl.modules.labels import ClassLabels
 from unidad_pl.modules.optimization import Optimization, average_gradients, check_choices
+from unidad_pl.modules.prompts import check_prompts, encode_prior
 from unidad_pl.sampling import FewStepSampler
 from unidad_pl.seeds import mix_seed
 
@@ -175,6 +176,9 @@ class GenerativeModule(FrozenNetworks):
                 f"precision {self.trainer.precision!r} is not supported: use one of {', '.join(PRECISIONS)}"
             )
 
+    def on_fit_start(self) -> None:
+        check_prompts(self.codec, getattr(self.trainer, "datamodule", None))
+
     def micro_batches(self, batch: Batch) -> Iterator[EncodedBatch]:
         """Split a batch into ``accumulate`` parts and encode them, each with torch seeded by (seed, iteration, part).
 
@@ -201,7 +205,8 @@ class GenerativeModule(FrozenNetworks):
             if batch.prompts is not None:
                 told, source = self._embed(batch.prompts[rows]), batch.source_prompts
                 source_cond = None if source is None else self._embed(source[rows])
-                yield EncodedBatch(self.codec.encode(images[rows]), told, source_cond)
+                latents = self.codec.encode(images[rows])
+                yield EncodedBatch(latents, told, source_cond, encode_prior(batch.prior, rows, self.codec))
             else:
                 labels = self.labels.draw(size, images.device) if cond is None else cond[rows]
                 yield EncodedBatch(self.codec.encode(images[rows]), labels)
