@@ -104,7 +104,7 @@ def test_guidance_and_its_negative_prompt_change_the_direction(folder: Path) -> 
     assert torch.equal(plain, terms())
     assert not torch.allclose(plain, terms(guidance_scale=2.0))
     assert not torch.allclose(plain, terms(negative_prompt="cat"))
-    with pytest.raises(ValueError, match=r"guidance_scale >= 1, got 0\.75 and 0\.5"):
+    with pytest.raises(ValueError, match=r"guidance_scale >= 1, got .*0\.75 and 0\.5"):
         module(folder, guidance_scale=0.5)
 
 

@@ -123,8 +123,8 @@ class UniDAD(AdversarialModule):
         )
         if not 0 <= target_weight <= 1 or not 0 <= target_fine <= 1 or guidance_scale < 1:
             raise ValueError(
-                f"target_weight (a) and target_fine must be in [0, 1] and guidance_scale >= 1, "
-                f"got {target_weight}, {target_fine} and {guidance_scale}"
+                f"target_fine and target_weight (a) must be in [0, 1] and guidance_scale >= 1, "
+                f"got {target_fine}, {target_weight} and {guidance_scale}"
             )
         self.guidance_scale, self.negative_prompt = guidance_scale, negative_prompt
         if student_every < 1 or (target_iterations is not None and target_iterations < 1):
@@ -290,11 +290,9 @@ class UniDAD(AdversarialModule):
     def target_loss(self, real: Tensor, cond: Tensor | None, prior: EncodedBatch | None = None) -> Tensor:
         """T's denoising loss on the real images (eq. 7), and on ``prior``, pictures of the class, if there are some."""
         loss = self.denoise(self.target_teacher, real, cond, self.target_fine)
-        loss = (
-            loss + prior.weight * self.denoise(self.target_teacher, prior.images, prior.cond, self.target_fine)
-            if prior
-            else loss
-        )
+        if prior:
+            kept = self.denoise(self.target_teacher, prior.images, prior.cond, self.target_fine)
+            loss = loss + prior.weight * kept
         self._log_loss("target", loss, prog_bar=True)
         return loss
 
