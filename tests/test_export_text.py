@@ -21,6 +21,7 @@ from unidad_pl.runs import load_student
 from unidad_pl.sample import sample
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "sdp_dreambooth.yaml"
+NO_METRICS = CONFIG.parent / "trainer" / "no_metrics.yaml"
 PROMPT = "a prt dog"
 
 
@@ -37,7 +38,8 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def fit(place: Path, name: str, *options: str) -> Path:
     """Two iterations of the config on tiny files; the last checkpoint."""
     main([
-        "fit", "--config", str(CONFIG), "--model.source.init_args.path", str(place / "sd"),
+        "fit", "--config", str(CONFIG), "--config", str(NO_METRICS),
+        "--data.dreambooth", "null", "--data.class_word", "dog", "--model.source.init_args.path", str(place / "sd"),
         "--data.root", str(place / "dog6"), "--data.resolution", "16", "--data.samples_per_prompt", "2",
         "--trainer.accelerator", "cpu", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2",
         "--trainer.logger.init_args.save_dir", str(place / name), "--trainer.enable_progress_bar", "false",

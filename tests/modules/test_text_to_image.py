@@ -50,12 +50,14 @@ def data(photos: Path, **options: Any) -> SubjectDataModule:
     return SubjectDataModule(str(photos), "dog", **{"resolution": 16, "batch_size": 2, **options})
 
 
-def fit(model: UniDAD, photos: Path, steps: int, folder: Path, ckpt_path: str | None = None) -> pl.Trainer:
+def fit(
+    model: UniDAD, photos: Path, steps: int, folder: Path, ckpt_path: str | None = None, served: Any = None
+) -> pl.Trainer:
     trainer = pl.Trainer(
         max_steps=steps, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu",
         default_root_dir=folder, enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(model, data(photos), ckpt_path=ckpt_path)
+    trainer.fit(model, served or data(photos), ckpt_path=ckpt_path)
     return trainer
 
 

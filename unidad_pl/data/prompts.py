@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 LIVE = ("cat", "dog")
@@ -55,8 +56,9 @@ def read_dreambooth(path: str | Path) -> DreamBooth:
     """
     text = _text_of(path, "prompts file")
     head, *lists = re.split(r"^prompt_list\s*=\s*\[", text, flags=re.MULTILINE)
-    rows = [line.strip().split(",") for line in head.splitlines() if line.count(",") == 1]
-    classes = {name.strip(): word.strip() for name, word in rows if name.strip() != "subject_name"}
+    block = head.partition("subject_name,class")[2].lstrip().splitlines()
+    rows = [line.split(",") for line in takewhile(lambda line: line.count(",") == 1, block)]
+    classes = {name.strip(): word.strip() for name, word in rows}
     found = [re.findall(r"'([^']*)'\.format\(", part) for part in lists]
     if not classes or len(found) != 2 or any(BOTH not in one for part in found for one in part):
         raise ValueError(
