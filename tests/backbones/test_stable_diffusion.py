@@ -159,6 +159,26 @@ def test_other_pipelines_and_broken_folders_are_named(tmp_path: Path) -> None:
         StableDiffusion(str(folder)).build()
 
 
+def test_a_model_of_the_hugging_face_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its layout as huggingface_hub documents it: refs/main names the commit, snapshots/COMMIT holds the files."""
+    cache = tmp_path / "cache"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"'owner/tiny'.*hf download OWNER/NAME --local-dir owner/tiny"):
+        StableDiffusion("owner/tiny").build()
+    with pytest.raises(FileNotFoundError, match=r"'models/sd/no/id'.*hf download"):
+        StableDiffusion("models/sd/no/id").build()
+    repo = cache / "models--owner--tiny"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("c0ffee")
+    snapshot = save_unet(repo / "snapshots" / "c0ffee")
+    source = StableDiffusion("owner/tiny")
+    assert torch.equal(source.build().unet.conv_in.weight, StableDiffusion(str(snapshot)).build().unet.conv_in.weight)
+    (snapshot / "vae" / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"'owner/tiny' has no vae/config\.json: the download is incomplete"):
+        source.build()
+
+
 def test_inpainting_and_class_models_are_refused(tmp_path: Path) -> None:
     from unidad_pl.backbones.unet_spec import UNetSpec
 
