@@ -45,12 +45,12 @@ def save_unet(folder: Path, xl: bool = False, prediction: str = "epsilon") -> Pa
     return folder
 
 
-def save_tiny(folder: Path, xl: bool = False) -> Path:
+def save_tiny(folder: Path, xl: bool = False, prediction: str = "epsilon") -> Path:
     """A whole pipeline, saved by diffusers."""
     import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    save_unet(folder, xl)
+    save_unet(folder, xl, prediction)
     unet = UNet2DConditionModel.from_pretrained(folder / "unet")
     vae = AutoencoderKL.from_pretrained(folder / "vae")
     scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")

@@ -147,7 +147,7 @@ def test_other_pipelines_and_broken_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no model_index\.json"):
         StableDiffusion(str(tmp_path)).build()
     folder = save_unet(tmp_path)
-    for name in ("StableDiffusion3Pipeline", "FluxPipeline"):
+    for name in ("StableDiffusion3Pipeline", "FluxPipeline", "LatentConsistencyModelPipeline"):
         (folder / "model_index.json").write_text(json.dumps({"_class_name": name}))
         with pytest.raises(ValueError, match=name):
             StableDiffusion(str(folder)).build()
@@ -189,3 +189,5 @@ def test_inpainting_and_class_models_are_refused(tmp_path: Path) -> None:
         StableDiffusionUNet(UNet2DConditionModel(in_channels=9, **small), UNetSpec())
     with pytest.raises(ValueError, match="class_embed_type"):
         StableDiffusionUNet(UNet2DConditionModel(class_embed_type="timestep", **small), UNetSpec())
+    with pytest.raises(ValueError, match="guidance scale as an input"):
+        StableDiffusionUNet(UNet2DConditionModel(time_cond_proj_dim=8, **small), UNetSpec())

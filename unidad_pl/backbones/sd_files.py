@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 INDEX_FILE = "model_index.json"
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline")
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 PARTS = ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
 
 
@@ -31,6 +31,17 @@ def find_pipeline(path: str) -> Path:
         if not (folder / part).is_file():
             raise FileNotFoundError(f"source model {path!r} has no {part}: the download is incomplete")
     return folder
+
+
+def check_text_parts(folder: Path) -> None:
+    """Refuse a pipeline whose index names text encoders or tokenizers that are not there.
+
+    Raises:
+        FileNotFoundError: names the first.
+    """
+    for name, kind in json.loads((folder / INDEX_FILE).read_text()).items():
+        if name.startswith(("text_encoder", "tokenizer")) and kind[0] is not None and not (folder / name).is_dir():
+            raise FileNotFoundError(f"source model {str(folder)!r} has no {name}/: the download is incomplete")
 
 
 def _cached(path: str) -> Path:

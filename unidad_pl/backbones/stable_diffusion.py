@@ -66,6 +66,11 @@ class StableDiffusionUNet(DiffusersNetwork):
                 f"this UNet wants conditions that are not text (addition_embed_type {added!r}, class_embed_type "
                 f"{labels!r}): use a Stable Diffusion 1.x, 2.x or XL model"
             )
+        if config["time_cond_proj_dim"] is not None:
+            raise ValueError(
+                f"this UNet wants the guidance scale as an input (time_cond_proj_dim {config['time_cond_proj_dim']}), "
+                f"as latent consistency models do: use a model without, or its LoRA merged into one"
+            )
         if config["in_channels"] != config["out_channels"]:
             raise ValueError(
                 f"this UNet maps {config['in_channels']} to {config['out_channels']} channels, as inpainting and "
