@@ -89,6 +89,9 @@ class Denoiser(nn.Module, ABC):
     num_classes: int | None = None
     """Number of class labels a class-conditional model needs in ``cond`` [B] int64; None: unconditional."""
 
+    condition_shape: tuple[int, int] | None = None
+    """Shape of the condition of one prompt, for text-to-image models; None: no prompts."""
+
     shared_weights: frozenset[str] = frozenset()
     """Names in the state dict of weights that are never trained and that all copies of this network have in common: the
     base under adapters. They come from the network's source, not from checkpoints."""

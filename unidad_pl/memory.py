@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from unidad_pl.data.batch import Batch
-from unidad_pl.denoiser import Denoiser, DenoiserSource
+from unidad_pl.denoiser import Codec, Denoiser, DenoiserSource
 from unidad_pl.modules.base import GenerativeModule
 
 GIB = 2**30
@@ -102,8 +102,15 @@ class Architecture(DenoiserSource):
 
     def build(self) -> Denoiser:
         """The network, its parameters fake tensors, its buffers real."""
-        with self.mode:
+        with torch.device("meta"):
             network = self.source.architecture()
+        for layer in network.modules():
+            for name, weight in layer.named_parameters(recurse=False):
+                with self.mode:
+                    without_storage = torch.empty(weight.shape, dtype=weight.dtype)
+                layer.register_parameter(name, nn.Parameter(without_storage, weight.requires_grad))
+            for name, buffer in layer.named_buffers(recurse=False):
+                layer.register_buffer(name, torch.zeros(buffer.shape, dtype=buffer.dtype), persistent=False)
         spec = getattr(network, "spec", None)
         if spec is not None:
             network.register_buffer("abar", spec.abar(), persistent=False)
@@ -148,20 +155,49 @@ def _predict(module: Any, batch_size: int, precision: str) -> MemoryReport:
     elsewhere = module.frozen_networks if module.memory.teacher_device is not None else ()
     elsewhere += ("ema",) if module.memory.ema_device is not None else ()
     networks = {name: child for name, child in module.named_children() if isinstance(child, nn.Module)}
-    weights = {name: _bytes([*n.parameters(), *n.buffers()]) for name, n in networks.items()}
+    own = _own_parameters(networks)
+    weights = {name: _bytes([*own[name], *network.buffers()]) for name, network in networks.items()}
     autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else nullcontext()
     with _rehearsed(module) as gradients, mode, LiveBytes() as live, autocast, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nobody listens to what is logged
-        shape = module.sampled_network.image_shape
-        labels = module.labels.draw(batch_size, torch.device("cpu"))
-        module.training_step(Batch(torch.zeros(batch_size, *shape), labels), 0)
+        module.training_step(_batch(module, batch_size), 0)
     states = sum(_states(module, name, parameters) for name, parameters in _groups(module).items())
     fixed = sum(size for name, size in weights.items() if name not in elsewhere) + states
     total = sum(gradients.values())
     return MemoryReport(
-        {name: sum(p.numel() for p in n.parameters()) for name, n in networks.items()}, weights, total, states,
+        {name: sum(p.numel() for p in parameters) for name, parameters in own.items()}, weights, total, states,
         max(0, live.peak - total), fixed + live.peak, tuple(elsewhere),
     )  # fmt: skip
+
+
+def _own_parameters(networks: dict[str, nn.Module]) -> dict[str, list[nn.Parameter]]:
+    """The parameters of each network that none before it has: a base under adapters is there once."""
+    seen: set[int] = set()
+    own: dict[str, list[nn.Parameter]] = {}
+    for name, network in networks.items():
+        own[name] = [p for p in network.parameters() if id(p) not in seen]
+        seen |= {id(p) for p in own[name]}
+    return own
+
+
+class _Told(Codec):
+    """Stands in for VAE and text encoders, which are not on the device while networks train."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.shape = shape
+
+    def embed(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
+        return torch.zeros(len(prompts), *self.shape)
+
+
+def _batch(module: GenerativeModule, size: int) -> Batch:
+    """A training batch as the networks see it: latents for a text-to-image model."""
+    network = module.sampled_network
+    images = torch.zeros(size, *network.image_shape)
+    if network.condition_shape is None:
+        return Batch(images, module.labels.draw(size, torch.device("cpu")))
+    module.codec = _Told(network.condition_shape)
+    return Batch(images, prompts=["a prt dog"] * size, source_prompts=["a dog"] * size)
 
 
 @contextmanager

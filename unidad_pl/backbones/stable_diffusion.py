@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
 Spacing = Literal["even", "log_linear"]
+TOKENS = 77
+"""What CLIP's text encoders read of a prompt, padding included."""
 TIME_IDS = 6
 """SDXL's size conditions: original height and width, crop top and left, target height and width."""
 
@@ -88,6 +90,7 @@ class StableDiffusionUNet(DiffusersNetwork):
         self.width: int = config["cross_attention_dim"]
         sizes = TIME_IDS * (config["addition_time_embed_dim"] or 0)
         self.pooled = config["projection_class_embeddings_input_dim"] - sizes if added else 0
+        self.condition_shape = (TOKENS - (-self.pooled // self.width), self.width)
 
     def predict(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Prediction:
         how = Parameterization.of(self.spec.prediction, sigma, self.spec.sigma_data)
