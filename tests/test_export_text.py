@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import DiffusionPipeline, LCMScheduler
 from PIL import Image
 
@@ -20,8 +21,8 @@ from unidad_pl.modules.optimization import content_hash
 from unidad_pl.runs import load_student
 from unidad_pl.sample import sample
 
-CONFIG = Path(__file__).resolve().parents[1] / "configs" / "sdp_dreambooth.yaml"
-NO_METRICS = CONFIG.parent / "trainer" / "no_metrics.yaml"
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+NO_METRICS = CONFIGS / "trainer" / "no_metrics.yaml"
 PROMPT = "a prt dog"
 
 
@@ -35,10 +36,10 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return place
 
 
-def fit(place: Path, name: str, *options: str) -> Path:
+def fit(place: Path, name: str, *options: str, config: str = "sdp_dreambooth.yaml") -> Path:
     """Two iterations of the config on tiny files; the last checkpoint."""
     main([
-        "fit", "--config", str(CONFIG), "--config", str(NO_METRICS),
+        "fit", "--config", str(CONFIGS / config), "--config", str(NO_METRICS),
         "--data.dreambooth", "null", "--data.class_word", "dog", "--model.source.init_args.path", str(place / "sd"),
         "--data.root", str(place / "dog6"), "--data.resolution", "16", "--data.samples_per_prompt", "2",
         "--trainer.accelerator", "cpu", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2",
@@ -123,3 +124,26 @@ def test_the_card_says_how_to_draw(place: Path) -> None:
     card = (export(str(fit(place, "card")), str(place / "carded")) / "README.md").read_text()
     assert "pipe('a prt dog', num_inference_steps=1, guidance_scale=1.0)" in card
     assert "pipeline_tag: text-to-image" in card
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in CONFIGS.glob("sdp_*.yaml")))
+def test_a_config_without_its_files_says_which_go_where(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "dog6").mkdir(parents=True)
+    Image.new("RGB", (20, 20)).save(tmp_path / "data" / "dog6" / "0.png")
+    path = yaml.safe_load((CONFIGS / config).read_text())["model"]["init_args"]["source"]["init_args"]["path"]
+    assert path in (CONFIGS / config).read_text().split("unidad fit")[0]
+    with pytest.raises(FileNotFoundError, match=rf"'{path}'.*--model.source.init_args.path.*hf download"):
+        main(["fit", "--config", str(CONFIGS / config), "--trainer.accelerator", "cpu"])
+
+
+def test_the_configs_of_adapters_train_and_export_them(place: Path) -> None:
+    xl = "XL" in (place / "sd" / "model_index.json").read_text()
+    checkpoint = fit(place, "lora", config="sdp_sdxl_lora.yaml" if xl else "sdp_lora.yaml")
+    stored = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert all("lora_" in name for name in stored if ".unet." in name)
+    out = export(str(checkpoint), str(place / "adapters"), adapters=True)
+    DiffusionPipeline.from_pretrained(place / "sd").load_lora_weights(out)
+    assert len(LCMScheduler.from_pretrained(out, subfolder="scheduler").timesteps) >= 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,16 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader
 
+from tests.tiny_sd import WIDTH, save_unet
 from tests.worlds import Stream, fit, random_images, tiny_unet
-from unidad_pl.backbones import ADMSource, NewUNet
+from unidad_pl.backbones import ADMSource, LoRA, NewUNet, StableDiffusion
 from unidad_pl.cli import main
+from unidad_pl.data.batch import Batch
+from unidad_pl.denoiser import Codec
 from unidad_pl.memory import predict_memory, report_memory
 from unidad_pl.modules import Critic, Diffusion, Memory, Optimization, UniDAD
 
@@ -44,9 +51,34 @@ class Watch(pl.Callback):
                 self.peak = max(self.peak, now)
 
 
+class Latents(Codec):
+    """Latents of pictures without a VAE, and a condition without a text encoder."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        return torch.cat([images, images[:, :1]], dim=1)
+
+    def embed(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
+        return torch.ones(len(prompts), 77, WIDTH, device=device)
+
+
+class Text(StableDiffusion):
+    def codec(self) -> Codec:
+        return Latents()
+
+
+def told(batch: Batch) -> Batch:
+    return dataclasses.replace(batch, prompts=["a prt dog"] * len(batch.images))
+
+
 def measured(module: Any, batch: int, precision: Any) -> int:
     watch = Watch()
-    trainer = fit(module, 2, Stream(random_images(batch, 32), batch_size=batch), precision=precision, callbacks=[watch])
+    data = Stream(random_images(batch, 32), batch_size=batch)
+    if isinstance(module.source, Text):
+        untold = data.train_dataloader
+        data.train_dataloader = lambda: DataLoader(  # type: ignore[method-assign]
+            untold().dataset, batch_size=None, collate_fn=told
+        )
+    trainer = fit(module, 2, data, precision=precision, callbacks=[watch])
     states = sum(
         value.numel() * value.element_size()
         for optimizer in trainer.optimizers
@@ -76,6 +108,19 @@ def test_prediction_and_measurement_differ_by_less_than_15_percent(case: str) ->
     report = predict_memory(make(), 4, precision)
     assert report.peak == pytest.approx(seen, rel=0.15)
     assert report.activations > 0.25 * report.peak  # what is hard to know is not drowned by what is easy
+
+
+def test_adapters_as_predicted_and_less_than_45_percent_of_full(tmp_path: Path) -> None:
+    folder = str(save_unet(tmp_path, channels=(32, 64), size=32))
+
+    def make(lora: LoRA | None) -> UniDAD:
+        memory = Memory(checkpointing="both")
+        return UniDAD(Text(folder, lora=lora), student_every=1, target_weight=0.5, steps=1, guidance_scale=2.0,
+                      noise_table="model", weighting="eps", memory=memory)  # fmt: skip
+
+    seen = measured(make(LoRA(rank=4)), 1, "32-true")
+    assert predict_memory(make(LoRA(rank=4)), 1).peak == pytest.approx(seen, rel=0.15)
+    assert seen <= 0.45 * measured(make(None), 1, "32-true")
 
 
 def test_every_option_is_seen() -> None:

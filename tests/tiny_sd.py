@@ -15,7 +15,9 @@ BETAS: dict[str, Any] = dict(
 WIDTH, POOLED, LENGTH = 16, 12, 77
 
 
-def save_unet(folder: Path, xl: bool = False, prediction: str = "epsilon") -> Path:
+def save_unet(
+    folder: Path, xl: bool = False, prediction: str = "epsilon", channels: tuple[int, int] = (8, 16), size: int = 8
+) -> Path:
     """UNet, VAE and scheduler, without text parts: enough for the denoiser."""
     torch.manual_seed(1)
     width = WIDTH + POOLED if xl else WIDTH
@@ -29,7 +31,7 @@ def save_unet(folder: Path, xl: bool = False, prediction: str = "epsilon") -> Pa
         else {}
     )
     unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
+        sample_size=size, block_out_channels=channels, layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=width, **extra,
     )  # fmt: skip
@@ -45,12 +47,12 @@ def save_unet(folder: Path, xl: bool = False, prediction: str = "epsilon") -> Pa
     return folder
 
 
-def save_tiny(folder: Path, xl: bool = False) -> Path:
+def save_tiny(folder: Path, xl: bool = False, prediction: str = "epsilon") -> Path:
     """A whole pipeline, saved by diffusers."""
     import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    save_unet(folder, xl)
+    save_unet(folder, xl, prediction)
     unet = UNet2DConditionModel.from_pretrained(folder / "unet")
     vae = AutoencoderKL.from_pretrained(folder / "vae")
     scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")

@@ -138,6 +138,19 @@ def test_a_base_in_bfloat16(unet_only: Path) -> None:
     torch.testing.assert_close(forward(half), forward(full), rtol=0.05, atol=0.05)
 
 
+def test_small_updates_of_a_bfloat16_base_survive_merging(unet_only: Path) -> None:
+    network = StableDiffusion(str(unet_only), lora=LoRA(rank=2, base_dtype="bfloat16")).build()
+    with torch.no_grad():
+        for p in network.parameters():
+            if p.requires_grad:
+                p.normal_(std=0.01)  # B A is about 1e-4, bfloat16's step at these weights about 1e-3
+    layer: Any = network.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    update = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    found: Any = merged(network.unet).mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    torch.testing.assert_close(found.weight - layer.base_layer.weight.float(), update, atol=1e-7, rtol=1e-2)
+    assert layer.base_layer.weight.dtype == torch.bfloat16  # the student is as it was
+
+
 @pytest.mark.parametrize(
     ("options", "names"),
     [

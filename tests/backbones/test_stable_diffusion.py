@@ -147,7 +147,7 @@ def test_other_pipelines_and_broken_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no model_index\.json"):
         StableDiffusion(str(tmp_path)).build()
     folder = save_unet(tmp_path)
-    for name in ("StableDiffusion3Pipeline", "FluxPipeline"):
+    for name in ("StableDiffusion3Pipeline", "FluxPipeline", "LatentConsistencyModelPipeline"):
         (folder / "model_index.json").write_text(json.dumps({"_class_name": name}))
         with pytest.raises(ValueError, match=name):
             StableDiffusion(str(folder)).build()
@@ -157,6 +157,26 @@ def test_other_pipelines_and_broken_folders_are_named(tmp_path: Path) -> None:
     (folder / "scheduler" / "scheduler_config.json").unlink()
     with pytest.raises(FileNotFoundError, match="scheduler_config"):
         StableDiffusion(str(folder)).build()
+
+
+def test_a_model_of_the_hugging_face_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its layout as huggingface_hub documents it: refs/main names the commit, snapshots/COMMIT holds the files."""
+    cache = tmp_path / "cache"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"'owner/tiny'.*hf download OWNER/NAME --local-dir owner/tiny"):
+        StableDiffusion("owner/tiny").build()
+    with pytest.raises(FileNotFoundError, match=r"'models/sd/no/id'.*hf download"):
+        StableDiffusion("models/sd/no/id").build()
+    repo = cache / "models--owner--tiny"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("c0ffee")
+    snapshot = save_unet(repo / "snapshots" / "c0ffee")
+    source = StableDiffusion("owner/tiny")
+    assert torch.equal(source.build().unet.conv_in.weight, StableDiffusion(str(snapshot)).build().unet.conv_in.weight)
+    (snapshot / "vae" / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"'owner/tiny' has no vae/config\.json: the download is incomplete"):
+        source.build()
 
 
 def test_inpainting_and_class_models_are_refused(tmp_path: Path) -> None:
@@ -169,3 +189,5 @@ def test_inpainting_and_class_models_are_refused(tmp_path: Path) -> None:
         StableDiffusionUNet(UNet2DConditionModel(in_channels=9, **small), UNetSpec())
     with pytest.raises(ValueError, match="class_embed_type"):
         StableDiffusionUNet(UNet2DConditionModel(class_embed_type="timestep", **small), UNetSpec())
+    with pytest.raises(ValueError, match="guidance scale as an input"):
+        StableDiffusionUNet(UNet2DConditionModel(time_cond_proj_dim=8, **small), UNetSpec())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -209,6 +210,57 @@ def test_prompts_are_embedded_as_a_pipeline_does(tmp_path: Path) -> None:
     codec = LatentCodec(folder)
     torch.testing.assert_close(codec.embed(["a prt dog"]), want)
     torch.testing.assert_close(codec.embed([""]), empty)
+
+
+def test_what_visits_a_device_goes_home_even_after_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = LatentCodec(folder)
+    parts = {name: part for name, part in codec.parts.components.items() if isinstance(part, torch.nn.Module)}
+    journeys: dict[str, list[str]] = {name: [] for name in parts}
+    for name, part in parts.items():
+        monkeypatch.setattr(part, "to", lambda device, name=name: journeys[name].append(str(device)))
+    monkeypatch.setattr(codec.parts, "encode_prompt", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        codec.embed(["a dog"], "cuda")
+    monkeypatch.setattr(codec.parts.vae, "encode", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        codec.encode(torch.zeros(1, 3, 16, 16))
+    assert journeys.pop("vae") == ["cpu", "cpu"]
+    assert journeys
+    assert all(journey == ["cuda", "cpu"] for journey in journeys.values())
+
+
+def test_the_border_is_float32_under_autocast(folder: Path) -> None:
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    answers = []
+    for on in (False, True):
+        codec = LatentCodec(folder)
+        torch.manual_seed(5)
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            latents = codec.encode(images)
+            answers.append((latents, codec.decode(latents), codec.embed(["a dog"])))
+    for exact, mixed in zip(*answers, strict=True):
+        assert mixed.dtype == torch.float32
+        assert torch.equal(exact, mixed)
+
+
+def test_a_folder_without_a_text_encoder_is_named(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "sd")
+    shutil.rmtree(tmp_path / "sd" / "text_encoder")
+    with pytest.raises(FileNotFoundError, match="has no text_encoder/: the download is incomplete"):
+        module(tmp_path / "sd").configure_model()
+
+
+def test_v_prediction_trains_and_its_single_step_is_diffusers_ddim(photos: Path, tmp_path: Path) -> None:
+    model = module(save_tiny(tmp_path / "sd", prediction="v_prediction"), steps=1, student_every=1)
+    fit(model, photos, 1, tmp_path)
+    cond = model.codec.embed(["a dog"])
+    noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(3))[None]
+    scheduler = DDIMScheduler.from_pretrained(tmp_path / "sd" / "scheduler")
+    scheduler.set_timesteps(1000)
+    with torch.no_grad():
+        v = model.student.unet(noise, 999, encoder_hidden_states=cond).sample
+        want = model.codec.decode(scheduler.step(v, 999, noise).pred_original_sample).clamp(-1, 1)
+    torch.testing.assert_close(model.sample([3], prompts=["a dog"]), want, atol=2e-5, rtol=1e-4)
 
 
 def test_wrong_pictures_and_prompts_are_named(folder: Path, photos: Path, tmp_path: Path) -> None:

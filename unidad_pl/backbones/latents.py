@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unidad_pl.backbones.sd_files import check_text_parts
 from unidad_pl.denoiser import Codec
 
 
@@ -46,6 +47,7 @@ class LatentCodec(Codec):
 
     Raises:
         ModuleNotFoundError: transformers is not installed; names the extra.
+        FileNotFoundError: a text encoder or tokenizer is missing; names it.
     """
 
     def __init__(self, folder: Path, resolution: int | None = None) -> None:
@@ -53,6 +55,7 @@ class LatentCodec(Codec):
             raise ModuleNotFoundError(
                 "Stable Diffusion's text encoders need transformers: pip install 'unidad_pl[sdp]'"
             )
+        check_text_parts(folder)
         self.folder, self.resolution = folder, resolution
         self._parts: Any = None
         self._moments: dict[str, tuple[Tensor, Tensor]] = {}

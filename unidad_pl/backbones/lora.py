@@ -86,10 +86,10 @@ def base_names(network: nn.Module) -> frozenset[str]:
 
 def merged(unet: Any) -> Any:
     """A copy of ``unet`` with its adapters added to the weights they adapt: a plain diffusers UNet again."""
-    plain = copy.deepcopy(unet)
+    plain = copy.deepcopy(unet).float()  # before: a small update would be lost in bfloat16's rounding of the sum
     plain.fuse_lora()
     plain.unload_lora()
-    return plain.float()
+    return plain
 
 
 def adapter_weights(unet: Any) -> dict[str, Tensor]:

@@ -20,14 +20,13 @@ from unidad_pl.backbones.latents import LatentCodec
 from unidad_pl.backbones.lora import LoRA, add_adapters, base_names
 from unidad_pl.backbones.network import DiffusersNetwork
 from unidad_pl.backbones.scheduler import find_scheduler, spec_of_scheduler
+from unidad_pl.backbones.sd_files import find_pipeline
 from unidad_pl.backbones.unet_spec import UNetSpec
 from unidad_pl.denoiser import Codec, DenoiserSource, Parameterization, Prediction
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
-INDEX_FILE = "model_index.json"
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline")
 Spacing = Literal["even", "log_linear"]
 TOKENS = 77
 """What CLIP's text encoders read of a prompt, padding included."""
@@ -68,6 +67,11 @@ class StableDiffusionUNet(DiffusersNetwork):
             raise ValueError(
                 f"this UNet wants conditions that are not text (addition_embed_type {added!r}, class_embed_type "
                 f"{labels!r}): use a Stable Diffusion 1.x, 2.x or XL model"
+            )
+        if config["time_cond_proj_dim"] is not None:
+            raise ValueError(
+                f"this UNet wants the guidance scale as an input (time_cond_proj_dim {config['time_cond_proj_dim']}), "
+                f"as latent consistency models do: use a model without, or its LoRA merged into one"
             )
         if config["in_channels"] != config["out_channels"]:
             raise ValueError(
@@ -160,10 +164,11 @@ class StableDiffusionUNet(DiffusersNetwork):
 
 
 class StableDiffusion(DenoiserSource):
-    """A diffusers Stable Diffusion folder: 1.x, 2.x or XL.
+    """A diffusers Stable Diffusion model: 1.x, 2.x or XL.
 
     Args:
-        path: the pipeline's folder, with ``unet/``, ``vae/``, ``scheduler/`` and the text encoders.
+        path: the pipeline's folder, with ``unet/``, ``vae/``, ``scheduler/`` and the text encoders; or the id of a
+            model on Hugging Face that was downloaded before (nothing is downloaded here).
         resolution: side of the images in pixels; null: what the model was made for.
         spacing: where a few-step student's steps lie: at ``even`` timesteps from the last one down, as diffusers'
             ``LCMScheduler`` runs an exported student, whatever sigma_max and sigma_end are; or ``log_linear``, at the
@@ -196,7 +201,7 @@ class StableDiffusion(DenoiserSource):
         """
         from diffusers import UNet2DConditionModel
 
-        folder = self._folder()
+        folder = find_pipeline(self.path)
         if self.unet_weights is not None:
             unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
             try:
@@ -214,18 +219,18 @@ class StableDiffusion(DenoiserSource):
         return self._denoiser(unet, folder)
 
     def codec(self) -> Codec:
-        return LatentCodec(self._folder(), self.resolution)
+        return LatentCodec(find_pipeline(self.path), self.resolution)
 
     def architecture(self) -> StableDiffusionUNet:
         from diffusers import UNet2DConditionModel
 
-        folder = self._folder()
+        folder = find_pipeline(self.path)
         config = UNet2DConditionModel.load_config(folder / "unet")
         return self._denoiser(UNet2DConditionModel.from_config(config), folder)
 
     def _denoiser(self, unet: Any, folder: Path) -> StableDiffusionUNet:
         scheduler = find_scheduler(folder)
-        assert scheduler is not None  # _folder looked
+        assert scheduler is not None  # find_pipeline looked
         vae = json.loads((folder / "vae" / "config.json").read_text())
         scale = 2 ** (len(vae["block_out_channels"]) - 1)
         network = StableDiffusionUNet(unet, spec_of_scheduler(scheduler), self.resolution, scale, self.spacing)
@@ -233,19 +238,3 @@ class StableDiffusion(DenoiserSource):
             add_adapters(network.unet, self.lora)
             network.shared_weights = base_names(network)
         return network.eval()
-
-    def _folder(self) -> Path:
-        folder = Path(self.path)
-        index = folder / INDEX_FILE
-        if not index.is_file():
-            raise FileNotFoundError(
-                f"source model {self.path!r} has no {INDEX_FILE}: give the folder of a Stable Diffusion 1.x, 2.x or XL "
-                f"pipeline as diffusers saves it"
-            )
-        name = json.loads(index.read_text()).get("_class_name")
-        if name not in PIPELINES:
-            raise ValueError(f"{self.path!r} is a {name}; supported are {', '.join(PIPELINES)}")
-        for part in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
-            if not (folder / part).is_file():
-                raise FileNotFoundError(f"source model {self.path!r} has no {part}: the download is incomplete")
-        return folder

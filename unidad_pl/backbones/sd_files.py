@@ -1,0 +1,59 @@
+"""Where the files of a Stable Diffusion model lie: a folder, or Hugging Face's cache."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+INDEX_FILE = "model_index.json"
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+PARTS = ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
+
+
+def find_pipeline(path: str) -> Path:
+    """The folder of the pipeline ``path``: itself, or where Hugging Face's cache keeps the model of that id.
+
+    Raises:
+        FileNotFoundError: there is none, and what to download; or a part of it is missing, and which.
+        ValueError: another kind of pipeline; names its class.
+    """
+    folder = Path(path) if Path(path).exists() else _cached(path)
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        raise FileNotFoundError(
+            f"source model {path!r} has no {INDEX_FILE}: give the folder of a Stable Diffusion 1.x, 2.x or XL "
+            f"pipeline as diffusers saves it"
+        )
+    name = json.loads(index.read_text()).get("_class_name")
+    if name not in PIPELINES:
+        raise ValueError(f"{path!r} is a {name}; supported are {', '.join(PIPELINES)}")
+    for part in PARTS:
+        if not (folder / part).is_file():
+            raise FileNotFoundError(f"source model {path!r} has no {part}: the download is incomplete")
+    return folder
+
+
+def check_text_parts(folder: Path) -> None:
+    """Refuse a pipeline whose index names text encoders or tokenizers that are not there.
+
+    Raises:
+        FileNotFoundError: names the first.
+    """
+    for name, kind in json.loads((folder / INDEX_FILE).read_text()).items():
+        if name.startswith(("text_encoder", "tokenizer")) and kind[0] is not None and not (folder / name).is_dir():
+            raise FileNotFoundError(f"source model {str(folder)!r} has no {name}/: the download is incomplete")
+
+
+def _cached(path: str) -> Path:
+    """Where Hugging Face's cache keeps the model ``path``; nothing is downloaded."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"source model {path!r} is neither a folder nor in Hugging Face's cache (--model.source.init_args.path): "
+            f"put the model's diffusers folder there, as 'hf download OWNER/NAME --local-dir {path}' does, or give an "
+            f"OWNER/NAME that 'hf download OWNER/NAME' has put into the cache"
+        ) from error
