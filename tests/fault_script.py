@@ -44,7 +44,7 @@ def unidad(kind: type[UniDAD] = UniDAD, **options: Any) -> UniDAD:
 
 def train(module: UniDAD, steps: int, *callbacks: pl.Callback, ranks: int = 2, **options: Any) -> pl.Trainer:
     strategy = UnwrappedDDPStrategy(timeout=timedelta(seconds=options.pop("timeout", 60))) if ranks > 1 else "auto"
-    data = options.pop("data", None) or Stream(random_images(), batch_size=8 // ranks, flip=True)
+    data = options.pop("data", None) or Stream(random_images(), batch_size=2, flip=True)
     return fit(module, steps, data, devices=ranks, strategy=strategy, use_distributed_sampler=False,
                callbacks=list(callbacks), plugins=[DurableCheckpointIO()], **options)  # fmt: skip
 
@@ -63,7 +63,7 @@ class At(pl.Callback):
 def alone(folder: Path) -> None:
     """One process with the batch of both."""
     module = unidad(accumulate=4)
-    train(module, 10, ranks=1, precision="64-true")
+    train(module, 10, ranks=1, precision="64-true", data=Stream(random_images(), batch_size=8, flip=True))
     torch.save(module.state_dict(), folder / "alone.pt")
 
 
@@ -78,7 +78,7 @@ def equal(rank: int, folder: Path) -> dict[str, Any]:
 
     dist.all_reduce = counted
     module = unidad(accumulate=2)
-    train(module, 10, precision="64-true")
+    train(module, 10, precision="64-true", data=Stream(random_images(), batch_size=4, flip=True))
     groups = {
         name: sum(p.numel() * p.element_size() for settings in group for p in settings["params"])
         for name, group in module.groups().items()
@@ -128,7 +128,7 @@ class Losing(Stream):
         whole = stream.batch_at
 
         def batch_at(positions: range) -> Any:
-            if stream.rank == 1 and positions.start >= 2 * 8:
+            if stream.rank == 1 and positions.start >= 2 * 4:
                 raise FileNotFoundError("no such picture: shots/3.png")
             return whole(positions)
 
@@ -137,7 +137,7 @@ class Losing(Stream):
 
 
 def missing_file(rank: int, folder: Path) -> dict[str, Any]:
-    train(unidad(), 6, data=Losing(random_images(), batch_size=4))
+    train(unidad(), 6, data=Losing(random_images(), batch_size=2))
     return {}
 
 
@@ -173,10 +173,10 @@ def preempted(rank: int, folder: Path) -> dict[str, Any]:
 
 
 def resumed(rank: int, folder: Path) -> dict[str, Any]:
-    """Runs after :func:`preempted`: to iteration 7, from its checkpoint and from the start."""
+    """Runs after :func:`preempted`: to iteration 6, from its checkpoint and from the start."""
     again, whole = unidad(), unidad()
-    train(again, 7, ckpt_path=folder / "checkpoints" / "preempted.ckpt")
-    train(whole, 7)
+    train(again, 6, ckpt_path=folder / "checkpoints" / "preempted.ckpt")
+    train(whole, 6)
     return {"resumed": weights_sha(again), "whole": weights_sha(whole)}
 
 

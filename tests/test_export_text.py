@@ -22,6 +22,7 @@ from unidad_pl.runs import load_student
 from unidad_pl.sample import sample
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+NO_METRICS = CONFIGS / "trainer" / "no_metrics.yaml"
 PROMPT = "a prt dog"
 
 
@@ -38,7 +39,8 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def fit(place: Path, name: str, *options: str, config: str = "sdp_dreambooth.yaml") -> Path:
     """Two iterations of the config on tiny files; the last checkpoint."""
     main([
-        "fit", "--config", str(CONFIGS / config), "--model.source.init_args.path", str(place / "sd"),
+        "fit", "--config", str(CONFIGS / config), "--config", str(NO_METRICS),
+        "--data.dreambooth", "null", "--data.class_word", "dog", "--model.source.init_args.path", str(place / "sd"),
         "--data.root", str(place / "dog6"), "--data.resolution", "16", "--data.samples_per_prompt", "2",
         "--trainer.accelerator", "cpu", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2",
         "--trainer.logger.init_args.save_dir", str(place / name), "--trainer.enable_progress_bar", "false",
@@ -129,12 +131,13 @@ def test_a_config_without_its_files_says_which_go_where(
     config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "data" / "dog6").mkdir(parents=True)
-    Image.new("RGB", (20, 20)).save(tmp_path / "data" / "dog6" / "0.png")
+    (tmp_path / "dog6").mkdir()
+    Image.new("RGB", (20, 20)).save(tmp_path / "dog6" / "0.png")
     path = yaml.safe_load((CONFIGS / config).read_text())["model"]["init_args"]["source"]["init_args"]["path"]
     assert path in (CONFIGS / config).read_text().split("unidad fit")[0]
     with pytest.raises(FileNotFoundError, match=rf"'{path}'.*--model.source.init_args.path.*hf download"):
-        main(["fit", "--config", str(CONFIGS / config), "--trainer.accelerator", "cpu"])
+        main(["fit", "--config", str(CONFIGS / config), "--config", str(NO_METRICS), "--trainer.accelerator", "cpu",
+              "--data.root", "dog6", "--data.dreambooth", "null", "--data.class_word", "dog"])  # fmt: skip
 
 
 def test_the_configs_of_adapters_train_and_export_them(place: Path) -> None:

@@ -175,6 +175,20 @@ def test_the_config_for_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert cli.config_init["fit"]["ckpt_path"] is None
 
 
+@pytest.mark.parametrize("name", ["csv", "wandb", "mlflow"])
+def test_the_configs_for_loggers(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """wandb and mlflow need not be installed for their configs to be read."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as leaving:
+        fit(1, "--config", str(ROOT / "configs" / "trainer" / f"{name}.yaml"), "--print_config")
+    assert leaving.value.code == 0
+    loggers = yaml.safe_load(capsys.readouterr().out)["trainer"]["logger"]
+    assert loggers[0]["init_args"]["name"] == name
+    assert len(loggers) == (1 if name == "csv" else 2)
+
+
 def test_a_signal_before_the_loops_exits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def early(*args: Any, **options: Any) -> None:
         os.kill(os.getpid(), signal.SIGUSR1)

@@ -12,7 +12,7 @@ LAYERS = [
     {"backbones", "sampling"},
     {"modules", "distributed", "checkpoints", "data", "pipeline"},
     {"callbacks", "summary"},
-    {"memory", "runs", "export", "export_text", "sample", "cli", "lightning_cli", "going_on"},
+    {"memory", "runs", "subjects", "export", "export_text", "sample", "cli", "lightning_cli", "going_on"},
 ]
 LIGHT = {"lightning", "diffusers", "torchvision", "lpips", "torch_fidelity", "rich", "PIL"}
 

@@ -24,6 +24,7 @@ domain from about ten images, in one training run (Uni-DAD).
   unidad export --ckpt_path RUN/checkpoints/last.ckpt --out FOLDER      the student as a diffusers pipeline
   unidad sample --model FOLDER --num 64 --out IMAGES                    PNGs from it, or from a checkpoint
   unidad report memory --config FILE                                    peak GiB of a run, without its weights
+  unidad report subjects --runs FOLDER                  CLIP-I, CLIP-T and DINO of many subjects' runs, one table
   unidad import adm --checkpoint FILE --preset ffhq256 --out FOLDER     a guided-diffusion model as a source model
   unidad restore adm --folder FOLDER --out FILE         such a folder as a guided-diffusion checkpoint again
 """
@@ -34,6 +35,7 @@ TOOLS = {
     "export": "unidad_pl.export:export",
     "sample": "unidad_pl.sample:sample",
     "report memory": "unidad_pl.memory:report_memory",
+    "report subjects": "unidad_pl.subjects:report_subjects",
 }
 """Commands beside Lightning's: words on the command line -> module:function, whose arguments are the options."""
 

@@ -57,7 +57,7 @@ class UnwrappedDDPStrategy(DDPStrategy):
     def on_exception(self, exception: BaseException) -> None:
         """Tell every rank which one failed, and why: what the others see is only that it does not answer."""
         super().on_exception(exception)
-        if not dist.is_initialized() or not isinstance(exception, Exception):
+        if not dist.is_initialized() or self.world_size == 1 or not isinstance(exception, Exception):
             return
         silent = share_failure(exception, self.global_rank, self.world_size, self._died)
         for rank, process in self._children().items():
@@ -105,7 +105,8 @@ def share_failure(exception: Exception, rank: int, world: int, died: Callable[[]
         if rank == 0:  # the store lives here
             _read(store, f"{KEY}/read/", everyone - silent, died)
     except (RuntimeError, OSError):  # the store is gone with rank 0
-        exception.args = (f"rank 0 does not answer (dead or hung); what rank {rank} saw: {exception}",)
+        if lost:
+            exception.args = (f"rank 0 does not answer (dead or hung); what rank {rank} saw: {exception}",)
     return silent
 
 

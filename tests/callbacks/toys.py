@@ -72,6 +72,20 @@ class Toy(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=0.05)
 
 
+class Told(Toy):
+    """A :class:`Toy` that is asked for one of two prompts, in turn."""
+
+    PROMPTS = ("a prt dog", "red prt dog")
+
+    def prompts(self, seeds: Tensor) -> list[str]:
+        return [self.PROMPTS[int(s) // 2 % 2] for s in seeds]
+
+    def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        return super().validation_step(batch, batch_idx) | {"prompts": self.prompts(batch)}
+
+    test_step = validation_step
+
+
 class Judge(TinyFeatures):
     """Features with a classifier: bright images wear dark glasses."""
 

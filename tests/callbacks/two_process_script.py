@@ -13,9 +13,19 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tests.callbacks.toys import Data, Judge, Toy, trainer
-from tests.metrics.toys import TinyFeatures
-from unidad_pl.callbacks import FID, AttributeShare, IntraLPIPS, PredictionWriter, SampleGrid, read_records
+from tests.callbacks.toys import Data, Judge, Told, Toy, trainer
+from tests.metrics.toys import TinyFeatures, WordVectors
+from unidad_pl.callbacks import (
+    FID,
+    AttributeShare,
+    IntraLPIPS,
+    PredictionWriter,
+    PromptDiversity,
+    PromptGrid,
+    SampleGrid,
+    SubjectSimilarity,
+    read_records,
+)
 
 
 class Uneven(Data):
@@ -41,13 +51,16 @@ def callbacks() -> list[pl.Callback]:
         IntraLPIPS(TinyFeatures(), relative=True, cap=3),
         AttributeShare({"glasses": "dark"}, Judge()),
         SampleGrid(count=5, scale=1),
+        SubjectSimilarity(image_encoder=TinyFeatures(), text_encoder=WordVectors(), dino=TinyFeatures(), token="prt"),
+        PromptDiversity(TinyFeatures()),
+        PromptGrid(scale=1),
     ]
 
 
 def validate(folder: Path, devices: int, data: Data, **options: Any) -> list[dict[str, Any]]:
     strategy = "ddp_fork" if devices > 1 else "auto"
     run = trainer(folder, *callbacks(), devices=devices, strategy=strategy, **options)
-    run.validate(Toy(), datamodule=data, verbose=False)
+    run.validate(Told(), datamodule=data, verbose=False)
     return [{key: value for key, value in record.items() if key != "time"} for record in records(folder)]
 
 
@@ -79,16 +92,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         single = validate(root / "one", 1, Data(seeds=23))
-        picture = (root / "one" / "samples" / "val_step00000000.png").read_bytes()
+        pictures = {path.relative_to(root / "one"): path.read_bytes() for path in (root / "one").rglob("*.png")}
+        assert len(pictures) == 3
         runs = {
             "dealt and padded": validate(root / "two", 2, Data(seeds=23)),
             "uneven": validate(root / "three", 2, Uneven(seeds=23), use_distributed_sampler=False),
         }
-        assert len(single) == 3
+        assert len(single) == 5
         for case, found in runs.items():
             assert close(found, single), (case, found, single)
         for folder in ("two", "three"):
-            assert (root / folder / "samples" / "val_step00000000.png").read_bytes() == picture
+            assert all((root / folder / path).read_bytes() == picture for path, picture in pictures.items())
         writer = trainer(root / "four", PredictionWriter(), devices=2, strategy="ddp_fork")
         writer.predict(Toy(), datamodule=Data(seeds=23), return_predictions=False)
         assert len(list((root / "four" / "predictions").iterdir())) == 23

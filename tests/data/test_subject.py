@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from unidad_pl.data import SubjectDataModule
+from unidad_pl.data.batch import Batch
 from unidad_pl.data.prompts import read_dreambooth, read_templates
 
 LIST = """Classes
@@ -77,7 +78,7 @@ def test_dreambooths_list_gives_class_templates_and_augmentation(photos: Path) -
     assert SubjectDataModule(str(photos), dreambooth=listed).templates == ["a {}"]
     known = read_dreambooth(listed)
     assert known.object_templates == ["a {}", "a red {}"]
-    assert known.templates_of("cup") == known.object_templates
+    assert known.templates_of("cup") == ["a red {}"]  # "a {}" is none of DreamBooth's 25
     with pytest.raises(ValueError, match="'sofa' is not in the list: dog6, mug"):
         known.class_of("sofa")
 
@@ -113,13 +114,48 @@ def test_options_of_the_photos(photos: Path) -> None:
 def test_a_single_photo_is_enough(tmp_path: Path) -> None:
     (tmp_path / "dog").mkdir()
     Image.new("RGB", (16, 12), (60, 10, 90)).save(tmp_path / "dog" / "a.png")
-    batch = next(iter(SubjectDataModule(str(tmp_path / "dog"), "dog", batch_size=2, resolution=8).train_dataloader()))
+    data = SubjectDataModule(str(tmp_path / "dog"), "dog", batch_size=2, resolution=8)
+    with pytest.warns(UserWarning, match="is a single photo"):
+        data.setup()
+    batch = next(iter(data.train_dataloader()))
     assert torch.equal(batch.images[0], batch.images[1])
 
 
 def test_templates_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("a {}\n\nthe {} at sea\n")
     assert read_templates(str(tmp_path / "t.txt")) == ["a {}", "the {} at sea"]
+
+
+def test_pictures_of_the_class_come_with_the_class_prompt(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "others").mkdir()
+    for i in range(3):
+        Image.new("RGB", (8, 8), (0, 0, 100 + i)).save(tmp_path / "others" / f"{i}.png")
+
+    def batches(**options: object) -> list[Batch]:
+        made = {"class_images": str(tmp_path / "others"), "resolution": 8, "batch_size": 2} | options
+        data = SubjectDataModule(str(photos), "dog", **made)  # type: ignore[arg-type]
+        data.setup("test")  # a test before the fit must not lose them
+        return list(islice(iter(data.train_dataloader()), 3))
+
+    base = batches()
+    assert {batch.weight for batch in base} == {1.0}
+    for batch in base:
+        assert batch.prior is not None
+        assert batch.prior.prompts == ["a dog"] * 2
+        assert bool((batch.prior.images[:, 0] == -1).all())
+        assert batch.prior.weight == 1
+    assert len({float(image[2, 0, 0]) for batch in base for image in batch.prior.images}) == 3
+    other = batches(class_template="photo of {}", class_weight=0.5)[0].prior
+    assert (other.prompts, other.weight) == (["photo of dog"] * 2, 0.5)
+    plain = batches(class_images=None)
+    assert plain[0].prior is None
+    assert all(torch.equal(a.images, b.images) for a, b in zip(plain, base, strict=True))
+    data = SubjectDataModule(str(photos), "dog", class_images="x", class_template="photo of {}", eval_prompts="wet {}")
+    assert data.every_prompt == ["a prt dog", "wet prt dog", "a dog", "photo of dog"]
+
+
+def test_the_subject_is_the_folders_name(photos: Path) -> None:
+    assert SubjectDataModule(str(photos) + "/", "dog").subject == "dog6"
 
 
 def test_what_is_wrong_is_named(photos: Path, tmp_path: Path) -> None:
@@ -131,6 +167,8 @@ def test_what_is_wrong_is_named(photos: Path, tmp_path: Path) -> None:
         ({"class_word": "dog", "augment": True}, "give dreambooth"),
         ({"class_word": "dog", "token": " "}, "token must be a word"),
         ({"class_word": "dog", "samples_per_prompt": 0}, "samples_per_prompt >= 1"),
+        ({"class_word": "dog", "class_weight": 0}, "class_weight must be above 0"),
+        ({"class_word": "dog", "class_template": "a dog"}, "must have {} once"),
     ):
         with pytest.raises(ValueError, match=message):
             SubjectDataModule(str(photos), **options)  # type: ignore[arg-type]
@@ -138,6 +176,11 @@ def test_what_is_wrong_is_named(photos: Path, tmp_path: Path) -> None:
         SubjectDataModule(str(photos), "dog", prompts="none.txt")
     with pytest.raises(FileNotFoundError, match=r"no prompts file"):
         SubjectDataModule(str(photos), dreambooth="none.txt")
+    (tmp_path / "binary.txt").write_bytes(b"a {}\xff\xfe")
+    with pytest.raises(ValueError, match=r"template file .*binary\.txt' cannot be read as UTF-8 text"):
+        SubjectDataModule(str(photos), "dog", prompts=str(tmp_path / "binary.txt"))
+    with pytest.raises(ValueError, match=r"prompts file .*binary\.txt' cannot be read as UTF-8 text"):
+        read_dreambooth(tmp_path / "binary.txt")
     (tmp_path / "other.txt").write_text("hello")
     with pytest.raises(ValueError, match="it has 0 'subject_name,class' lines and 0 lists"):
         read_dreambooth(tmp_path / "other.txt")

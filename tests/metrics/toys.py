@@ -51,3 +51,19 @@ def run_two_processes(script: Path, *arguments: str, timeout: float = 120) -> st
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+class WordVectors(nn.Module):
+    """Texts -> sums of a fixed random vector of each word."""
+
+    name = "words"
+
+    def __init__(self, width: int = 8, seed: int = 0) -> None:
+        super().__init__()
+        self.width, self.seed = width, seed
+
+    def forward(self, texts: list[str]) -> Tensor:
+        return torch.stack([torch.stack([self._of(word) for word in text.split()]).sum(0) for text in texts])
+
+    def _of(self, word: str) -> Tensor:
+        return torch.randn(self.width, generator=torch.Generator().manual_seed(self.seed + sum(map(ord, word))))

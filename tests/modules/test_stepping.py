@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 
 from tests.worlds import fit, tiny_unet, weights_sha
-from unidad_pl.modules import Optimization, UniDAD
+from unidad_pl.modules import Diffusion, Optimization, UniDAD
 from unidad_pl.modules.optimization import spoil_gradients
 
 FAST = Optimization(lr=1e-3, warmup=0)
@@ -92,10 +92,13 @@ def test_overflow_counts_as_a_skip_and_halves_the_scale_once_an_iteration() -> N
 
 
 def test_the_scale_is_resumed(tmp_path: Path) -> None:
-    whole, resumed = UniDAD(tiny_unet(), **OPTIONS), UniDAD(tiny_unet(), **OPTIONS)
+    def denoiser() -> Diffusion:
+        return Diffusion(tiny_unet(), optimization=FAST)
+
+    whole, resumed = denoiser(), denoiser()
     trainer = fit(whole, 4, **half(2.0**8))
     assert trainer.precision_plugin.scaler.get_scale() == 2.0**9  # grown once, after three iterations
-    fit(UniDAD(tiny_unet(), **OPTIONS), 2, **half(2.0**8)).save_checkpoint(tmp_path / "two.ckpt")
+    fit(denoiser(), 2, **half(2.0**8)).save_checkpoint(tmp_path / "two.ckpt")
     trainer = fit(resumed, 4, ckpt_path=tmp_path / "two.ckpt", **half(2.0**4))
     assert trainer.precision_plugin.scaler.get_scale() == 2.0**9
     assert weights_sha(resumed) == weights_sha(whole)

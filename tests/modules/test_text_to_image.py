@@ -51,12 +51,14 @@ def data(photos: Path, **options: Any) -> SubjectDataModule:
     return SubjectDataModule(str(photos), "dog", **{"resolution": 16, "batch_size": 2, **options})
 
 
-def fit(model: UniDAD, photos: Path, steps: int, folder: Path, ckpt_path: str | None = None) -> pl.Trainer:
+def fit(
+    model: UniDAD, photos: Path, steps: int, folder: Path, ckpt_path: str | None = None, served: Any = None
+) -> pl.Trainer:
     trainer = pl.Trainer(
         max_steps=steps, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu",
         default_root_dir=folder, enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(model, data(photos), ckpt_path=ckpt_path)
+    trainer.fit(model, served or data(photos), ckpt_path=ckpt_path)
     return trainer
 
 
@@ -105,7 +107,7 @@ def test_guidance_and_its_negative_prompt_change_the_direction(folder: Path) -> 
     assert torch.equal(plain, terms())
     assert not torch.allclose(plain, terms(guidance_scale=2.0))
     assert not torch.allclose(plain, terms(negative_prompt="cat"))
-    with pytest.raises(ValueError, match=r"guidance_scale >= 1, got 0\.75 and 0\.5"):
+    with pytest.raises(ValueError, match=r"guidance_scale >= 1, got .*0\.75 and 0\.5"):
         module(folder, guidance_scale=0.5)
 
 

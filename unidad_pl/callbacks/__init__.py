@@ -7,8 +7,10 @@ from unidad_pl.callbacks.fid import FID
 from unidad_pl.callbacks.intra_lpips import IntraLPIPS
 from unidad_pl.callbacks.prediction_writer import PredictionWriter
 from unidad_pl.callbacks.preemption import Preemption
+from unidad_pl.callbacks.prompt_grid import PromptGrid
 from unidad_pl.callbacks.records import read_records
 from unidad_pl.callbacks.sample_grid import SampleGrid
+from unidad_pl.callbacks.similarity import PromptDiversity, SubjectSimilarity
 
 __all__ = [
     "FID",
@@ -18,7 +20,10 @@ __all__ = [
     "LossBalance",
     "PredictionWriter",
     "Preemption",
+    "PromptDiversity",
+    "PromptGrid",
     "Report",
     "SampleGrid",
+    "SubjectSimilarity",
     "read_records",
 ]

@@ -1,9 +1,9 @@
 """What the evaluation callbacks share: they watch the images a val or test loop makes, and report at its end.
 
 A callback sees a LightningModule only through what its ``validation_step`` or ``test_step`` returns: a dict with
-``samples`` [B, 3, H, W] in [-1, 1], and optionally ``seeds`` (B integers, the samples' global numbers) and ``weights``
-(``"ema"`` or ``"raw"``). So it works in any Lightning project. It changes nothing in the training: networks live in the
-callback and not in the module, random states are restored, no mode is switched.
+``samples`` [B, 3, H, W] in [-1, 1], and optionally ``seeds`` (B integers, the samples' global numbers), ``prompts`` (B
+strings) and ``weights`` (``"ema"`` or ``"raw"``). So it works in any Lightning project. It changes nothing in the
+training: networks live in the callback and not in the module, random states are restored, no mode is switched.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ class EvaluationCallback(pl.Callback):
         self._seeds: SeedRows | None = None
         self._seen = 0
         self._labels: Tensor | None = None
+        self._prompts: list[str] | None = None
         self._weights: str | None = None
         self._size: tuple[int, int] | None = None
         self._warned: set[str] = set()
@@ -168,6 +169,7 @@ class EvaluationCallback(pl.Callback):
         assert self._seeds is not None
         self._seeds.update(seeds)
         self._labels = read_labels(outputs, len(images))
+        self._prompts = read_prompts(outputs, len(images))
         with torch.no_grad(), isolate_rng():
             self.update(trainer, pl_module, images, seeds)
 
@@ -236,6 +238,19 @@ class EvaluationCallback(pl.Callback):
                 where = f"{type(self).__name__} cannot begin: "
                 raise RuntimeError(where + (str(failure) if failure else "loading failed on another rank")) from failure
 
+    def needed_prompts(self) -> list[str]:
+        """The prompts of the samples at hand.
+
+        Raises:
+            KeyError: the step returned none.
+        """
+        if self._prompts is None:
+            raise KeyError(
+                f"{type(self).__name__} needs to know what each sample was asked to show: return a list of as many "
+                f"strings as samples under 'prompts' from validation_step and test_step"
+            )
+        return self._prompts
+
     def warn_once(self, message: str) -> None:
         """Warn on rank 0, the first time this message comes up."""
         if message not in self._warned:
@@ -248,6 +263,13 @@ def read_labels(outputs: Mapping[str, Any], count: int) -> Tensor | None:
     labels = outputs.get("labels")
     fits = isinstance(labels, Tensor) and labels.shape == (count,) and not labels.is_floating_point()
     return labels if fits else None
+
+
+def read_prompts(outputs: Mapping[str, Any], count: int) -> list[str] | None:
+    """The entry ``prompts`` of a step's outputs, ``count`` strings, if it is there and is that."""
+    prompts = outputs.get("prompts")
+    fits = isinstance(prompts, (list, tuple)) and len(prompts) == count and all(isinstance(p, str) for p in prompts)
+    return list(prompts) if fits and prompts is not None else None
 
 
 def feature_name(features: nn.Module) -> str:

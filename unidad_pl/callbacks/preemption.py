@@ -89,7 +89,7 @@ class Preemption(pl.Callback):
     def _save_and_leave(self, trainer: pl.Trainer) -> None:
         folder = getattr(trainer.checkpoint_callback, "dirpath", None) or run_folder(trainer) / "checkpoints"
         path = Path(folder) / FILE
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
         own_child = (
             isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
             and trainer.local_rank > 0

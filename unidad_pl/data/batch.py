@@ -18,12 +18,17 @@ class Batch:
         prompts: B prompts instead, for a text-to-image model.
         source_prompts: what the source teacher is told in their place, e.g. without the subject's rare token; None: the
             same.
+        prior: images of the subject's class and their prompts, as many as images, that the target teacher must not
+            forget; None: none.
+        weight: of the loss on this batch, where it is a ``prior``.
     """
 
     images: Tensor
     cond: Tensor | None = None
     prompts: list[str] | None = None
     source_prompts: list[str] | None = None
+    prior: Batch | None = None
+    weight: float = 1.0
 
 
 @dataclass
@@ -34,11 +39,15 @@ class EncodedBatch:
         images: [B, C, H, W] images or latents.
         cond: condition of the B rows, or None.
         source_cond: the source teacher's condition, where it is another one; None: ``cond``.
+        prior: the same rows of the batch's ``prior``.
+        weight: of the loss on these images, where they are a ``prior``.
     """
 
     images: Tensor
     cond: Tensor | None = None
     source_cond: Tensor | None = None
+    prior: EncodedBatch | None = None
+    weight: float = 1.0
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 LIVE = ("cat", "dog")
 """DreamBooth's classes of live subjects, which have templates of their own."""
 BOTH = "{0} {1}"
 """DreamBooth's placeholders of the rare token and the class word."""
+
+BARE = "a {}"
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,10 @@ class DreamBooth:
         return self.classes[subject]
 
     def templates_of(self, class_word: str) -> list[str]:
-        """The templates for subjects of this class."""
-        return self.live_templates if class_word in LIVE else self.object_templates
+        """DreamBooth's 25 templates for subjects of this class; the list's ``a {}``, which shows nothing new, is none
+        of them."""
+        listed = self.live_templates if class_word in LIVE else self.object_templates
+        return [template for template in listed if template != BARE]
 
 
 def read_dreambooth(path: str | Path) -> DreamBooth:
@@ -47,14 +52,13 @@ def read_dreambooth(path: str | Path) -> DreamBooth:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it holds no ``subject_name,class`` block, or not two lists of templates.
+        ValueError: it is no text, or holds no ``subject_name,class`` block, or not two lists of templates.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no prompts file at {str(path)!r}")
-    text = Path(path).read_text(encoding="utf-8")
+    text = _text_of(path, "prompts file")
     head, *lists = re.split(r"^prompt_list\s*=\s*\[", text, flags=re.MULTILINE)
-    rows = [line.strip().split(",") for line in head.splitlines() if line.count(",") == 1]
-    classes = {name.strip(): word.strip() for name, word in rows if name.strip() != "subject_name"}
+    block = head.partition("subject_name,class")[2].lstrip().splitlines()
+    rows = [line.split(",") for line in takewhile(lambda line: line.count(",") == 1, block)]
+    classes = {name.strip(): word.strip() for name, word in rows}
     found = [re.findall(r"'([^']*)'\.format\(", part) for part in lists]
     if not classes or len(found) != 2 or any(BOTH not in one for part in found for one in part):
         raise ValueError(
@@ -65,17 +69,25 @@ def read_dreambooth(path: str | Path) -> DreamBooth:
     return DreamBooth(classes, objects, live)
 
 
+def _text_of(path: str | Path, what: str) -> str:
+    """The text of a file, without a byte order mark."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no {what} at {str(path)!r}")
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the {what} {str(path)!r} cannot be read as UTF-8 text: {error}") from error
+
+
 def read_templates(given: str | Sequence[str]) -> list[str]:
     """Prompt templates: one, a list, or the lines of a ``.txt`` file; blank lines do not count.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: there are none, or one has not exactly one ``{}``.
+        ValueError: the file is no text, there are none, or one has not exactly one ``{}``.
     """
     if isinstance(given, str) and given.endswith(".txt"):
-        if not Path(given).is_file():
-            raise FileNotFoundError(f"no template file at {given!r}")
-        given = Path(given).read_text(encoding="utf-8").splitlines()
+        given = _text_of(given, "template file").splitlines()
     templates = [line.strip() for line in ([given] if isinstance(given, str) else given) if line.strip()]
     if not templates:
         raise ValueError("there are no prompt templates: give at least one, e.g. 'a {}'")

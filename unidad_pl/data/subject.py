@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from unidad_pl.data.batch import Batch
 from unidad_pl.data.few_shot import FewShotDataModule, SeedBatches, ShotStream
+from unidad_pl.data.image_sets import open_images
 from unidad_pl.data.prompts import read_dreambooth, read_templates
 from unidad_pl.seeds import mix_seed
 
-NAMED = 3  # number of the stream of draws that chooses prompts
+NAMED, CLASS = 3, 4  # numbers of the streams of draws that choose prompts and pictures of the class
 
 
 class SubjectDataModule(FewShotDataModule):
@@ -36,6 +38,11 @@ class SubjectDataModule(FewShotDataModule):
             ``prompts``.
         dreambooth: DreamBooth's ``prompts_and_classes.txt``; it is data, nothing in it is run.
         augment: train with DreamBooth's 25 templates beside ``prompts``.
+        class_images: pictures of other members of the class, made by the source model or found, any place ``root`` can
+            name: the target teacher is also trained on them, told ``class_template``, so that it does not forget the
+            class for the subject (DreamBooth's prior preservation). As many per iteration as photos. null: none.
+        class_template: template they go with, filled in with the class word.
+        class_weight: of the loss on them.
         samples_per_prompt: images of each prompt in an evaluation.
         shots: number of photos; null: all of them.
         resolution: side in pixels; must be the model's.
@@ -47,8 +54,8 @@ class SubjectDataModule(FewShotDataModule):
         first_seed: seed of an evaluation's first image; the others follow.
 
     Raises:
-        ValueError: no class word and no list to find it in, a template without ``{}``, or ``augment`` without
-            ``dreambooth``.
+        ValueError: no class word and no list to find it in, a template without ``{}``, ``augment`` without
+            ``dreambooth``, or ``class_weight`` not above 0.
     """
 
     def __init__(
@@ -60,6 +67,9 @@ class SubjectDataModule(FewShotDataModule):
         eval_prompts: str | list[str] | None = None,
         dreambooth: str | None = None,
         augment: bool = False,
+        class_images: str | None = None,
+        class_template: str = "a {}",
+        class_weight: float = 1.0,
         samples_per_prompt: int = 4,
         shots: int | None = None,
         resolution: int = 512,
@@ -86,7 +96,16 @@ class SubjectDataModule(FewShotDataModule):
             raise ValueError(
                 f"token must be a word and samples_per_prompt >= 1, got {token!r} and {samples_per_prompt}"
             )
-        self.token, self.samples_per_prompt = token, samples_per_prompt
+        if class_weight <= 0:
+            raise ValueError(f"class_weight must be above 0, got {class_weight}: leave class_images out for no prior")
+        self.subject, self.token, self.samples_per_prompt = (
+            Path(root).name.removesuffix(".zip"),
+            token,
+            samples_per_prompt,
+        )
+        self.class_root, self.class_weight = class_images, class_weight
+        self.class_images: Tensor | None = None
+        (self.class_template,) = read_templates([class_template])
         standard = [] if known is None else known.templates_of(self.class_word)
         own = read_templates(prompts)
         self.templates = own + [one for one in standard if one not in own] * augment
@@ -97,6 +116,25 @@ class SubjectDataModule(FewShotDataModule):
             ("predict", self.eval_templates),
         ):
             self.samples[stage] = len(templates) * samples_per_prompt
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.class_root is not None and self.class_images is None and stage in (None, "fit"):
+            self.class_images = open_images(self.class_root).load(self.resolution)
+        if self._shots is not None:
+            return
+        super().setup(stage)
+        if self._shots is not None and len(self._shots) == 1:
+            rank_zero_warn(
+                f"{self.root!r} is a single photo: a student of it learns the pose and the background as the subject; "
+                f"four to six photos in different places are what this is made for"
+            )
+
+    @property
+    def every_prompt(self) -> list[str]:
+        """All prompts that are ever served, of both roles, each once."""
+        templates = [*self.templates, *self.eval_templates]
+        source = [*self.templates, *([self.class_template] if self.class_root is not None else [])]
+        return list(dict.fromkeys([*map(self.subject_prompt, templates), *map(self.class_prompt, source)]))
 
     def subject_prompt(self, template: str) -> str:
         """``template`` with the rare token and the class word."""
@@ -138,6 +176,10 @@ class PromptedStream(ShotStream):
             shots.images, shots.batch_size, shots.flip, shots.seed, shots.start, shots.world, shots.rank, shots.shift
         )
         self.data = data
+        self.prior: ShotStream | None = None
+        if data.class_images is not None:
+            seed = mix_seed(shots.seed, CLASS)
+            self.prior = ShotStream(data.class_images, shots.batch_size, shots.flip, seed, shift=shots.shift)
 
     def batch_at(self, positions: range) -> Batch:
         templates = self.data.templates
@@ -146,4 +188,11 @@ class PromptedStream(ShotStream):
             super().batch_at(positions).images,
             prompts=[self.data.subject_prompt(template) for template in drawn],
             source_prompts=[self.data.class_prompt(template) for template in drawn],
+            prior=self._prior_at(positions),
         )
+
+    def _prior_at(self, positions: range) -> Batch | None:
+        if self.prior is None:
+            return None
+        prompts = [self.data.class_prompt(self.data.class_template)] * len(positions)
+        return Batch(self.prior.batch_at(positions).images, prompts=prompts, weight=self.data.class_weight)

@@ -25,6 +25,7 @@ from unidad_pl.distributed import UnwrappedDDPStrategy
 from unidad_pl.modules.frozen import FrozenNetworks, Memory
 from unidad_pl.modules.labels import ClassLabels
 from unidad_pl.modules.optimization import check_choices
+from unidad_pl.modules.prompts import check_prompts, encode_prior
 from unidad_pl.modules.resume import Resumable
 from unidad_pl.modules.stepping import ManualSteps
 from unidad_pl.sampling import FewStepSampler
@@ -166,6 +167,9 @@ class GenerativeModule(ManualSteps, Resumable, FrozenNetworks):
                 f"precision {self.trainer.precision!r} is not supported: use one of {', '.join(PRECISIONS)}"
             )
 
+    def on_fit_start(self) -> None:
+        check_prompts(self.codec, getattr(self.trainer, "datamodule", None))
+
     def micro_batches(self, batch: Batch) -> Iterator[EncodedBatch]:
         """Split a batch into ``accumulate`` parts and encode them, each with torch seeded by (seed, iteration, part).
 
@@ -192,7 +196,8 @@ class GenerativeModule(ManualSteps, Resumable, FrozenNetworks):
             if batch.prompts is not None:
                 told, source = self._embed(batch.prompts[rows]), batch.source_prompts
                 source_cond = None if source is None else self._embed(source[rows])
-                yield EncodedBatch(self.codec.encode(images[rows]), told, source_cond)
+                latents = self.codec.encode(images[rows])
+                yield EncodedBatch(latents, told, source_cond, encode_prior(batch.prior, rows, self.codec))
             else:
                 labels = self.labels.draw(size, images.device) if cond is None else cond[rows]
                 yield EncodedBatch(self.codec.encode(images[rows]), labels)

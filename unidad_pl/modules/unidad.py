@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from unidad_pl.data.batch import Batch
+from unidad_pl.data.batch import Batch, EncodedBatch
 from unidad_pl.denoiser import Denoiser, DenoiserSource
 from unidad_pl.discriminator import Critic, MultiHeadDiscriminator
 from unidad_pl.losses import (
@@ -123,8 +123,8 @@ class UniDAD(AdversarialModule):
         )
         if not 0 <= target_weight <= 1 or not 0 <= target_fine <= 1 or guidance_scale < 1:
             raise ValueError(
-                f"target_weight (a) and target_fine must be in [0, 1] and guidance_scale >= 1, "
-                f"got {target_weight}, {target_fine} and {guidance_scale}"
+                f"target_fine and target_weight (a) must be in [0, 1] and guidance_scale >= 1, "
+                f"got {target_fine}, {target_weight} and {guidance_scale}"
             )
         self.guidance_scale, self.negative_prompt = guidance_scale, negative_prompt
         if student_every < 1 or (target_iterations is not None and target_iterations < 1):
@@ -222,7 +222,7 @@ class UniDAD(AdversarialModule):
                 self.backward_into(self.student_loss(x, cond, part.source_cond), "student")
             self.backward_into(self.fake_loss(x.detach(), real, cond), "fake")
             if update_target:
-                self.backward_into(self.target_loss(real, cond), "target")
+                self.backward_into(self.target_loss(real, cond, part.prior), "target")
         stepped = update and self.step("student")
         self.step("fake")
         if update_target:
@@ -287,9 +287,12 @@ class UniDAD(AdversarialModule):
             loss = loss + self.critic.critic_weight * self.critic_loss(x, real, cond)
         return loss
 
-    def target_loss(self, real: Tensor, cond: Tensor | None) -> Tensor:
-        """T's denoising loss on the real images (eq. 7)."""
+    def target_loss(self, real: Tensor, cond: Tensor | None, prior: EncodedBatch | None = None) -> Tensor:
+        """T's denoising loss on the real images (eq. 7), and on ``prior``, pictures of the class, if there are some."""
         loss = self.denoise(self.target_teacher, real, cond, self.target_fine)
+        if prior:
+            kept = self.denoise(self.target_teacher, prior.images, prior.cond, self.target_fine)
+            loss = loss + prior.weight * kept
         self._log_loss("target", loss, prog_bar=True)
         return loss
 

@@ -1,0 +1,115 @@
+"""CLIP and DINO encoders: tiny random models saved to disk, against transformers used directly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, ViTConfig, ViTModel
+
+from tests.metrics.toys import images
+from tests.tiny_sd import tokenizer
+from unidad_pl.metrics import CLIPImages, CLIPTexts, DINOImages
+from unidad_pl.metrics.encoders import CLIP, DINO, IMAGENET_MEAN, IMAGENET_STD, to_square
+
+SIDE = 32
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clip")
+    words = tokenizer(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    texts = sizes | {"vocab_size": len(words), "bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id}
+    pictures = sizes | {"image_size": SIDE, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=texts, vision_config=pictures, projection_dim=12)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dino")
+    torch.manual_seed(1)
+    config = ViTConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=SIDE, patch_size=8
+    )
+    ViTModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_pictures_are_embedded_as_clips_own_processor_and_model_do(clip: Path) -> None:
+    pixels = (torch.rand(3, 48, 40, 3, generator=torch.Generator().manual_seed(2)) * 255).to(torch.uint8)
+    smooth = [Image.fromarray(np.asarray(p)).resize((80, 60), Image.Resampling.BICUBIC) for p in pixels]
+    processor = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=SIDE)
+    with torch.no_grad():
+        model = CLIPModel.from_pretrained(clip).eval()
+        found = model.get_image_features(processor(smooth, return_tensors="pt")["pixel_values"])
+    want = found if isinstance(found, Tensor) else found.pooler_output
+    given = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in smooth]) / 127.5 - 1
+    got = CLIPImages(str(clip))(given)
+    assert got.shape == (3, 12)
+    torch.testing.assert_close(got, want, atol=0.01, rtol=0.01)  # the processor rounds to 8 bits
+    assert not torch.allclose(got[0], got[1], atol=0.01)
+
+
+def test_texts_are_embedded_as_clip_does(clip: Path) -> None:
+    texts, encode = ["a dog", "a cat in the snow"], CLIPTexts(str(clip))
+    got = encode(texts)
+    with torch.no_grad():
+        given = encode.tokenizer(texts, padding=True, return_tensors="pt")
+        found = CLIPModel.from_pretrained(clip).eval().get_text_features(**given)
+    torch.testing.assert_close(got, found if isinstance(found, Tensor) else found.pooler_output)
+    torch.testing.assert_close(encode(texts[:1])[0], got[0])  # padding counts for nothing
+    with pytest.raises(ValueError, match=r"has \d+ tokens, CLIP reads 77"):
+        encode(["dog " * 90])
+
+
+def test_dino_is_the_class_token(dino: Path) -> None:
+    given = images(3, SIDE)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    with torch.no_grad():
+        model = ViTModel.from_pretrained(dino).eval()
+        want = model(((given + 1) / 2 - mean) / std).last_hidden_state[:, 0]
+    torch.testing.assert_close(DINOImages(str(dino))(given), want)
+
+
+def test_the_way_into_an_encoder() -> None:
+    given = images(2, 40)
+    assert torch.equal(to_square(given, 40), given)
+    assert to_square(given[:, :, :20], 10).shape == (2, 3, 10, 10)
+    assert torch.equal(to_square(given[:, :, 10:30], 20), given[:, :, 10:30, 10:30])  # the middle
+    assert to_square(given, 64).abs().max() <= 1
+
+
+def test_weights_that_are_not_there_are_named_with_the_way_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    for encoder, name in ((CLIPImages(), CLIP), (CLIPTexts(), CLIP), (DINOImages(), DINO)):
+        with pytest.raises(RuntimeError, match=rf"needs the weights '{name}'.*pass the folder as path=FOLDER"):
+            encoder.load()
+    with pytest.raises(RuntimeError, match=f"needs the weights '{tmp_path}'"):
+        DINOImages(str(tmp_path)).load()
+
+
+def test_another_model_is_never_taken_instead(clip: Path, dino: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds a 'clip' model, wanted is 'vit'"):
+        DINOImages(str(clip)).load()
+    with pytest.raises(ValueError, match="holds a 'vit' model, wanted is 'clip'"):
+        CLIPImages(str(dino)).load()
+    config = json.loads((dino / "config.json").read_text())
+    ViTModel(ViTConfig(**config | {"num_hidden_layers": 1})).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))  # asks for a layer the weights have not
+    with pytest.raises(ValueError, match=r"weights in .* are not complete"):
+        DINOImages(str(tmp_path)).load()
+
+
+def test_loading_leaves_the_random_state_alone(clip: Path) -> None:
+    before = torch.get_rng_state()
+    CLIPImages(str(clip)).load()
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,161 @@
+"""Similarity to a subject and diversity over prompts, against loops over pairs."""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.metrics.toys import TinyFeatures, WordVectors, images
+from unidad_pl.metrics import PromptDiversity, SubjectSimilarity
+from unidad_pl.metrics.similarity import mean_cosine, prompt_key, without_token
+
+PROMPTS = ["a prt dog", "a prt dog", "red prt dog", "a prt dog", "red prt dog", "alone"]
+
+
+class Flat(nn.Module):
+    """An encoder whose embeddings are the pictures' first two values."""
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return pictures.flatten(1)[:, :2]
+
+
+def test_scores_equal_loops_over_pairs() -> None:
+    photos, samples = images(3, seed=1), images(6, seed=2)
+    clip, dino, texts = TinyFeatures(), TinyFeatures(seed=4), WordVectors()
+    metric = SubjectSimilarity({"clip_i": clip, "dino": dino}, texts, token="prt", batch_size=2)
+    metric.set_photos(photos)
+    metric.update(samples, PROMPTS, torch.arange(6))
+    found = metric.compute()
+    clip.eval(), dino.eval()
+
+    def cosine(a: Tensor, b: Tensor) -> float:
+        return float(F.cosine_similarity(a.double(), b.double(), dim=0))
+
+    with torch.no_grad():
+        for name, encoder in (("clip_i", clip), ("dino", dino)):
+            pairs = [[cosine(encoder(s[None])[0], encoder(p[None])[0]) for p in photos] for s in samples]
+            by_sample = [sum(row) / 3 for row in pairs]
+            assert found.means[name] == pytest.approx(sum(by_sample) / 6, rel=1e-5)
+            assert found.by_prompt["red prt dog"][name] == pytest.approx((by_sample[2] + by_sample[4]) / 2, rel=1e-5)
+        told = [
+            cosine(clip(s[None])[0], texts([p.replace("prt ", "")])[0]) for s, p in zip(samples, PROMPTS, strict=True)
+        ]
+    assert found.means["clip_t"] == pytest.approx(sum(told) / 6, rel=1e-5)
+    assert found.by_prompt["alone"]["clip_t"] == pytest.approx(told[5], rel=1e-5)
+    assert list(found.by_prompt) == ["a prt dog", "red prt dog", "alone"]
+
+
+def test_the_rare_token_changes_nothing_once_removed() -> None:
+    def clip_t(prompt: str, token: str | None) -> float:
+        metric = SubjectSimilarity({"clip_i": TinyFeatures()}, WordVectors(), token=token)
+        metric.set_photos(images(1))
+        metric.update(images(2), [prompt] * 2, torch.arange(2))
+        return metric.compute().means["clip_t"]
+
+    assert clip_t("a prt dog", "prt") == clip_t("a dog", None) == clip_t("a xyz dog", "xyz")
+    assert clip_t("a prt dog", None) != clip_t("a dog", None)
+
+
+def test_closed_forms() -> None:
+    picture = torch.zeros(1, 3, 4, 4)
+
+    def of(*values: float) -> Tensor:
+        flat = picture.flatten(1).clone()
+        flat[0, :2] = torch.tensor(values)
+        return flat.view_as(picture)
+
+    metric = SubjectSimilarity({"clip_i": Flat()})
+    metric.set_photos(torch.cat([of(1, 0), of(0, 0.5)]))  # cosines do not know lengths
+    samples = torch.cat([of(1, 0), of(-0.1, 0), of(0.6, 0.8)])
+    metric.update(samples, ["x", "y", "z"], torch.arange(3))
+    by_prompt = metric.compute().by_prompt
+    assert [by_prompt[p]["clip_i"] for p in "xyz"] == pytest.approx([0.5, -0.5, 0.7], abs=1e-6)
+    metric.reset()
+    metric.set_photos(of(0.3, 0.4).expand(4, -1, -1, -1))
+    metric.update(of(0.3, 0.4).expand(5, -1, -1, -1), ["x"] * 5, torch.arange(5))
+    assert metric.compute().means["clip_i"] == pytest.approx(1, abs=1e-6)  # the same picture
+
+
+def test_neither_order_nor_batches_nor_repetitions_count() -> None:
+    samples = images(6, seed=2)
+
+    def found(order: list[int], part: int) -> list[dict[str, float]]:
+        similar = SubjectSimilarity({"clip_i": TinyFeatures()}, WordVectors(), token="prt")
+        similar.set_photos(images(3, seed=1))
+        varied = PromptDiversity(TinyFeatures(), batch_size=2)
+        for start in range(0, len(order), part):
+            rows = order[start : start + part]
+            for metric in (similar, varied):
+                metric.update(samples[rows], [PROMPTS[i] for i in rows], torch.tensor(rows))
+        return [similar.compute().means, varied.compute().means]
+
+    base = found([0, 1, 2, 3, 4, 5], 6)
+    for order, part in (([5, 2, 0, 4, 1, 3], 1), ([0, 1, 2, 3, 4, 5, 0, 0, 2], 4)):
+        for got, want in zip(found(order, part), base, strict=True):
+            assert got == pytest.approx(want, rel=1e-5)
+
+
+def test_photos_in_another_order_score_the_same() -> None:
+    photos, samples = images(4, seed=1), images(3, seed=2)
+    encode = Flat()
+    torch.testing.assert_close(
+        mean_cosine(encode(samples), encode(photos)), mean_cosine(encode(samples), encode(photos.flip(0)))
+    )
+
+
+def test_diversity_equals_loops_over_pairs() -> None:
+    samples, features = images(6, seed=2), TinyFeatures(spatial=True)
+    metric = PromptDiversity(features, batch_size=2)
+    metric.update(samples, PROMPTS, torch.arange(6))
+    found = metric.compute()
+    features.eval()
+    rounded = ((samples + 1) * 127.5).round() / 127.5 - 1
+    with torch.no_grad():
+        phi = features(rounded).double()
+    distance = {(i, j): float((phi[i] - phi[j]).square().sum()) for i, j in combinations(range(6), 2)}
+    intra: dict[str, list[float]] = {}
+    for (i, j), value in distance.items():
+        intra.setdefault(PROMPTS[i] if PROMPTS[i] == PROMPTS[j] else "", []).append(value)
+    inter = intra.pop("")
+    assert found.means["inter"] == pytest.approx(sum(inter) / len(inter), rel=1e-5)
+    means = {prompt: sum(values) / len(values) for prompt, values in intra.items()}
+    assert found.means["intra"] == pytest.approx(sum(means.values()) / 2, rel=1e-5)
+    assert found.by_prompt["red prt dog"]["intra"] == pytest.approx(means["red prt dog"], rel=1e-5)
+    assert math.isnan(found.by_prompt["alone"]["intra"])
+
+
+def test_equal_samples_have_no_diversity_and_single_ones_none_to_speak_of() -> None:
+    metric = PromptDiversity(TinyFeatures())
+    same = images(1).expand(4, -1, -1, -1)
+    metric.update(same, ["x", "x", "y", "y"], torch.arange(4))
+    assert metric.compute().means == {"intra": 0, "inter": 0}
+    metric.reset()
+    metric.update(same[:1], ["x"], torch.arange(1))
+    assert all(math.isnan(value) for value in metric.compute().means.values())
+
+
+def test_words_are_removed_whole() -> None:
+    assert without_token("a prt dog", "prt") == "a dog"
+    assert without_token("prt, a prting dog", " prt ") == ", a prting dog"
+    assert without_token("a <s*> dog", "<s*>") == "a dog"
+    assert without_token("a prt dog", None) == "a prt dog"
+    assert prompt_key("a") != prompt_key("b")
+
+
+def test_what_is_wrong_is_named() -> None:
+    with pytest.raises(ValueError, match=r"text_side must name .* got 'clip_i' and"):
+        SubjectSimilarity({"dino": TinyFeatures()}, WordVectors())
+    metric = SubjectSimilarity({"clip_i": TinyFeatures()})
+    with pytest.raises(ValueError, match="call set_photos before update"):
+        metric.update(images(1), ["x"], torch.arange(1))
+    metric.set_photos(images(1))
+    with pytest.raises(ValueError, match="1 prompts for 2 images"):
+        metric.update(images(2), ["x"], torch.arange(2))
+    for empty in (SubjectSimilarity({"clip_i": TinyFeatures()}), PromptDiversity(TinyFeatures())):
+        with pytest.raises(ValueError, match="has no samples"):
+            empty.compute()

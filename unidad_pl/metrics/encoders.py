@@ -1,0 +1,209 @@
+"""CLIP and DINO encoders of pictures and texts, through transformers, behind two one-method protocols.
+
+Every picture, photo or sample, takes one way into an encoder: bicubic, antialiased, shorter side to the encoder's
+size, centre crop, the encoder's own mean and deviation. Weights are the ones asked for or an error, never others.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unidad_pl.metrics.features import FeatureModule
+
+CLIP = "openai/clip-vit-base-patch32"
+DINO = "facebook/dino-vits16"
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class ImageEncoder(Protocol):
+    """What a picture is compared by."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Pictures [N, 3, H, W] in [-1, 1] -> embeddings [N, D]."""
+        ...
+
+
+class TextEncoder(Protocol):
+    """What a prompt is compared by, in the space of an :class:`ImageEncoder`."""
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """N texts -> embeddings [N, D]."""
+        ...
+
+
+def to_square(images: Tensor, size: int) -> Tensor:
+    """Pictures [N, 3, H, W] in [-1, 1] -> [N, 3, size, size]: the shorter side resized, the middle cut out."""
+    height, width = images.shape[2:]
+    shape = (height * size // min(height, width), width * size // min(height, width))
+    if shape != (height, width):
+        images = F.interpolate(images, shape, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
+    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
+    return images[:, :, top : top + size, left : left + size]
+
+
+def load_part(owner: str, class_name: str, path: str, kind: str, **options: Any) -> nn.Module:
+    """A transformers model with every one of its weights from ``path``, a hub id or a folder; frozen, float32.
+
+    Args:
+        owner: whose weights they are, for errors.
+        class_name: of the transformers class.
+        path: hub id or folder; nothing is downloaded for a folder, nor with ``HF_HUB_OFFLINE`` set.
+        kind: the ``model_type`` its config.json must name.
+        options: for ``from_pretrained``.
+
+    Raises:
+        RuntimeError: transformers is missing, or the weights are: says which, and how to give them.
+        ValueError: ``path`` holds another kind of model, or not all weights.
+    """
+    if find_spec("transformers") is None:
+        raise RuntimeError(f"{owner} needs transformers: pip install 'unidad_pl[sdp]'")
+    import transformers
+
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise missing(owner, path, FileNotFoundError("the folder has no config.json"))
+    offline: dict[str, Any] = {"local_files_only": stays_offline(path)}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            config = transformers.AutoConfig.from_pretrained(path, **offline)
+            if config.model_type != kind:
+                raise ValueError(f"{owner}: {path!r} holds a {config.model_type!r} model, wanted is {kind!r}")
+            network, report = getattr(transformers, class_name).from_pretrained(
+                path, output_loading_info=True, **offline, **options
+            )
+    except OSError as error:
+        raise missing(owner, path, error) from error
+    if absent := [*report["missing_keys"], *report["mismatched_keys"]]:
+        raise ValueError(f"{owner}: the weights in {path!r} are not complete: {sorted(map(str, absent))[:3]} ...")
+    part: nn.Module = network.float().requires_grad_(False).eval()
+    return part
+
+
+def stays_offline(path: str) -> bool:
+    """Whether the hub must not be asked for ``path``."""
+    return Path(path).is_dir() or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def missing(owner: str, path: str, error: Exception) -> RuntimeError:
+    """The error to raise when ``path`` is not to be had."""
+    first = str(error).strip().partition("\n")[0]
+    return RuntimeError(
+        f"{owner} needs the weights {path!r}, which are neither a folder here nor in the Hugging Face cache nor to be "
+        f"downloaded ({first}). Where there is a network: hf download {path} --local-dir FOLDER; then pass the "
+        f"folder as path=FOLDER."
+    )
+
+
+class _Encoder(FeatureModule):
+    """A transformers network that is read when it is first needed."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = self.name = path
+        self.register_buffer("place", torch.zeros(()), persistent=False)
+        self.place: Tensor
+        self.network: Any = None
+
+    def load(self) -> None:
+        if self.network is None:
+            with torch.inference_mode(False):
+                self.network = self._load().to(self.place.device)
+
+    def _load(self) -> nn.Module:
+        raise NotImplementedError
+
+    def _pictures(self, images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+        self.load()
+        config = self.network.config
+        size = getattr(config, "vision_config", config).image_size
+        unit = (to_square(images.float().to(self.place.device), size) + 1) / 2
+        return (unit - unit.new_tensor(mean).view(1, 3, 1, 1)) / unit.new_tensor(std).view(1, 3, 1, 1)
+
+
+class CLIPImages(_Encoder):
+    """CLIP's picture embeddings [N, D], not normalised.
+
+    Args:
+        path: hub id or folder of a ``CLIPModel``.
+    """
+
+    def __init__(self, path: str = CLIP) -> None:
+        super().__init__(path)
+
+    def _load(self) -> nn.Module:
+        network: Any = load_part("CLIPImages", "CLIPModel", self.path, "clip")
+        del network.text_model, network.text_projection
+        return network
+
+    def forward(self, images: Tensor) -> Tensor:
+        pictures = self._pictures(images, CLIP_MEAN, CLIP_STD)
+        with torch.autocast(pictures.device.type, enabled=False):
+            found: Tensor = self.network.visual_projection(self.network.vision_model(pictures).pooler_output)
+        return found
+
+
+class CLIPTexts(_Encoder):
+    """CLIP's text embeddings [N, D], not normalised.
+
+    Args:
+        path: hub id or folder of a ``CLIPModel`` and its tokenizer.
+    """
+
+    def __init__(self, path: str = CLIP) -> None:
+        super().__init__(path)
+        self.tokenizer: Any = None
+
+    def _load(self) -> nn.Module:
+        network: Any = load_part("CLIPTexts", "CLIPModel", self.path, "clip")
+        del network.vision_model, network.visual_projection
+        from transformers import CLIPTokenizer
+
+        try:
+            self.tokenizer = CLIPTokenizer.from_pretrained(self.path, local_files_only=stays_offline(self.path))
+        except (OSError, TypeError) as error:  # TypeError: what a folder without vocabulary leads to
+            raise missing("CLIPTexts (its tokenizer)", self.path, error) from error
+        return network
+
+    def forward(self, texts: Sequence[str]) -> Tensor:  # type: ignore[override]
+        """N texts -> [N, D].
+
+        Raises:
+            ValueError: a text with more tokens than CLIP reads.
+        """
+        self.load()
+        most = self.network.config.text_config.max_position_embeddings
+        for text in texts:
+            if (tokens := len(self.tokenizer(text).input_ids)) > most:
+                raise ValueError(f"the text {text!r} has {tokens} tokens, CLIP reads {most}: make it shorter")
+        given = self.tokenizer(list(texts), padding=True, return_tensors="pt").to(self.place.device)
+        with torch.no_grad(), torch.autocast(self.place.device.type, enabled=False):
+            found: Tensor = self.network.text_projection(self.network.text_model(**given).pooler_output)
+        return found
+
+
+class DINOImages(_Encoder):
+    """The class token of DINO's ViT, [N, D], as in DreamBooth's DINO score (version 1, ViT-S/16).
+
+    Args:
+        path: hub id or folder of a ``ViTModel``.
+    """
+
+    def __init__(self, path: str = DINO) -> None:
+        super().__init__(path)
+
+    def _load(self) -> nn.Module:
+        return load_part("DINOImages", "ViTModel", self.path, "vit", add_pooling_layer=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        pictures = self._pictures(images, IMAGENET_MEAN, IMAGENET_STD)
+        with torch.autocast(pictures.device.type, enabled=False):
+            found: Tensor = self.network(pixel_values=pictures).last_hidden_state[:, 0]
+        return found

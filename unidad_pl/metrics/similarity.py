@@ -1,0 +1,295 @@
+"""How much samples resemble a subject's photos (CLIP-I, DINO) and their prompts (CLIP-T), and how varied they are.
+
+Every score is a mean of cosines that belongs to one sample, so a sample's score needs no other sample, and the means
+over a prompt or over everything are the same on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unidad_pl.metrics.features import extract
+from unidad_pl.metrics.gather import RowMetric, distinct_in_order, double
+
+
+def mean_cosine(embeddings: Tensor, others: Tensor) -> Tensor:
+    """The mean cosine [N] of each of ``embeddings`` [N, D] with all of ``others`` [M, D]."""
+    return double(F.normalize(embeddings, dim=1)) @ double(F.normalize(others, dim=1)).mean(0)
+
+
+def without_token(prompt: str, token: str | None) -> str:
+    """``prompt`` without the rare word ``token``: an encoder that was not trained on it cannot know it."""
+    if token is None:
+        return prompt
+    return " ".join(re.sub(rf"(?<!\w){re.escape(token.strip())}(?!\w)", " ", prompt).split())
+
+
+def prompt_key(prompt: str) -> int:
+    """A number that stands for a prompt in tensors, the same in every process."""
+    return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big", signed=True)
+
+
+class PromptMetric(RowMetric):
+    """A :class:`~unidad_pl.metrics.gather.RowMetric` whose rows belong to numbered samples with prompts."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_rows("index", 1, torch.long)
+        self.add_rows("keys", 1, torch.long)
+        self._texts: dict[int, str] = {}
+
+    def add_samples(self, index: Tensor, prompts: Sequence[str]) -> None:
+        """Samples numbered ``index`` [B] of ``prompts``.
+
+        Raises:
+            ValueError: another number of prompts.
+        """
+        if len(prompts) != len(index):
+            raise ValueError(f"{len(prompts)} prompts for {len(index)} images: give one per image")
+        self._texts |= {prompt_key(prompt): prompt for prompt in prompts}
+        self.append("index", index)
+        self.append("keys", torch.tensor([prompt_key(prompt) for prompt in prompts], dtype=torch.long))
+
+    def by_prompt(self) -> dict[str, Tensor]:
+        """Prompt -> positions of its samples among the rows, every sample number once; for use in ``compute``.
+
+        Samples follow their numbers, prompts their first samples. Prompts of all ranks have names.
+        """
+        texts = dict(self._texts)
+        if self._is_synced and dist.is_initialized():
+            everyone: list[Any] = [None] * dist.get_world_size(self.process_group)
+            dist.all_gather_object(everyone, self._texts, group=self.process_group)
+            texts = {key: text for own in everyone for key, text in own.items()}
+        keys = self.rows("keys")
+        groups: dict[str, list[int]] = {}
+        for position in distinct_in_order(self.rows("index")).tolist():
+            groups.setdefault(texts[int(keys[position])], []).append(position)
+        return {text: torch.tensor(positions, device=keys.device) for text, positions in groups.items()}
+
+    def reset(self) -> None:
+        super().reset()
+        self._texts = {}
+
+
+@dataclass
+class Scores:
+    """What :class:`SubjectSimilarity` computes.
+
+    Attributes:
+        means: score -> mean over all samples.
+        by_prompt: prompt -> score -> mean over its samples.
+    """
+
+    means: dict[str, float]
+    by_prompt: dict[str, dict[str, float]]
+
+
+class SubjectSimilarity(PromptMetric):
+    """``set_photos(photos)``, then ``update(images, prompts, indices)``, then ``compute() -> Scores``.
+
+    Args:
+        image_encoders: score -> encoder of pictures [N, 3, H, W] in [-1, 1]; the score is the mean cosine with the
+            photos.
+        text_encoder: encoder of texts for ``clip_t``, the cosine with the sample's prompt; None: no such score.
+        text_side: which of ``image_encoders`` shares a space with ``text_encoder``.
+        token: word that is taken out of prompts before they are encoded.
+        batch_size: pictures per pass.
+        kwargs: for ``torchmetrics.Metric``.
+
+    Raises:
+        ValueError: no encoder, or ``text_side`` names none.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+
+    def __init__(
+        self,
+        image_encoders: Mapping[str, nn.Module],
+        text_encoder: nn.Module | None = None,
+        text_side: str = "clip_i",
+        token: str | None = None,
+        batch_size: int = 16,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if not image_encoders or (text_encoder is not None and text_side not in image_encoders):
+            raise ValueError(
+                f"text_side must name one of the image encoders, got {text_side!r} and {list(image_encoders)}"
+            )
+        self.encoders = nn.ModuleDict(dict(image_encoders))
+        self.text_encoder, self.text_side, self.token, self.batch_size = text_encoder, text_side, token, batch_size
+        self.names = [*image_encoders, *(["clip_t"] if text_encoder is not None else [])]
+        self.add_rows("scores", 2, torch.float64)
+        self._photos: dict[str, Tensor] = {}
+        self._embedded: dict[str, Tensor] = {}
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Score -> the encoder it is measured with (``clip_t``: that of texts)."""
+        named = dict(self.encoders.items())
+        return named if self.text_encoder is None else named | {"clip_t": self.text_encoder}
+
+    def set_photos(self, photos: Tensor) -> None:
+        """The subject's photos [k, 3, H, W] in [-1, 1]; they stay over ``reset``."""
+        self._photos = {name: extract(encoder, photos, self.batch_size) for name, encoder in self.encoders.items()}
+
+    def update(self, images: Tensor, prompts: Sequence[str], indices: Tensor) -> None:
+        """Samples [B, 3, H, W] in [-1, 1], their prompts and their numbers [B].
+
+        Raises:
+            ValueError: another number of prompts, or no photos yet.
+        """
+        if not self._photos:
+            raise ValueError("SubjectSimilarity has no photos: call set_photos before update")
+        self.add_samples(indices, prompts)
+        found = {name: extract(encoder, images, self.batch_size) for name, encoder in self.encoders.items()}
+        columns = [mean_cosine(rows, self._photos[name]) for name, rows in found.items()]
+        if self.text_encoder is not None:
+            own = F.normalize(found[self.text_side], dim=1)
+            columns.append((double(own) * double(self._texts_of(prompts).to(own.device))).sum(1))
+        self.append("scores", torch.stack(columns, 1))
+
+    def _texts_of(self, prompts: Sequence[str]) -> Tensor:
+        assert self.text_encoder is not None
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self._embedded:
+                with torch.no_grad():
+                    row = self.text_encoder([without_token(prompt, self.token)]).float()
+                self._embedded[prompt] = F.normalize(row, dim=1)[0]
+        return torch.stack([self._embedded[prompt] for prompt in prompts])
+
+    def compute(self) -> Scores:
+        """The means over all samples of all ranks.
+
+        Raises:
+            ValueError: no samples.
+        """
+        groups, scores = self.by_prompt(), self.rows("scores")
+        if not groups:
+            raise ValueError("SubjectSimilarity has no samples: call update before compute")
+        every = scores[torch.cat(list(groups.values()))].mean(0)
+        return Scores(
+            means=dict(zip(self.names, every.tolist(), strict=True)),
+            by_prompt={
+                text: dict(zip(self.names, scores[rows].mean(0).tolist(), strict=True)) for text, rows in groups.items()
+            },
+        )
+
+
+class PromptImages(PromptMetric):
+    """Keeps samples, rounded to 8 bits, by prompt: ``compute()`` is prompt -> [n, 3, H, W] uint8, seeds ascending."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_rows("images", 4, torch.uint8)
+
+    def update(self, images: Tensor, prompts: Sequence[str], indices: Tensor) -> None:
+        """Samples [B, 3, H, W] in [-1, 1], their prompts and their numbers [B].
+
+        Raises:
+            ValueError: another number of prompts.
+        """
+        self.add_samples(indices, prompts)
+        self.append("images", ((images.float().clamp(-1, 1) + 1) * 127.5).round())
+
+    def compute(self) -> Any:
+        """The samples of all ranks."""
+        images = self.rows("images")
+        return {text: images[rows] for text, rows in self.by_prompt().items()}
+
+
+class PromptDiversity(PromptImages):
+    """``update(images, prompts, indices)``, then ``compute() -> Scores``: LPIPS between samples.
+
+    ``intra``: the mean distance of two samples of one prompt, averaged over prompts with two samples or more.
+    ``inter``: the mean distance of two samples of different prompts. NaN where there is no such pair.
+
+    Pictures are kept, rounded to 8 bits. With ``|phi(x) - phi(y)|^2`` for LPIPS, the distances of m samples sum to
+    ``m S2 - |S1|^2`` (see :mod:`unidad_pl.metrics.intra_lpips`): one pass per picture, no pairs.
+
+    Args:
+        features: phi, e.g. :class:`~unidad_pl.metrics.LPIPSFeatures`.
+        batch_size: pictures per pass.
+        kwargs: for ``torchmetrics.Metric``.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+
+    def __init__(self, features: nn.Module, batch_size: int = 8, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.features, self.batch_size = features, batch_size
+
+    def compute(self) -> Scores:
+        """The means over all samples of all ranks.
+
+        Raises:
+            ValueError: no samples.
+        """
+        groups = super().compute()
+        if not groups:
+            raise ValueError("PromptDiversity has no samples: call update before compute")
+        everyone = _Sums()
+        prompts: dict[str, _Sums] = {}
+        for text, images in groups.items():
+            own = _Sums()
+            for part in images.split(self.batch_size):
+                phi = double(extract(self.features, part.float() / 127.5 - 1, self.batch_size))
+                everyone.anchor = phi[0] if everyone.anchor is None else everyone.anchor
+                own.add(phi - everyone.anchor)
+            everyone.join(own)  # takes its vector along: one prompt's at a time is in memory
+            prompts[text] = own
+        inside, pairs = sum(own.distances for own in prompts.values()), sum(own.pairs for own in prompts.values())
+        known = [own.distances / own.pairs for own in prompts.values() if own.pairs]
+        return Scores(
+            means={
+                "intra": _ratio(sum(known), len(known)),
+                "inter": _ratio(everyone.finished().distances - inside, everyone.pairs - pairs),
+            },
+            by_prompt={text: {"intra": _ratio(own.distances, own.pairs)} for text, own in prompts.items()},
+        )
+
+
+class _Sums:
+    """S1 and S2 of a group of samples, and what follows from them."""
+
+    def __init__(self) -> None:
+        self.anchor: Tensor | None = None
+        self.first: Tensor | None = None
+        self.second, self.count, self.distances = 0.0, 0, 0.0
+
+    @property
+    def pairs(self) -> int:
+        return self.count * (self.count - 1) // 2
+
+    def add(self, away: Tensor) -> None:
+        """Samples' features less the anchor, [n, D]."""
+        self.first = away.sum(0) if self.first is None else self.first + away.sum(0)
+        self.second, self.count = self.second + float(away.square().sum()), self.count + len(away)
+
+    def join(self, other: _Sums) -> None:
+        """Add all of ``other``, and finish it."""
+        assert other.first is not None
+        self.first = other.first if self.first is None else self.first + other.first
+        self.second, self.count = self.second + other.second, self.count + other.count
+        other.finished()
+
+    def finished(self) -> _Sums:
+        """The sum of all distances is known, the vector forgotten."""
+        assert self.first is not None
+        self.distances = max(0.0, self.count * self.second - float(self.first.square().sum()))
+        self.first = None
+        return self
+
+
+def _ratio(total: float, count: int) -> float:
+    return max(0.0, total) / count if count else float("nan")
