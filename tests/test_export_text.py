@@ -131,12 +131,13 @@ def test_a_config_without_its_files_says_which_go_where(
     config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "data" / "dog6").mkdir(parents=True)
-    Image.new("RGB", (20, 20)).save(tmp_path / "data" / "dog6" / "0.png")
+    (tmp_path / "dog6").mkdir()
+    Image.new("RGB", (20, 20)).save(tmp_path / "dog6" / "0.png")
     path = yaml.safe_load((CONFIGS / config).read_text())["model"]["init_args"]["source"]["init_args"]["path"]
     assert path in (CONFIGS / config).read_text().split("unidad fit")[0]
     with pytest.raises(FileNotFoundError, match=rf"'{path}'.*--model.source.init_args.path.*hf download"):
-        main(["fit", "--config", str(CONFIGS / config), "--trainer.accelerator", "cpu"])
+        main(["fit", "--config", str(CONFIGS / config), "--config", str(NO_METRICS), "--trainer.accelerator", "cpu",
+              "--data.root", "dog6", "--data.dreambooth", "null", "--data.class_word", "dog"])  # fmt: skip
 
 
 def test_the_configs_of_adapters_train_and_export_them(place: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import pytest
@@ -21,7 +21,6 @@ from unidad_pl.callbacks.pictures import as_uint8
 from unidad_pl.data import SubjectDataModule
 from unidad_pl.discriminator import Critic
 from unidad_pl.export import export, load_export
-from unidad_pl.memory import predict_memory
 from unidad_pl.modules import UniDAD
 from unidad_pl.modules.frozen import Memory
 from unidad_pl.modules.optimization import Optimization, content_hash
@@ -59,8 +58,11 @@ def module(folder: Path, lora: LoRA | None = LoRA(rank=2), **options: Any) -> Un
     return UniDAD(**{**defaults, **options})
 
 
-def fit(model: UniDAD, photos: Path, steps: int, folder: Path, ckpt_path: str | None = None) -> pl.Trainer:
+def fit(
+    model: UniDAD, photos: Path, steps: int, folder: Path, ckpt_path: str | None = None, precision: Any = "32-true"
+) -> pl.Trainer:
     trainer = pl.Trainer(
+        precision=precision,
         max_steps=steps, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu",
         default_root_dir=folder, enable_model_summary=False,
     )  # fmt: skip
@@ -181,44 +183,21 @@ def test_a_shared_base_is_stored_in_one_way(unet_only: Path, memory: Memory) -> 
         module(unet_only, memory=memory).configure_model()
 
 
-def test_training_moves_adapters_only(folder: Path, photos: Path, tmp_path: Path) -> None:
-    model = module(folder)
-    model.configure_model()
-    base = {n: content_hash(getattr(model, n), model.student.shared_weights) for n in ("student", "source_teacher")}
-    first = content_hash(model.student)
-    trainer = fit(model, photos, 3, tmp_path)
-    after = {n: content_hash(getattr(model, n), model.student.shared_weights) for n in base}
-    assert after == base
-    assert len({first, *(content_hash(getattr(model, n)) for n in ("student", "fake_score", "target_teacher"))}) == 4
-    trainer.save_checkpoint(tmp_path / "a.ckpt")
-    stored = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
-    assert {n.split(".")[0] for n in stored} == {
-        "student", "fake_score", "target_teacher", "discriminator", "ema", "iteration"
-    }  # fmt: skip
-    assert all(".lora_" in n for n in stored if ".unet." in n)
+OVER = LoRA(rank=2, alpha=3.0)
+ITERATIONS = 3
+small = pytest.mark.parametrize("folder", [False], indirect=True, ids=["1.x"])
 
 
-def test_resume_equals_an_undisturbed_run(folder: Path, photos: Path, tmp_path: Path) -> None:
-    whole = module(folder)
-    fit(whole, photos, 4, tmp_path)
-    fit(module(folder), photos, 2, tmp_path).save_checkpoint(tmp_path / "half.ckpt")
-    resumed = module(folder)
-    fit(resumed, photos, 4, tmp_path, str(tmp_path / "half.ckpt"))
-    assert content_hash(resumed) == content_hash(whole)
+class Run(NamedTuple):
+    """A run that several tests look at."""
 
-
-def test_checkpointed_blocks_give_the_same_weights(folder: Path, photos: Path, tmp_path: Path) -> None:
-    """A recomputed block that used another network's adapters would not."""
-    hashes = []
-    for checkpointing in ("none", "both"):
-        model = module(folder, memory=Memory(checkpointing=checkpointing))  # type: ignore[arg-type]
-        fit(model, photos, 3, tmp_path)
-        hashes.append(content_hash(model.student))
-    assert hashes[0] == hashes[1]
+    place: Path
+    model: UniDAD
+    base: str
 
 
 @pytest.fixture(scope="module")
-def run(folder: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(folder: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     place = tmp_path_factory.mktemp("run")
     (place / "config.yaml").write_text(
         f"""model:
@@ -230,16 +209,66 @@ def run(folder: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) ->
     steps: 2
 """
     )
-    model = module(folder, LoRA(rank=2, alpha=3.0))
-    fit(model, photos, 3, place).save_checkpoint(place / "last.ckpt")
-    return place
+    model = module(folder, OVER)
+    model.configure_model()
+    base = content_hash(model.student, model.student.shared_weights)
+    fit(model, photos, ITERATIONS, place).save_checkpoint(place / "last.ckpt")
+    return Run(place, model, base)
+
+
+def test_training_moves_adapters_only(run: Run, folder: Path) -> None:
+    networks = {name: getattr(run.model, name) for name in ("student", "fake_score", "target_teacher")}
+    for network in (*networks.values(), run.model.source_teacher):
+        assert content_hash(network, network.shared_weights) == run.base
+    torch.manual_seed(0)
+    plain = StableDiffusion(str(folder)).build()
+    for name, weight in run.model.source_teacher.named_parameters():
+        if ".lora_" not in name:
+            assert torch.equal(weight, plain.get_parameter(name.replace(".base_layer", "")))
+    assert len({content_hash(network) for network in (*networks.values(), run.model.source_teacher)}) == 4
+    stored = torch.load(run.place / "last.ckpt", weights_only=True)["state_dict"]
+    assert {n.split(".")[0] for n in stored} == {*networks, "discriminator", "ema", "iteration"}
+    assert all(".lora_" in n for n in stored if ".unet." in n)
+
+
+@small
+def test_resume_equals_an_undisturbed_run(run: Run, folder: Path, photos: Path, tmp_path: Path) -> None:
+    fit(module(folder, OVER), photos, 2, tmp_path).save_checkpoint(tmp_path / "part.ckpt")
+    resumed = module(folder, OVER)
+    fit(resumed, photos, ITERATIONS, tmp_path, str(tmp_path / "part.ckpt"))
+    assert content_hash(resumed) == content_hash(run.model)
+
+
+@small
+def test_checkpointed_blocks_give_the_same_weights(run: Run, folder: Path, photos: Path, tmp_path: Path) -> None:
+    """A recomputed block that used another network's adapters would not."""
+    model = module(folder, OVER, memory=Memory(checkpointing="both"))
+    fit(model, photos, ITERATIONS, tmp_path)
+    for name in ("student", "fake_score", "target_teacher", "discriminator"):
+        assert content_hash(getattr(model, name)) == content_hash(getattr(run.model, name)), name
+
+
+@small
+def test_autocast_trains_every_adapter_as_float32_does(folder: Path, photos: Path, tmp_path: Path) -> None:
+    """A cast of an adapter that was made without a graph, and used again, would leave its weights where they were."""
+    mixed, exact = (module(folder, OVER, student_every=1) for _ in range(2))
+    fit(mixed, photos, 1, tmp_path, precision="bf16-mixed")
+    fit(exact, photos, 1, tmp_path)
+    for name in ("student", "fake_score", "target_teacher"):
+        moved, same = 0, 0
+        for key, weight in getattr(mixed, name).named_parameters():
+            if ".lora_B." in key:  # zero at first: Adam's first step is the gradient's sign
+                signs = getattr(exact, name).get_parameter(key).sign()
+                moved, same = moved + weight.numel(), same + int((weight.sign() == signs).sum())
+                assert weight.any(), (name, key)
+        assert same > 0.9 * moved, name
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["merged", "adapters"])
-def test_exports_draw_the_same_images(run: Path, folder: Path, tmp_path: Path, adapters: bool) -> None:
+def test_exports_draw_the_same_images(run: Run, folder: Path, tmp_path: Path, adapters: bool) -> None:
     """Both ways through plain diffusers code: a whole pipeline, and the base with load_lora_weights."""
-    out = export(str(run / "last.ckpt"), str(tmp_path / "out"), adapters=adapters)
-    student = load_student(run / "last.ckpt")
+    out = export(str(run.place / "last.ckpt"), str(tmp_path / "out"), adapters=adapters)
+    student = load_student(run.place / "last.ckpt")
     noise = seeded_noise([5, 6], student.network.image_shape, "cpu")
     with torch.no_grad():
         drawn = student.sampler(student.network, noise, student.codec.embed(["a prt dog"] * 2))
@@ -261,15 +290,17 @@ def test_exports_draw_the_same_images(run: Path, folder: Path, tmp_path: Path, a
     assert (drawn - untrained).abs().max() > 0.05  # the adapters are not nothing
 
 
-def test_adapters_are_no_pipeline(run: Path, tmp_path: Path) -> None:
-    out = export(str(run / "last.ckpt"), str(tmp_path / "out"), adapters=True)
+@small
+def test_adapters_are_no_pipeline(run: Run, tmp_path: Path) -> None:
+    out = export(str(run.place / "last.ckpt"), str(tmp_path / "out"), adapters=True)
     with pytest.raises(ValueError, match="load_lora_weights"):
         load_export(out)
 
 
-def test_adapters_over_another_base_are_refused(run: Path, tmp_path: Path) -> None:
-    config = (run / "config.yaml").read_text()
-    other = save_tiny(tmp_path / "other", "XL" in config)
+@small
+def test_adapters_over_another_base_are_refused(run: Run, tmp_path: Path) -> None:
+    config = (run.place / "config.yaml").read_text()
+    other = save_tiny(tmp_path / "other")
     network = StableDiffusion(str(other)).build()
     with torch.no_grad():
         network.unet.conv_in.weight.add_(1)
@@ -280,7 +311,7 @@ def test_adapters_over_another_base_are_refused(run: Path, tmp_path: Path) -> No
     ]
     (tmp_path / "config.yaml").write_text("\n".join(lines))
     with pytest.raises(ValueError, match="another one"):
-        load_student(run / "last.ckpt", config=str(tmp_path / "config.yaml"))
+        load_student(run.place / "last.ckpt", config=str(tmp_path / "config.yaml"))
 
 
 def test_weights_from_a_file(unet_only: Path, tmp_path: Path) -> None:
@@ -294,9 +325,3 @@ def test_weights_from_a_file(unet_only: Path, tmp_path: Path) -> None:
     torch.save({"conv_in.weight": network.unet.conv_in.weight}, tmp_path / "part.bin")
     with pytest.raises(ValueError, match=r"Missing key.*conv_out\.bias"):
         StableDiffusion(str(unet_only), unet_weights=str(tmp_path / "part.bin")).build()
-
-
-def test_adapters_need_less_than_half_of_the_memory(unet_only: Path) -> None:
-    full, small = (predict_memory(module(unet_only, lora), 1) for lora in (None, LoRA(rank=2)))
-    assert small.gradients < 0.2 * full.gradients
-    assert sum(small.weights.values()) < 0.5 * sum(full.weights.values())
