@@ -44,6 +44,8 @@ class UniDAD(AdversarialModule):
         target_update: T is trained on the iterations that update the ``student``, or on ``every`` one.
         target_iterations: T is trained in the first so many iterations only: it learns the new domain long before it
             knows the shots by heart. null: always.
+        target_steps: updates of T in an iteration that trains T, each with fresh noise on the same images: T, which costs
+            little beside the student, gets ahead of it.
         target_fine: share of T's training noise that is drawn from the lower half of the table alone. Fine structure is
             what T learns last, and a handful of shots does not make T know it by heart. 0: none, as in the paper.
         steps: K, the student's sampling steps.
@@ -87,6 +89,7 @@ class UniDAD(AdversarialModule):
         target: Literal["train", "frozen"] = "train",
         target_update: Literal["student", "every"] = "student",
         target_iterations: int | None = None,
+        target_steps: int = 1,
         target_fine: float = 0.0,
         steps: int = 3,
         sigma_max: float = 80.0,
@@ -127,10 +130,13 @@ class UniDAD(AdversarialModule):
                 f"got {target_fine}, {target_weight} and {guidance_scale}"
             )
         self.guidance_scale, self.negative_prompt = guidance_scale, negative_prompt
-        if student_every < 1 or (target_iterations is not None and target_iterations < 1):
+        if min(student_every, target_steps, 1 if target_iterations is None else target_iterations) < 1:
             raise ValueError(
-                f"student_every and target_iterations must be >= 1, got {student_every} and {target_iterations}"
+                f"student_every, target_steps and target_iterations must be >= 1, "
+                f"got {student_every}, {target_steps} and {target_iterations}"
             )
+        if target_steps > 1 and accumulate > 1:
+            raise ValueError(f"target_steps {target_steps} needs accumulate: 1, got {accumulate}: use one of the two")
         self.source_weight, self.target_weight = dmd_weights or (1 - target_weight, target_weight)
         if min(self.source_weight, self.target_weight) < 0 or self.source_weight + self.target_weight == 0:
             raise ValueError(f"dmd_weights must be >= 0 and not both 0, got {dmd_weights}")
@@ -147,7 +153,7 @@ class UniDAD(AdversarialModule):
         self.frozen_networks = ("source_teacher",) * (self.source_weight > 0)
         self.frozen_networks += ("target_teacher",) * (self.target_weight > 0 and target == "frozen")
         self.target_update, self.target_iterations, self.target_fine = target_update, target_iterations, target_fine
-        self.student_every = student_every
+        self.student_every, self.target_steps = student_every, target_steps
         checkpointed = memory.checkpointing in ("steps", "both")
         self.sampler = FewStepSampler(log_linear(steps, sigma_max, sigma_end), gradient, checkpointed)
         self.sigma_end = sigma_end
@@ -207,7 +213,8 @@ class UniDAD(AdversarialModule):
         if group == "target" and self.target_iterations is not None:
             iterations = min(iterations, self.target_iterations)
         every = group == "fake" or (group == "target" and self.target_update == "every")
-        return iterations if every else -(-iterations // self.student_every)
+        due = iterations if every else -(-iterations // self.student_every)
+        return due * self.target_steps if group == "target" else due
 
     # -- one iteration (METHOD 6) --------------------------------------------------------------------------------
 
@@ -225,7 +232,9 @@ class UniDAD(AdversarialModule):
                 self.backward_into(self.target_loss(real, cond, part.prior), "target")
         stepped = update and self.step("student")
         self.step("fake")
-        if update_target:
+        for number in range(self.target_steps if update_target else 0):
+            if number:
+                self.backward_into(self.target_loss(real, cond, part.prior), "target")
             self.step("target")
         self.finish_iteration(stepped)
 
