@@ -250,7 +250,7 @@ def test_checkpointed_blocks_give_the_same_weights(run: Run, folder: Path, photo
 
 @small
 def test_autocast_trains_every_adapter_as_float32_does(folder: Path, photos: Path, tmp_path: Path) -> None:
-    """A cast of an adapter that was made without a graph, and used again, would leave its weights where they were."""
+    """Older versions of torch reuse casts made without a graph: those adapters would stay where they were."""
     mixed, exact = (module(folder, OVER, student_every=1) for _ in range(2))
     fit(mixed, photos, 1, tmp_path, precision="bf16-mixed")
     fit(exact, photos, 1, tmp_path)
