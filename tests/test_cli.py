@@ -183,7 +183,7 @@ def test_kill_9_and_resume_equals_an_undisturbed_run(tmp_path: Path) -> None:
          "init_args": {"every_n_train_steps": 4, "save_top_k": -1}}
     ]  # fmt: skip
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    command = ("fit", "--config", str(tmp_path / "config.yaml"), "--summary", "false")
+    command = ("fit", "--config", str(tmp_path / "config.yaml"), "--summary", "false", "--threads", "1")
     victim = start(*command, cwd=tmp_path)
     deadline = time.time() + 120
     while not list(tmp_path.rglob("*step=4.ckpt")):

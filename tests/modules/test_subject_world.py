@@ -149,7 +149,7 @@ def teach(prior: float | None) -> Any:
     world = World([-1.0, 0.0, -1.0, 1.5], shared_words=True)
     module = UniDAD(
         world, student_source=World([-1.0, 0.0, -1.0, 1.5], OneStep, True), target_weight=1.0, target_update="every",
-        steps=1, student_every=1, critic=Critic(student_weight=0, critic_weight=0), sigma_data=1.0,
+        steps=1, student_every=1000, critic=Critic(student_weight=0, critic_weight=0), sigma_data=1.0,
         student_optimization=STEADY, fake_optimization=QUICK, target_optimization=QUICK,
     )  # fmt: skip
     fit(module, 300, Photos(prior))
