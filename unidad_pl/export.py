@@ -182,16 +182,23 @@ images = pipe({prompt!r}, num_inference_steps={steps}, guidance_scale=1.0).image
 ADAPTER_USAGE = """from diffusers import DiffusionPipeline, LCMScheduler
 
 pipe = DiffusionPipeline.from_pretrained({base!r})  # the model that the adapters were trained over
-pipe.load_lora_weights("THIS_FOLDER")
+{other_weights}pipe.load_lora_weights("THIS_FOLDER")
 pipe.scheduler = LCMScheduler.from_pretrained("THIS_FOLDER", subfolder="scheduler")
 images = pipe({{prompt!r}}, num_inference_steps={{steps}}, guidance_scale=1.0).images"""
+
+OTHER_WEIGHTS = """from unidad_pl.backbones import StableDiffusion
+
+pipe.unet = StableDiffusion({base!r}, unet_weights={file!r}).build().unet  # they were trained over these weights
+"""
 
 
 def _usage(config: dict[str, Any], adapters: bool) -> str:
     model = (config.get("model") or {}).get("init_args") or {}
     source = model.get("student_source") or model.get("source") or {}
-    base = (source.get("init_args") or {}).get("path", "THE_BASE_MODEL")
-    return ADAPTER_USAGE.format(base=base) if adapters else TEXT_USAGE
+    init = source.get("init_args") or {}
+    base, file = init.get("path", "THE_BASE_MODEL"), init.get("unet_weights")
+    other = "" if file is None else OTHER_WEIGHTS.format(base=base, file=file)
+    return ADAPTER_USAGE.format(base=base, other_weights=other) if adapters else TEXT_USAGE
 
 
 def model_card(student: TrainedStudent, checkpoint: str, adapters: bool = False) -> str:

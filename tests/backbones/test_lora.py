@@ -20,7 +20,7 @@ from unidad_pl.backbones.lora import merged
 from unidad_pl.callbacks.pictures import as_uint8
 from unidad_pl.data import SubjectDataModule
 from unidad_pl.discriminator import Critic
-from unidad_pl.export import export, load_export
+from unidad_pl.export import export, load_export, model_card
 from unidad_pl.modules import UniDAD
 from unidad_pl.modules.frozen import Memory
 from unidad_pl.modules.optimization import Optimization, content_hash
@@ -250,7 +250,7 @@ def test_checkpointed_blocks_give_the_same_weights(run: Run, folder: Path, photo
 
 @small
 def test_autocast_trains_every_adapter_as_float32_does(folder: Path, photos: Path, tmp_path: Path) -> None:
-    """A cast of an adapter that was made without a graph, and used again, would leave its weights where they were."""
+    """Older versions of torch reuse casts made without a graph: those adapters would stay where they were."""
     mixed, exact = (module(folder, OVER, student_every=1) for _ in range(2))
     fit(mixed, photos, 1, tmp_path, precision="bf16-mixed")
     fit(exact, photos, 1, tmp_path)
@@ -325,3 +325,26 @@ def test_weights_from_a_file(unet_only: Path, tmp_path: Path) -> None:
     torch.save({"conv_in.weight": network.unet.conv_in.weight}, tmp_path / "part.bin")
     with pytest.raises(ValueError, match=r"Missing key.*conv_out\.bias"):
         StableDiffusion(str(unet_only), unet_weights=str(tmp_path / "part.bin")).build()
+
+
+@small
+@pytest.mark.parametrize("other", [False, True], ids=["folder", "unet_weights"])
+def test_the_card_of_adapters_runs_and_names_what_they_were_trained_over(
+    run: Run, folder: Path, tmp_path: Path, other: bool
+) -> None:
+    out = export(str(run.place / "last.ckpt"), str(tmp_path / "out"), adapters=True)
+    network = StableDiffusion(str(folder)).build()
+    student = load_student(run.place / "last.ckpt")
+    if other:
+        with torch.no_grad():
+            network.unet.conv_in.weight.mul_(2)
+        torch.save(network.unet.state_dict(), tmp_path / "pytorch_model.bin")
+        student.config["model"]["init_args"]["source"]["init_args"]["unet_weights"] = str(
+            tmp_path / "pytorch_model.bin"
+        )
+    code = model_card(student, "last.ckpt", adapters=True).split("```python\n")[1].split("```")[0]
+    ran: dict[str, Any] = {}
+    exec(code.replace("THIS_FOLDER", str(out)), ran)
+    torch.testing.assert_close(ran["pipe"].unet.conv_in.weight, network.unet.conv_in.weight)
+    assert ran["pipe"].get_active_adapters()
+    assert len(ran["images"]) == 1
