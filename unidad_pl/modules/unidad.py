@@ -44,8 +44,8 @@ class UniDAD(AdversarialModule):
         target_update: T is trained on the iterations that update the ``student``, or on ``every`` one.
         target_iterations: T is trained in the first so many iterations only: it learns the new domain long before it
             knows the shots by heart. null: always.
-        target_steps: updates of T in an iteration that trains T, each with fresh noise on the same images: T, which costs
-            little beside the student, gets ahead of it.
+        target_steps: updates of T in an iteration that trains T, each with fresh noise on the same images: T,
+            which costs little beside the student, gets ahead of it.
         target_fine: share of T's training noise that is drawn from the lower half of the table alone. Fine structure is
             what T learns last, and a handful of shots does not make T know it by heart. 0: none, as in the paper.
         steps: K, the student's sampling steps.
