@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tests.callbacks.toys import Data, Judge, Told, Toy, trainer
+from tests.callbacks.toys import SIZE, Data, Judge, Told, Toy, trainer
 from tests.metrics.toys import TinyFeatures, WordVectors
 from unidad_pl.callbacks import (
     FID,
@@ -26,6 +26,7 @@ from unidad_pl.callbacks import (
     SubjectSimilarity,
     read_records,
 )
+from unidad_pl.data import FewShotDataModule
 
 
 class Uneven(Data):
@@ -35,6 +36,19 @@ class Uneven(Data):
         assert self.trainer is not None
         own = range(self.seeds)[1:] if self.trainer.global_rank == 0 else range(1)
         return DataLoader(own, batch_size=self.batch)
+
+
+class Dealt(FewShotDataModule):
+    """``count`` seeds, shared out as in a run of ours."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(domain="faces", shots=3, resolution=SIZE, val_samples=count, eval_batch_size=10,
+                         reference_size=40)  # fmt: skip
+
+
+class Told2(Told):
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().validation_step(batch["seeds"], batch_idx)
 
 
 class OnlyFirst(TinyFeatures):
@@ -57,10 +71,12 @@ def callbacks() -> list[pl.Callback]:
     ]
 
 
-def validate(folder: Path, devices: int, data: Data, **options: Any) -> list[dict[str, Any]]:
+def validate(
+    folder: Path, devices: int, data: pl.LightningDataModule, own: list[pl.Callback] | None = None, **options: Any
+) -> list[dict[str, Any]]:
     strategy = "ddp_fork" if devices > 1 else "auto"
-    run = trainer(folder, *callbacks(), devices=devices, strategy=strategy, **options)
-    run.validate(Told(), datamodule=data, verbose=False)
+    run = trainer(folder, *(callbacks() if own is None else own), devices=devices, strategy=strategy, **options)
+    run.validate(Told() if isinstance(data, Data) else Told2(), datamodule=data, verbose=False)
     return [{key: value for key, value in record.items() if key != "time"} for record in records(folder)]
 
 
@@ -87,8 +103,22 @@ def failure(folder: Path, *own: pl.Callback) -> str:
     return "nothing went wrong"
 
 
+def check_every_count(root: Path) -> None:
+    """Each sample counts once, and values are equal bit for bit, for any number of samples on any number of ranks."""
+    for count in (1, 7, 64):
+        own = callbacks() if count > 1 else callbacks()[2:3]  # a Frechet distance needs two images
+        found = [
+            validate(root / f"{count}_{world}", world, Dealt(count), own, use_distributed_sampler=False)
+            for world in (1, 2, 3)
+        ]
+        assert all(record["samples"] == count for record in found[0])
+        assert found[0] == found[1] == found[2], (count, found)
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        check_every_count(Path(name))
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         single = validate(root / "one", 1, Data(seeds=23))

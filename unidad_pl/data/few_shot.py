@@ -240,11 +240,10 @@ class FewShotDataModule(pl.LightningDataModule):
         trainer = self.trainer
         world, rank = (trainer.world_size, trainer.global_rank) if trainer is not None else (1, 0)
         seeds = torch.arange(self.first_seed, self.first_seed + self.samples[stage])
-        batches = [{"seeds": part} for part in seeds[rank::world].split(self.eval_batch_size) if len(part)]
-        if 0 < self.samples[stage] < world:
-            raise ValueError(
-                f"{stage}_samples={self.samples[stage]} is less than the {world} processes: each needs one"
-            )
+        own = seeds[rank::world]
+        if not len(own):  # Lightning skips the loop of a rank without a batch; metrics count a seed once
+            own = seeds[:1]
+        batches = [{"seeds": part} for part in own.split(self.eval_batch_size) if len(part)]
         return DataLoader(SeedBatches(batches), batch_size=None)
 
 

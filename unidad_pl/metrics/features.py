@@ -23,6 +23,9 @@ INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 LOADING_ERRORS = (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError)
 
+CPU_ROWS = 10
+"""Most images that a feature network sees at a time on a CPU."""
+
 
 class FeatureModule(nn.Module):
     """Base of the extractors here. Any ``nn.Module`` with the same ``forward`` will do instead of a subclass.
@@ -252,6 +255,13 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def extract(features: nn.Module, images: Tensor, batch_size: int) -> Tensor:
-    """Features [N, D] float32 of images [N, 3, H, W] in [-1, 1], ``batch_size`` at a time; eval mode, no gradient."""
+    """Features [N, D] float32 of images [N, 3, H, W] in [-1, 1], ``batch_size`` at a time; eval mode, no gradient.
+
+    On a CPU all parts have one size, at most :data:`CPU_ROWS`, and the last one is filled up with copies: kernels that
+    are chosen by the size of a batch would make features depend, in the last bit, on how many ranks share the images.
+    """
+    rows = min(batch_size, CPU_ROWS) if images.device.type == "cpu" else batch_size
+    missing = -len(images) % rows if images.device.type == "cpu" and len(images) else 0
+    filled = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)]) if missing else images
     with torch.no_grad(), evaluating(features):
-        return torch.cat([features(part).float() for part in images.split(batch_size)])
+        return torch.cat([features(part).float() for part in filled.split(rows)])[: len(images)]
