@@ -91,6 +91,15 @@ def test_a_token_of_many_pieces_is_warned_of(folder: Path, recwarn: pytest.Warni
 
 
 def test_a_prior_needs_prompts() -> None:
-    assert encode_prior(None, slice(0, 1), Codec()) is None
+    assert encode_prior(None, slice(0, 1), Codec(), True) is None
     with pytest.raises(ValueError, match="need prompts that say what they show"):
-        encode_prior(Batch(torch.zeros(1, 3, 8, 8)), slice(0, 1), Codec())
+        encode_prior(Batch(torch.zeros(1, 3, 8, 8)), slice(0, 1), Codec(), True)
+
+
+def test_pictures_of_the_class_that_nothing_learns_from_are_refused(folder: Path, photos: Path, tmp_path: Path) -> None:
+    served = data(photos, class_images=str(photos), class_template="photo of {}")
+    served.setup("fit")
+    model = module(folder, target_weight=0.0)
+    model.configure_model()
+    with pytest.raises(ValueError, match="class_images out"):
+        list(model.micro_batches(next(iter(served.train_dataloader()))))

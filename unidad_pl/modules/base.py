@@ -197,7 +197,8 @@ class GenerativeModule(ManualSteps, Resumable, FrozenNetworks):
                 told, source = self._embed(batch.prompts[rows]), batch.source_prompts
                 source_cond = None if source is None else self._embed(source[rows])
                 latents = self.codec.encode(images[rows])
-                yield EncodedBatch(latents, told, source_cond, encode_prior(batch.prior, rows, self.codec))
+                prior = encode_prior(batch.prior, rows, self.codec, getattr(self, "trains_target", False))
+                yield EncodedBatch(latents, told, source_cond, prior)
             else:
                 labels = self.labels.draw(size, images.device) if cond is None else cond[rows]
                 yield EncodedBatch(self.codec.encode(images[rows]), labels)

@@ -41,14 +41,19 @@ def check_prompts(codec: Codec, data: Any) -> None:
         )
 
 
-def encode_prior(prior: Batch | None, rows: slice, codec: Codec) -> EncodedBatch | None:
+def encode_prior(prior: Batch | None, rows: slice, codec: Codec, trains_target: bool) -> EncodedBatch | None:
     """The rows of a ``prior``, encoded; latents are drawn from torch's random state.
 
     Raises:
-        ValueError: a prior without prompts.
+        ValueError: a prior without prompts, or one that nothing learns from.
     """
     if prior is None:
         return None
+    if not trains_target:
+        raise ValueError(
+            "only a target teacher that is trained learns from pictures of the class: leave the data's class_images "
+            "out, or use target: train with a target_weight above 0"
+        )
     if prior.prompts is None:
         raise ValueError("images of the class (prior) need prompts that say what they show")
     cond = codec.embed(prior.prompts[rows], prior.images.device)
