@@ -128,6 +128,34 @@ def test_who_steps_when() -> None:
     assert [i for i, g in seen if g == "target"] == [0, 1]
 
 
+def test_adapting_first_moves_t_alone_and_starts_the_others_from_it() -> None:
+    still = Optimization(lr=0.0, warmup=0)
+    options = dict(adapt_first=3, target_update="every", target_iterations=3, ema_decay=0.5, student_every=1,
+                   target_optimization=FAST, student_optimization=still, fake_optimization=still)  # fmt: skip
+    for steps in (3, 5):
+        module = UniDAD(tiny_unet(), target_weight=0.5, **options)  # type: ignore[arg-type]
+        module.configure_model()
+        source, first = weights_sha(module.source_teacher), module.steps_of("target", steps)
+        trainer = fit(module, steps)
+        assert (trainer.global_step, int(module.iteration), first) == (steps, steps, 3)
+        target = weights_sha(module.target_teacher)
+        assert target != source
+        assert module.ema is not None
+        begun = {weights_sha(n) for n in (module.student, module.fake_score, module.ema.module)}
+        assert begun == ({source} if steps == 3 else {target})
+
+
+def test_a_run_resumed_where_the_others_start_goes_on_the_same(tmp_path: Path) -> None:
+    def make() -> UniDAD:
+        return UniDAD(tiny_unet(), target_weight=0.5, adapt_first=2, target_update="every", student_every=1)
+
+    whole, half, rest = make(), make(), make()
+    fit(whole, 4)
+    fit(half, 2, enable_checkpointing=False).save_checkpoint(tmp_path / "two.ckpt")
+    fit(rest, 4, ckpt_path=tmp_path / "two.ckpt")
+    assert weights_sha(rest) == weights_sha(whole)
+
+
 def test_the_optimisers_count_their_own_steps() -> None:
     module = unidad(student_every=3, student_optimization=Optimization(lr=1.0, warmup=4))
     trainer = fit(module, 6)
@@ -155,6 +183,7 @@ EXACT = {
     "target": dict(target_source=tiny_unet(sigma_data=0.7), target="frozen"),
     "target_update": dict(target_update="every"),
     "target_iterations": dict(target_iterations=1),
+    "adapt_first": dict(adapt_first=1),
     "target_steps": dict(target_steps=2),
     "target_fine": dict(target_fine=0.5),
     "steps": dict(steps=2),
@@ -308,6 +337,8 @@ def test_image_gradients_of_the_loss_terms_add_up(ready: UniDAD) -> None:
         ({"target_iterations": 0}, "target_iterations"),
         ({"target_fine": 1.5}, "target_fine"),
         ({"target_steps": 0}, "target_steps"),
+        ({"adapt_first": -1}, "adapt_first"),
+        ({"adapt_first": 2, "target_weight": 0.0}, "adapt_first"),
         ({"target_steps": 2, "accumulate": 2}, "accumulate: 1"),
         ({"steps": 0}, "at least 1 step"),
         ({"gradient": "lats"}, "lats"),

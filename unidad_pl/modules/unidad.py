@@ -44,6 +44,8 @@ class UniDAD(AdversarialModule):
         target_update: T is trained on the iterations that update the ``student``, or on ``every`` one.
         target_iterations: T is trained in the first so many iterations only: it learns the new domain long before it
             knows the shots by heart. null: always.
+        adapt_first: iterations at the start in which T alone is trained; G and F then start from what it has become:
+            for a domain far from the source, where G would spend most of the run on its way. 0: none, as in the paper.
         target_steps: updates of T in an iteration that trains T, each with fresh noise on the same images: T,
             which costs little beside the student, gets ahead of it.
         target_fine: share of T's training noise that is drawn from the lower half of the table alone. Fine structure is
@@ -89,6 +91,7 @@ class UniDAD(AdversarialModule):
         target: Literal["train", "frozen"] = "train",
         target_update: Literal["student", "every"] = "student",
         target_iterations: int | None = None,
+        adapt_first: int = 0,
         target_steps: int = 1,
         target_fine: float = 0.0,
         steps: int = 3,
@@ -150,10 +153,15 @@ class UniDAD(AdversarialModule):
         self.source, self.student_source = source, student_source
         self.fake_source, self.target_source = fake_source, target_source
         self.trains_target = self.target_weight > 0 and target == "train"
+        if adapt_first < 0 or (adapt_first and (not self.trains_target or student_source or fake_source)):
+            raise ValueError(
+                f"adapt_first must be >= 0, and above 0 only with a target teacher that is trained and without a "
+                f"student_source or fake_source, which it would replace; got {adapt_first}"
+            )
         self.frozen_networks = ("source_teacher",) * (self.source_weight > 0)
         self.frozen_networks += ("target_teacher",) * (self.target_weight > 0 and target == "frozen")
         self.target_update, self.target_iterations, self.target_fine = target_update, target_iterations, target_fine
-        self.student_every, self.target_steps = student_every, target_steps
+        self.student_every, self.target_steps, self.adapt_first = student_every, target_steps, adapt_first
         checkpointed = memory.checkpointing in ("steps", "both")
         self.sampler = FewStepSampler(log_linear(steps, sigma_max, sigma_end), gradient, checkpointed)
         self.sigma_end = sigma_end
@@ -212,13 +220,19 @@ class UniDAD(AdversarialModule):
     def steps_of(self, group: str, iterations: int) -> int:
         if group == "target" and self.target_iterations is not None:
             iterations = min(iterations, self.target_iterations)
+        alone = min(self.adapt_first, iterations)
         every = group == "fake" or (group == "target" and self.target_update == "every")
-        due = iterations if every else -(-iterations // self.student_every)
-        return due * self.target_steps if group == "target" else due
+        due = iterations - alone if every else -(-(iterations - alone) // self.student_every)
+        return alone + due * self.target_steps if group == "target" else due
 
     # -- one iteration (METHOD 6) --------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
+        if int(self.iteration) < self.adapt_first:
+            self._adapt(batch)
+            return
+        if int(self.iteration) == self.adapt_first > 0:
+            self._start_from_target()
         update = int(self.iteration) % self.student_every == 0
         update_target = self._target_is_due(update)
         for part in self.micro_batches(batch):
@@ -237,6 +251,20 @@ class UniDAD(AdversarialModule):
                 self.backward_into(self.target_loss(real, cond, part.prior), "target")
             self.step("target")
         self.finish_iteration(stepped)
+
+    def _adapt(self, batch: Batch) -> None:
+        """One iteration of T alone."""
+        for part in self.micro_batches(batch):
+            self.backward_into(self.target_loss(part.images, part.cond, part.prior), "target")
+        self.step("target")
+        self._count(self.clock)  # an iteration all the same
+        self.finish_iteration(False)
+
+    def _start_from_target(self) -> None:
+        """G, its average and F become what T is by now."""
+        networks = [self.student, self.fake_score] + ([] if self.ema is None else [self.ema.module])
+        for network in networks:
+            network.load_state_dict(self.target_teacher.state_dict())
 
     def _target_is_due(self, update: bool) -> bool:
         if not self.trains_target or int(self.iteration) >= (self.target_iterations or math.inf):
