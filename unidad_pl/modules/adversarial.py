@@ -28,6 +28,11 @@ class AdversarialModule(GenerativeModule):
     weighting: Weighting
     sigma_data: float
 
+    def refuse_to_slice(self) -> str | None:
+        if self.critic.r1 or self.critic.gradient_penalty:
+            return "FSDP2 has no second derivatives: leave critic.r1 and critic.gradient_penalty at 0"
+        return super().refuse_to_slice()
+
     def denoise(self, network: Denoiser, images: Tensor, cond: Tensor | None, fine: float = 0.0) -> Tensor:
         """Denoising loss of ``network`` at sigmas of the whole table, a share ``fine`` of them of its lower half."""
         sigma, entries = None, len(self.sigmas)
