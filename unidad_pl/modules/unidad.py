@@ -158,6 +158,11 @@ class UniDAD(AdversarialModule):
                 f"adapt_first must be >= 0, and above 0 only with a target teacher that is trained and without a "
                 f"student_source or fake_source, which it would replace; got {adapt_first}"
             )
+        if target_iterations is not None and adapt_first > target_iterations:
+            raise ValueError(
+                f"adapt_first trains T for {adapt_first} iterations, but target_iterations ends its training after "
+                f"{target_iterations}: set target_iterations to {adapt_first} or more"
+            )
         self.frozen_networks = ("source_teacher",) * (self.source_weight > 0)
         self.frozen_networks += ("target_teacher",) * (self.target_weight > 0 and target == "frozen")
         self.target_update, self.target_iterations, self.target_fine = target_update, target_iterations, target_fine
