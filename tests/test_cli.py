@@ -63,7 +63,7 @@ def start(*arguments: str, cwd: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-SMALL = ("--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--data.val_samples", "12",
+SMALL = ("--threads", "1", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--data.val_samples", "12",
          "--data.test_samples", "12", "--data.predict_samples", "3", "--data.reference_size", "12")  # fmt: skip
 
 
@@ -94,8 +94,8 @@ def stand_in_for_the_real_files(folder: Path, config: Path, unidad: Any) -> list
 def test_every_config_runs_two_iterations(config: Path, tmp_path: Path, unidad: Any) -> None:
     options = list(SMALL)
     if config.name == "features.yaml":
-        options = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--data.pool_size", "60",
-                   "--data.val_size", "6"]  # fmt: skip
+        options = ["--threads", "1", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2",
+                   "--data.pool_size", "60", "--data.val_size", "6"]  # fmt: skip
     if config.name == "teacher.yaml":
         options += ["--data.shots", "64"]
     if "models/ffhq.pt" in config.read_text():
@@ -174,7 +174,9 @@ def test_the_quickstart_on_the_users_own_photographs(photographs: Path, tmp_path
     assert list(tmp_path.rglob("samples/test_step00000002.png"))
 
 
-def test_kill_9_and_resume_equals_an_undisturbed_run(tmp_path: Path) -> None:
+def test_kill_9_and_resume_equals_an_undisturbed_run(
+    tmp_path: Path, unidad: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Killed hard as soon as iteration 4 is on disk; the resumed run ends with the bits of the one never killed."""
     config = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
     config["trainer"] |= {"limit_val_batches": 0, "max_steps": 12}
@@ -186,16 +188,19 @@ def test_kill_9_and_resume_equals_an_undisturbed_run(tmp_path: Path) -> None:
     command = ("fit", "--config", str(tmp_path / "config.yaml"), "--summary", "false", "--threads", "1")
     victim = start(*command, cwd=tmp_path)
     deadline = time.time() + 120
-    while not list(tmp_path.rglob("*step=4.ckpt")):
-        assert victim.poll() is None, "the run ended before its first checkpoint"
-        assert time.time() < deadline
-        time.sleep(0.02)
-    victim.send_signal(signal.SIGKILL)
-    victim.wait()
+    try:
+        while not list(tmp_path.rglob("*step=4.ckpt")):
+            assert victim.poll() is None, "the run ended before its first checkpoint"
+            assert time.time() < deadline
+            time.sleep(0.02)
+    finally:
+        victim.send_signal(signal.SIGKILL)
+        victim.wait()
     (saved,) = tmp_path.rglob("*step=4.ckpt")
     for name, extra in (("resumed", ("--ckpt_path", str(saved))), ("whole", ())):
         (tmp_path / name).mkdir()
-        assert start(*command, *extra, cwd=tmp_path / name).wait(120) == 0
+        monkeypatch.chdir(tmp_path / name)
+        unidad(*command, *extra)
     resumed, whole = (
         torch.load(next((tmp_path / name).rglob("*step=12.ckpt")), weights_only=True) for name in ("resumed", "whole")
     )

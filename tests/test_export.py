@@ -35,16 +35,17 @@ class Blocker:
 sys.meta_path.insert(0, Blocker())
 import torch
 from diffusers import DiffusionPipeline
-folder, jobs = sys.argv[1], json.loads(sys.argv[2])
-pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
-pipe.set_progress_bar_config(disable=True)
-made = []
-for seeds, steps, kind in jobs:
-    given = {"seeds": seeds}
-    if kind == "generators":
-        given = {"generator": [torch.Generator().manual_seed(seed) for seed in seeds]}
-    made.append(pipe(**given, num_inference_steps=steps, output_type="pt").images)
-torch.save(made, sys.argv[3])
+made = {}
+for folder, jobs in json.loads(sys.argv[1]).items():
+    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    made[folder] = []
+    for seeds, steps, kind in jobs:
+        given = {"seeds": seeds}
+        if kind == "generators":
+            given = {"generator": [torch.Generator().manual_seed(seed) for seed in seeds]}
+        made[folder].append(pipe(**given, num_inference_steps=steps, output_type="pt").images)
+torch.save(made, sys.argv[2])
 pipe.to(torch.bfloat16)
 assert pipe(batch_size=2).images[0].size == (16, 16)
 assert pipe(seeds=[1], output_type="np", return_dict=False)[0].shape == (1, 16, 16, 3)
@@ -106,24 +107,41 @@ def pixels(folder: Path, seeds: Any) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("kind", ["v", "classes", "edm"])
-def test_a_process_without_unidad_pl_draws_the_same_images(kind: str, tmp_path: Path) -> None:
-    checkpoint = train(tmp_path / "run", kind)
-    export(str(checkpoint), str(tmp_path / "out"))
-    jobs = [[[3, 4, 5], steps, how] for steps, how in ((None, ""), (1, ""), (2, "generators"), (4, ""))]
+KINDS = ("v", "classes", "edm")
+
+
+def jobs_of(kind: str) -> list[list[Any]]:
+    """Seeds, steps and how the seeds are given."""
+    jobs: list[list[Any]] = [
+        [[3, 4, 5], steps, how] for steps, how in ((None, ""), (1, ""), (2, "generators"), (4, ""))
+    ]
     jobs += [[[4], None, ""]]
-    if kind == "classes":
-        jobs = [job for job in jobs if job[2] != "generators"]
-    command = [sys.executable, "-c", ALONE, str(tmp_path / "out"), json.dumps(jobs), str(tmp_path / "made.pt")]
+    return [job for job in jobs if kind != "classes" or job[2] != "generators"]
+
+
+@pytest.fixture(scope="module")
+def drawn_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Exports of all kinds, and what one process without unidad_pl drew with them."""
+    place = tmp_path_factory.mktemp("alone")
+    for kind in KINDS:
+        export(str(train(place / kind, kind)), str(place / kind / "out"))
+    jobs = {str(place / kind / "out"): jobs_of(kind) for kind in KINDS}
+    command = [sys.executable, "-c", ALONE, json.dumps(jobs), str(place / "made.pt")]
     done = subprocess.run(
-        command, check=False, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command, check=False, cwd=place, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
     for complaint in ("ignored", "cannot get type"):
         assert complaint not in done.stderr, done.stderr
-    made = torch.load(tmp_path / "made.pt", weights_only=True)
-    for images, (seeds, steps, _) in zip(made, jobs, strict=True):
-        for model, batch in ((tmp_path / "out", 2), (checkpoint, 5)):
+    return place
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_process_without_unidad_pl_draws_the_same_images(kind: str, drawn_alone: Path, tmp_path: Path) -> None:
+    out, checkpoint = drawn_alone / kind / "out", drawn_alone / kind / "checkpoints" / "last.ckpt"
+    made = torch.load(drawn_alone / "made.pt", weights_only=True)[str(out)]
+    for images, (seeds, steps, _) in zip(made, jobs_of(kind), strict=True):
+        for model, batch in ((out, 2), (checkpoint, 5)):
             folder = tmp_path / f"{model.name}{steps}{len(seeds)}"
             sample(str(model), len(seeds), str(folder), seed=seeds[0], steps=steps, batch_size=batch)
             assert (images * 255 - pixels(folder, seeds)).abs().max() <= 1.0
