@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import random
 import resource
 import signal
 import socket
@@ -212,6 +213,7 @@ class DieIn(pl.Callback):
 
 
 MOMENTS = ("training", "between the steps", "write", "sync", "rename", "after the rename", "validation")
+RANDOM = ("random 1", "random 2", "random 3")
 
 
 def saving(folder: Path, *callbacks: pl.Callback, **options: Any) -> UniDAD:
@@ -225,13 +227,17 @@ def saving(folder: Path, *callbacks: pl.Callback, **options: Any) -> UniDAD:
 
 def kill_9(folder: Path) -> None:
     """Every moment, and what a resumed run makes of what is left."""
-    fork = multiprocessing.get_context("fork")
+    fork, chance = multiprocessing.get_context("fork"), random.Random(7)
+    began = time.monotonic()
     result: dict[str, Any] = {"whole": weights_sha(saving(folder / "whole"))}
-    for moment in MOMENTS:
+    duration = time.monotonic() - began
+    for moment in MOMENTS + RANDOM:
         place = folder / moment
-        victim = fork.Process(target=saving, args=(place, DieIn(moment)))
+        victim = fork.Process(target=saving, args=(place, *([DieIn(moment)] if moment in MOMENTS else [])))
         victim.start()
-        victim.join(60)
+        victim.join(60 if moment in MOMENTS else chance.uniform(0.1, 0.8) * duration)
+        victim.kill()
+        victim.join()
         newest, passed_over = checkpoints.newest_intact(place)
         began = time.monotonic()
         sha = weights_sha(saving(place, ckpt_path=newest))

@@ -179,7 +179,7 @@ def test_kill_9_and_resume_equals_an_undisturbed_run(
 ) -> None:
     """Killed hard as soon as iteration 4 is on disk; the resumed run ends with the bits of the one never killed."""
     config = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
-    config["trainer"] |= {"limit_val_batches": 0, "max_steps": 12}
+    config["trainer"] |= {"limit_val_batches": 0, "max_steps": 8}
     config["trainer"]["callbacks"] = [
         {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
          "init_args": {"every_n_train_steps": 4, "save_top_k": -1}}
@@ -202,7 +202,7 @@ def test_kill_9_and_resume_equals_an_undisturbed_run(
         monkeypatch.chdir(tmp_path / name)
         unidad(*command, *extra)
     resumed, whole = (
-        torch.load(next((tmp_path / name).rglob("*step=12.ckpt")), weights_only=True) for name in ("resumed", "whole")
+        torch.load(next((tmp_path / name).rglob("*step=8.ckpt")), weights_only=True) for name in ("resumed", "whole")
     )
     assert resumed["state_dict"].keys() == whole["state_dict"].keys()
     assert all(torch.equal(v, whole["state_dict"][k]) for k, v in resumed["state_dict"].items())
