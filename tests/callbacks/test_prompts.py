@@ -97,6 +97,12 @@ def test_subject_and_token_are_the_datamodules_unless_given(tmp_path: Path) -> N
     evaluate(tmp_path, similarity(token=None), data=data)
     record = read_records(tmp_path / "metrics.jsonl")[-1]
     assert (record["subject"], record["token"]) == ("cat2", "red")
+    callback = similarity(token=None)
+    data.token = "no such word"
+    first = evaluate(tmp_path, callback, data=data)["clip_t"]
+    data.token = "red"  # the same callback and the same prompts, another subject's run
+    again = evaluate(tmp_path, callback, data=data)["clip_t"]
+    assert again == evaluate(tmp_path, similarity(token="red"))["clip_t"] != first
     evaluate(tmp_path, similarity(subject="fido"), data=data)
     record = read_records(tmp_path / "metrics.jsonl")[-1]
     assert (record["subject"], record["token"]) == ("fido", "prt")

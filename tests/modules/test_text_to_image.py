@@ -245,6 +245,11 @@ def test_the_border_is_float32_under_autocast(folder: Path) -> None:
 
 def test_a_folder_without_a_text_encoder_is_named(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "sd")
+    for file in (tmp_path / "sd" / "tokenizer").glob("*.json"):
+        file.unlink()
+    (tmp_path / "sd" / "tokenizer" / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"has neither tokenizer/vocab\.json nor tokenizer/tokenizer\.json"):
+        module(tmp_path / "sd").configure_model()
     shutil.rmtree(tmp_path / "sd" / "text_encoder")
     with pytest.raises(FileNotFoundError, match="has no text_encoder/: the download is incomplete"):
         module(tmp_path / "sd").configure_model()

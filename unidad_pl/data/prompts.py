@@ -52,14 +52,17 @@ def read_dreambooth(path: str | Path) -> DreamBooth:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is no text, or holds no ``subject_name,class`` block, or not two lists of templates.
+        ValueError: it is no text, or holds no ``subject_name,class`` block, a subject without a class word, or not two
+            lists of templates.
     """
     text = _text_of(path, "prompts file")
     head, *lists = re.split(r"^prompt_list\s*=\s*\[", text, flags=re.MULTILINE)
-    block = head.partition("subject_name,class")[2].lstrip().splitlines()
+    block = [line for line in head.partition("subject_name,class")[2].splitlines() if line.strip()]
     rows = [line.split(",") for line in takewhile(lambda line: line.count(",") == 1, block)]
     classes = {name.strip(): word.strip() for name, word in rows}
-    found = [re.findall(r"'([^']*)'\.format\(", part) for part in lists]
+    if nameless := [name for name, word in classes.items() if not word]:
+        raise ValueError(f"{str(path)!r} has no class word after the comma for {', '.join(map(repr, nameless))}")
+    found = [[text for _, text in re.findall(r"""(["'])((?:(?!\1).)*)\1\.format\(""", part)] for part in lists]
     if not classes or len(found) != 2 or any(BOTH not in one for part in found for one in part):
         raise ValueError(
             f"{str(path)!r} is not DreamBooth's prompts_and_classes.txt: it has {len(classes)} 'subject_name,class' "
