@@ -184,7 +184,8 @@ ADAPTER_USAGE = """from diffusers import DiffusionPipeline, LCMScheduler
 pipe = DiffusionPipeline.from_pretrained({base!r})  # the model that the adapters were trained over
 {other_weights}pipe.load_lora_weights("THIS_FOLDER")
 pipe.scheduler = LCMScheduler.from_pretrained("THIS_FOLDER", subfolder="scheduler")
-images = pipe({{prompt!r}}, num_inference_steps={{steps}}, guidance_scale=1.0, height={{side}}, width={{side}}).images"""
+size = {{{{"height": {{side}}, "width": {{side}}}}}}
+images = pipe({{prompt!r}}, num_inference_steps={{steps}}, guidance_scale=1.0, **size).images"""
 
 OTHER_WEIGHTS = """from unidad_pl.backbones import StableDiffusion
 
