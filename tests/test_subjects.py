@@ -15,7 +15,7 @@ from unidad_pl.data.prompts import read_dreambooth
 from unidad_pl.subjects import report_subjects
 
 SCRIPT = Path(__file__).resolve().parents[1] / "configs" / "sdp_dreambooth.sbatch"
-LIST = "Classes\n\nsubject_name,class\ncan,can\ncat2,cat\nduck_toy,toy\n\nPrompts, and more\n\n" + 2 * (
+LIST = "\ufeffsubject_name,class\ncan,can\ncat2, cat\n\nduck_toy,toy\n\nPrompts, and more\n\n" + 2 * (
     "prompt_list = [\n'a red {0} {1}'.format(unique_token, class_token)\n]\n"
 )
 

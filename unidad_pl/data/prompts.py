@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 
 LIVE = ("cat", "dog")
@@ -57,9 +56,7 @@ def read_dreambooth(path: str | Path) -> DreamBooth:
     """
     text = _text_of(path, "prompts file")
     head, *lists = re.split(r"^prompt_list\s*=\s*\[", text, flags=re.MULTILINE)
-    block = [line for line in head.partition("subject_name,class")[2].splitlines() if line.strip()]
-    rows = [line.split(",") for line in takewhile(lambda line: line.count(",") == 1, block)]
-    classes = {name.strip(): word.strip() for name, word in rows}
+    classes = dict(_subjects(head.partition("subject_name,class")[2].splitlines()))
     if nameless := [name for name, word in classes.items() if not word]:
         raise ValueError(f"{str(path)!r} has no class word after the comma for {', '.join(map(repr, nameless))}")
     found = [[text for _, text in re.findall(r"""(["'])((?:(?!\1).)*)\1\.format\(""", part)] for part in lists]
@@ -70,6 +67,20 @@ def read_dreambooth(path: str | Path) -> DreamBooth:
         )
     objects, live = ([one.replace(BOTH, "{}") for one in part] for part in found)
     return DreamBooth(classes, objects, live)
+
+
+def _subjects(lines: list[str]) -> Iterator[tuple[str, str]]:
+    """Name and class word of the lines up to the first that is no pair; a sentence after a blank line is none."""
+    some = gap = False
+    for line in lines:
+        if not line.strip():
+            gap = some
+            continue
+        if line.count(",") != 1 or (gap and ", " in line):
+            return
+        name, _, word = line.partition(",")
+        some = True
+        yield name.strip(), word.strip()
 
 
 def _text_of(path: str | Path, what: str) -> str:
