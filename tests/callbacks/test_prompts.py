@@ -146,6 +146,9 @@ def test_captions_wrap_and_differ() -> None:
     assert long.shape[1] > short.shape[1] > 20
     assert bool((long[:, 10:, 78:] == 255).all())  # nothing is cut off at the right
     assert not torch.equal(short, with_caption(picture, "a cat"))
+    one_word = with_caption(picture, "x" * 40)  # wider than the picture
+    assert one_word.shape[1] > short.shape[1]
+    assert bool((one_word[:, picture.shape[1] :, -4:] == 255).all())
     assert file_name("A <prt> dog: wet?") == "a_prt_dog_wet"
     assert file_name("犬") == "prompt"
 
