@@ -160,6 +160,10 @@ def test_other_pipelines_and_broken_folders_are_named(tmp_path: Path, monkeypatc
     assert StableDiffusion(f"~/{tmp_path.name}").build().image_shape == (4, 8, 8)
     with pytest.raises(ValueError, match="resolution must be a multiple of 4 pixels"):
         StableDiffusion(str(folder), resolution=18).build()
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".fp16.safetensors"))
+    with pytest.raises(FileNotFoundError, match=r"weights are missing in '.*unet' .* another variant"):
+        StableDiffusion(str(folder)).build()
     (folder / "scheduler" / "scheduler_config.json").unlink()
     with pytest.raises(FileNotFoundError, match="scheduler_config"):
         StableDiffusion(str(folder)).build()

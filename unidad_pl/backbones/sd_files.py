@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 INDEX_FILE = "model_index.json"
@@ -52,6 +54,22 @@ def check_text_parts(folder: Path) -> None:
                 f"source model {str(folder)!r} has neither {name}/vocab.json nor {name}/tokenizer.json: the download "
                 f"is incomplete"
             )
+
+
+@contextmanager
+def weights_of(folder: Path) -> Iterator[None]:
+    """Around the reading of weights in ``folder``: says what to do where diffusers only says which file it wants.
+
+    Raises:
+        FileNotFoundError: a file of weights is missing.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise FileNotFoundError(
+            f"weights are missing in {str(folder)!r} ({str(error).strip().splitlines()[0]}): the download is incomplete, "
+            f"or has only another variant such as *.fp16.safetensors; download all of the model"
+        ) from error
 
 
 def _cached(path: str) -> Path:
