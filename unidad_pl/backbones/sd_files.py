@@ -66,8 +66,9 @@ def weights_of(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"weights are missing in {str(folder)!r} ({str(error).strip().splitlines()[0]}): the download is incomplete, "
+            f"weights are missing in {str(folder)!r} ({reason}): the download is incomplete, "
             f"or has only another variant such as *.fp16.safetensors; download all of the model"
         ) from error
 
