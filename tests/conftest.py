@@ -11,5 +11,7 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _same_beginning() -> None:
+    """A command that a test ran in this process may have set both."""
+    torch.set_num_threads(1)
     torch.manual_seed(0)
