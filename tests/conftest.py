@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # Lightning's DDP strategies take all cores where it is not set
 
 import pytest
 import torch
