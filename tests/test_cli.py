@@ -17,6 +17,7 @@ import torch
 import yaml
 from PIL import Image
 
+from tests.processes import Apart, run_apart
 from unidad_pl.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,13 +55,6 @@ def unidad(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyte
         return output
 
     return run
-
-
-def start(*arguments: str, cwd: Path) -> subprocess.Popen[bytes]:
-    """Run a command in a process of its own."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "unidad_pl.cli", *arguments]
-    return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 SMALL = ("--threads", "1", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--data.val_samples", "12",
@@ -183,19 +177,19 @@ def test_kill_9_and_resume_equals_an_undisturbed_run(tmp_path: Path) -> None:
          "init_args": {"every_n_train_steps": 4, "save_top_k": -1}}
     ]  # fmt: skip
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    command = ("fit", "--config", str(tmp_path / "config.yaml"), "--summary", "false", "--threads", "1")
-    victim = start(*command, cwd=tmp_path)
-    deadline = time.time() + 120
-    while not list(tmp_path.rglob("*step=4.ckpt")):
-        assert victim.poll() is None, "the run ended before its first checkpoint"
-        assert time.time() < deadline
-        time.sleep(0.02)
-    victim.send_signal(signal.SIGKILL)
-    victim.wait()
-    (saved,) = tmp_path.rglob("*step=4.ckpt")
-    for name, extra in (("resumed", ("--ckpt_path", str(saved))), ("whole", ())):
+    command = ["fit", "--config", str(tmp_path / "config.yaml"), "--summary", "false", "--threads", "1"]
+    for name in ("killed", "resumed", "whole"):
         (tmp_path / name).mkdir()
-        assert start(*command, *extra, cwd=tmp_path / name).wait(120) == 0
+    with Apart(tmp_path / "killed", main, command) as victim:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.rglob("*step=4.ckpt")):
+            assert victim.process.is_alive(), f"ended before its first checkpoint: {victim.printed()[-3000:]}"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    assert victim.process.exitcode == -signal.SIGKILL
+    (saved,) = tmp_path.rglob("*step=4.ckpt")
+    run_apart(tmp_path / "resumed", main, [*command, "--ckpt_path", str(saved)])
+    run_apart(tmp_path / "whole", main, command)
     resumed, whole = (
         torch.load(next((tmp_path / name).rglob("*step=12.ckpt")), weights_only=True) for name in ("resumed", "whole")
     )

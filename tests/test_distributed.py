@@ -11,12 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.processes import LAUNCHER, ROOT
 from tests.worlds import fit, tiny_unet
 from unidad_pl.modules import UniDAD
 from unidad_pl.modules.optimization import average_gradients
-
-ROOT = Path(__file__).resolve().parents[1]
-LAUNCHER = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def test_a_wrapping_strategy_is_refused() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,25 +34,25 @@ class Blocker:
 sys.meta_path.insert(0, Blocker())
 import torch
 from diffusers import DiffusionPipeline
-folder, jobs = sys.argv[1], json.loads(sys.argv[2])
-pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
-pipe.set_progress_bar_config(disable=True)
-made = []
-for seeds, steps, kind in jobs:
-    given = {"seeds": seeds}
-    if kind == "generators":
-        given = {"generator": [torch.Generator().manual_seed(seed) for seed in seeds]}
-    made.append(pipe(**given, num_inference_steps=steps, output_type="pt").images)
-torch.save(made, sys.argv[3])
-pipe.to(torch.bfloat16)
-assert pipe(batch_size=2).images[0].size == (16, 16)
-assert pipe(seeds=[1], output_type="np", return_dict=False)[0].shape == (1, 16, 16, 3)
-for wrong in ({"seeds": [1], "generator": torch.Generator()}, {"num_inference_steps": 0}, {"output_type": "jpg"}):
-    try:
-        pipe(**wrong)
-    except ValueError:
-        continue
-    raise SystemExit(f"{wrong} was accepted")
+for kind, jobs in json.loads(sys.argv[1]).items():
+    pipe = DiffusionPipeline.from_pretrained(f"{kind}/out", trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    made = []
+    for seeds, steps, how in jobs:
+        given = {"seeds": seeds}
+        if how == "generators":
+            given = {"generator": [torch.Generator().manual_seed(seed) for seed in seeds]}
+        made.append(pipe(**given, num_inference_steps=steps, output_type="pt").images)
+    torch.save(made, f"{kind}/made.pt")
+    pipe.to(torch.bfloat16)
+    assert pipe(batch_size=2).images[0].size == (16, 16)
+    assert pipe(seeds=[1], output_type="np", return_dict=False)[0].shape == (1, 16, 16, 3)
+    for wrong in ({"seeds": [1], "generator": torch.Generator()}, {"num_inference_steps": 0}, {"output_type": "jpg"}):
+        try:
+            pipe(**wrong)
+        except ValueError:
+            continue
+        raise SystemExit(f"{kind}: {wrong} was accepted")
 """
 
 
@@ -106,24 +105,32 @@ def pixels(folder: Path, seeds: Any) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("kind", ["v", "classes", "edm"])
-def test_a_process_without_unidad_pl_draws_the_same_images(kind: str, tmp_path: Path) -> None:
-    checkpoint = train(tmp_path / "run", kind)
-    export(str(checkpoint), str(tmp_path / "out"))
-    jobs = [[[3, 4, 5], steps, how] for steps, how in ((None, ""), (1, ""), (2, "generators"), (4, ""))]
-    jobs += [[[4], None, ""]]
-    if kind == "classes":
-        jobs = [job for job in jobs if job[2] != "generators"]
-    command = [sys.executable, "-c", ALONE, str(tmp_path / "out"), json.dumps(jobs), str(tmp_path / "made.pt")]
+JOBS = [[[3, 4, 5], steps, how] for steps, how in ((None, ""), (1, ""), (2, "generators"), (4, ""))]
+JOBS += [[[4], None, ""]]
+KINDS = {"v": JOBS, "classes": [job for job in JOBS if job[2] != "generators"], "edm": JOBS}
+
+
+@pytest.fixture(scope="module")
+def drawn_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For each kind: a run, its export, and what a process that cannot import unidad_pl drew with that."""
+    place = tmp_path_factory.mktemp("alone")
+    for kind in KINDS:
+        export(str(train(place / kind / "run", kind)), str(place / kind / "out"))
     done = subprocess.run(
-        command, check=False, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        [sys.executable, "-c", ALONE, json.dumps(KINDS)], cwd=place, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     for complaint in ("ignored", "cannot get type"):
         assert complaint not in done.stderr, done.stderr
-    made = torch.load(tmp_path / "made.pt", weights_only=True)
-    for images, (seeds, steps, _) in zip(made, jobs, strict=True):
-        for model, batch in ((tmp_path / "out", 2), (checkpoint, 5)):
+    return place
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_process_without_unidad_pl_draws_the_same_images(kind: str, drawn_alone: Path, tmp_path: Path) -> None:
+    here = drawn_alone / kind
+    made = torch.load(here / "made.pt", weights_only=True)
+    for images, (seeds, steps, _) in zip(made, KINDS[kind], strict=True):
+        for model, batch in ((here / "out", 2), (here / "run" / "checkpoints" / "last.ckpt", 5)):
             folder = tmp_path / f"{model.name}{steps}{len(seeds)}"
             sample(str(model), len(seeds), str(folder), seed=seeds[0], steps=steps, batch_size=batch)
             assert (images * 255 - pixels(folder, seeds)).abs().max() <= 1.0
