@@ -1,4 +1,4 @@
-"""Two gloo ranks in trouble, for test_faults.py: ``python -m tests.fault_script FOLDER [NAME ...]``.
+"""Two gloo ranks in trouble, for test_faults.py; one case alone: ``python -m tests.fault_script FOLDER NAME``.
 
 Every case forks two processes that have imported everything already, and leaves one JSON file per rank.
 """
@@ -232,7 +232,7 @@ class DieIn(pl.Callback):
 
 
 MOMENTS = ("training", "between the steps", "write", "sync", "rename", "after the rename", "validation")
-RANDOM = ("random 1", "random 2", "random 3")
+RANDOM = ("in the first third", "in the second third", "in the last third")  # of the time of a run
 
 
 def saving(folder: Path, *callbacks: pl.Callback, **options: Any) -> UniDAD:
@@ -244,24 +244,40 @@ def saving(folder: Path, *callbacks: pl.Callback, **options: Any) -> UniDAD:
     return module
 
 
+class FirstStep(pl.Callback):
+    """Notes when the first iteration of a run begins."""
+
+    time: float | None = None
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.time = self.time or time.monotonic()
+
+
+def resume_after(victim: Any, place: Path) -> dict[str, Any]:
+    """What a run makes of what ``victim`` left in ``place``, and how long until it trains again."""
+    began, first = time.monotonic(), FirstStep()
+    newest, passed_over = checkpoints.newest_intact(place)
+    module = saving(place, first, ckpt_path=newest)
+    return {"died": victim.exitcode, "from": newest.name if newest else None, "damaged": len(passed_over),
+            "sha": weights_sha(module), "seconds": (first.time or time.monotonic()) - began}  # fmt: skip
+
+
 def kill_9(folder: Path) -> None:
-    """Every moment, and what a resumed run makes of what is left."""
-    fork, chance = multiprocessing.get_context("fork"), random.Random(7)
+    """Every moment, chosen or random, and what a resumed run makes of what is left."""
+    fork = multiprocessing.get_context("fork")
     began = time.monotonic()
     result: dict[str, Any] = {"whole": weights_sha(saving(folder / "whole"))}
-    duration = time.monotonic() - began
-    for moment in MOMENTS + RANDOM:
+    whole, draw = time.monotonic() - began, random.Random(0)
+    for moment in (*MOMENTS, *RANDOM):
         place = folder / moment
-        victim = fork.Process(target=saving, args=(place, *([DieIn(moment)] if moment in MOMENTS else [])))
+        own = [DieIn(moment)] if moment in MOMENTS else []
+        victim = fork.Process(target=saving, args=(place, *own))
         victim.start()
-        victim.join(60 if moment in MOMENTS else chance.uniform(0.1, 0.8) * duration)
-        victim.kill()
-        victim.join()
-        newest, passed_over = checkpoints.newest_intact(place)
-        began = time.monotonic()
-        sha = weights_sha(saving(place, ckpt_path=newest))
-        result[moment] = {"died": victim.exitcode, "from": newest.name if newest else None, "damaged": len(passed_over),
-                          "sha": sha, "seconds": time.monotonic() - began}  # fmt: skip
+        victim.join(60 if own else (RANDOM.index(moment) + draw.random()) / len(RANDOM) * whole)
+        if not own:
+            victim.kill()
+            victim.join()
+        result[moment] = resume_after(victim, place)
     (folder / "kill_9.json").write_text(json.dumps(result))
 
 

@@ -17,6 +17,7 @@ import torch
 import yaml
 from PIL import Image
 
+from tests.processes import Apart, run_apart
 from unidad_pl.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,13 +55,6 @@ def unidad(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyte
         return output
 
     return run
-
-
-def start(*arguments: str, cwd: Path) -> subprocess.Popen[bytes]:
-    """Run a command in a process of its own."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "unidad_pl.cli", *arguments]
-    return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 SMALL = ("--threads", "1", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--data.val_samples", "12",
@@ -174,35 +168,31 @@ def test_the_quickstart_on_the_users_own_photographs(photographs: Path, tmp_path
     assert list(tmp_path.rglob("samples/test_step00000002.png"))
 
 
-def test_kill_9_and_resume_equals_an_undisturbed_run(
-    tmp_path: Path, unidad: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed hard as soon as iteration 4 is on disk; the resumed run ends with the bits of the one never killed."""
+def test_kill_9_and_resume_equals_an_undisturbed_run(tmp_path: Path) -> None:
+    """Killed hard as soon as iteration 2 is on disk; the resumed run ends with the bits of the one never killed."""
     config = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
-    config["trainer"] |= {"limit_val_batches": 0, "max_steps": 8}
+    config["trainer"] |= {"limit_val_batches": 0, "max_steps": 6}
     config["trainer"]["callbacks"] = [
         {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-         "init_args": {"every_n_train_steps": 4, "save_top_k": -1}}
+         "init_args": {"every_n_train_steps": 2, "save_top_k": -1}}
     ]  # fmt: skip
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    command = ("fit", "--config", str(tmp_path / "config.yaml"), "--summary", "false", "--threads", "1")
-    victim = start(*command, cwd=tmp_path)
-    deadline = time.time() + 120
-    try:
-        while not list(tmp_path.rglob("*step=4.ckpt")):
-            assert victim.poll() is None, "the run ended before its first checkpoint"
-            assert time.time() < deadline
-            time.sleep(0.02)
-    finally:
-        victim.send_signal(signal.SIGKILL)
-        victim.wait()
-    (saved,) = tmp_path.rglob("*step=4.ckpt")
-    for name, extra in (("resumed", ("--ckpt_path", str(saved))), ("whole", ())):
+    command = ["fit", "--config", str(tmp_path / "config.yaml"), "--summary", "false", "--threads", "1",
+               "--data.batch_size", "2"]  # fmt: skip
+    for name in ("killed", "resumed", "whole"):
         (tmp_path / name).mkdir()
-        monkeypatch.chdir(tmp_path / name)
-        unidad(*command, *extra)
+    with Apart(tmp_path / "killed", main, command) as victim:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.rglob("*step=2.ckpt")):
+            assert victim.process.is_alive(), f"ended before its first checkpoint: {victim.printed()[-3000:]}"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    assert victim.process.exitcode == -signal.SIGKILL
+    (saved,) = tmp_path.rglob("*step=2.ckpt")
+    run_apart(tmp_path / "resumed", main, [*command, "--ckpt_path", str(saved)])
+    run_apart(tmp_path / "whole", main, command)
     resumed, whole = (
-        torch.load(next((tmp_path / name).rglob("*step=8.ckpt")), weights_only=True) for name in ("resumed", "whole")
+        torch.load(next((tmp_path / name).rglob("*step=6.ckpt")), weights_only=True) for name in ("resumed", "whole")
     )
     assert resumed["state_dict"].keys() == whole["state_dict"].keys()
     assert all(torch.equal(v, whole["state_dict"][k]) for k, v in resumed["state_dict"].items())

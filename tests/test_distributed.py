@@ -11,12 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.processes import LAUNCHER, ROOT
 from tests.worlds import fit, tiny_unet
 from unidad_pl.modules import UniDAD
 from unidad_pl.modules.optimization import average_gradients
-
-ROOT = Path(__file__).resolve().parents[1]
-LAUNCHER = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def test_a_wrapping_strategy_is_refused() -> None:
@@ -44,7 +42,7 @@ def test_the_command_line_on_two_processes(tmp_path: Path) -> None:
         "--threads", "1",
         "--trainer.strategy", "unidad_ddp", "--trainer.devices", "2", "--trainer.max_steps", "2",
         "--trainer.val_check_interval", "2", "--data.val_samples", "12", "--data.eval_batch_size", "4",
-        "--data.reference_size", "12",
+        "--data.reference_size", "12", "--threads", "1",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,7 +1,7 @@
 """The fault table: what is lost, and who says what. Two gloo ranks; one process for kill -9.
 
 * kill -9 in training, at a validation, in each stage of writing a checkpoint, and at three random moments: resumed from
-  the newest intact file the run ends bit-equal.
+  the newest intact file, or from the start where there is none, the run ends bit-equal, and trains again in seconds.
 * One rank gets SIGUSR1: both stop after the same iteration, save, exit; resumed the run ends bit-equal.
 * NaN in one rank's loss: both skip that optimiser's step; after N in a row both end with an error.
 * One rank is killed, or hangs for longer than the timeout: the other ends with an error that names it.
@@ -13,28 +13,23 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests import fault_script
 from tests.fault_script import MOMENTS, RANDOM
+from tests.processes import run_apart
 
-ROOT = Path(__file__).resolve().parents[1]
-LAUNCHER = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+RECOVERED = 10.0  # seconds from the search for a checkpoint to the next iteration; on two busy cores 0.3 to 1.2
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("faults")
-    env = {k: v for k, v in os.environ.items() if k not in LAUNCHER}
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.fault_script", str(place)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_apart(place, fault_script.main, place, [], timeout=600)
     return place
 
 
@@ -123,20 +118,15 @@ def test_one_preempted_rank_stops_both_after_the_same_iteration(folder: Path) ->
         assert result["resumed"] == result["whole"]
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", [*MOMENTS, *RANDOM])
 def test_kill_9_loses_nothing(folder: Path, moment: str) -> None:
     results = json.loads((folder / "kill_9.json").read_text())
     result = results[moment]
-    assert result["died"] == -9
-    assert result["from"] == ("step=4.ckpt" if moment in ("after the rename", "validation") else "step=2.ckpt")
     assert result["damaged"] == 0
     assert result["sha"] == results["whole"]
-    assert result["seconds"] < 60  # to finish the run, restoring included
-
-
-@pytest.mark.parametrize("moment", RANDOM)
-def test_kill_9_at_a_random_moment_loses_nothing(folder: Path, moment: str) -> None:
-    results = json.loads((folder / "kill_9.json").read_text())
-    assert results[moment]["died"] in (-9, 0)  # on a machine that hurries, it may have finished
-    assert results[moment]["damaged"] == 0
-    assert results[moment]["sha"] == results["whole"]
+    assert result["seconds"] < RECOVERED
+    if moment in MOMENTS:
+        assert result["died"] == -9
+        assert result["from"] == ("step=4.ckpt" if moment in ("after the rename", "validation") else "step=2.ckpt")
+    else:
+        assert result["died"] in (-9, 0)  # a victim in a hurry may have ended

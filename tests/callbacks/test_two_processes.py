@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from tests.metrics.toys import run_two_processes
+from tests.callbacks import two_process_script
+from tests.processes import run_apart
 
 
-def test_two_ranks_equal_one() -> None:
-    assert "all equal" in run_two_processes(Path(__file__).with_name("two_process_script.py"))
+def test_two_ranks_equal_one(tmp_path: Path) -> None:
+    assert "all equal" in run_apart(tmp_path, two_process_script.main)

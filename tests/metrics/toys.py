@@ -1,16 +1,9 @@
-"""Tiny feature networks and a two-process launcher."""
+"""Tiny feature networks."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class TinyFeatures(nn.Module):
@@ -38,19 +31,6 @@ def images(count: int, size: int = 8, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     colour = torch.rand(count, 3, 1, 1, generator=generator) * 1.2 - 0.6
     return (colour + 0.4 * torch.randn(count, 3, size, size, generator=generator)).clamp(-1, 1)
-
-
-def run_two_processes(script: Path, *arguments: str, timeout: float = 120) -> str:
-    """Run ``script`` under a two-rank gloo group on this machine; its standard output."""
-    dropped = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
-    environment = {key: value for key, value in os.environ.items() if key not in dropped}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script), *arguments],
-        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 class WordVectors(nn.Module):

@@ -87,7 +87,3 @@ def main() -> None:
         arguments = (os.path.join(folder, "rendezvous"), shares, [single] * len(shares))
         mp.start_processes(worker, arguments, nprocs=2, start_method="fork")  # no second import
     sys.stdout.write("all equal\n")
-
-
-if __name__ == "__main__":
-    main()
