@@ -1,4 +1,4 @@
-"""Networks sliced over two gloo ranks, for test_sharding.py: ``python -m tests.sharding_script FOLDER [NAME ...]``."""
+"""Networks sliced over two gloo ranks, for test_sharding.py: ``python -m tests.sharding_script FOLDER``."""
 
 from __future__ import annotations
 

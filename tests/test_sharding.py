@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from tests import sharding_script
 from tests.fault_script import unidad
-from tests.test_distributed import LAUNCHER, ROOT
+from tests.processes import run_apart
 from tests.worlds import Stream, fit, random_images, tiny_unet
 from unidad_pl.checkpoints import read_checkpoint
 from unidad_pl.modules import Critic, Memory, UniDAD
@@ -25,10 +24,7 @@ from unidad_pl.sharding import ShardedStrategy, _blocks, sliced, whole
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("sharding")
-    env = {k: v for k, v in os.environ.items() if k not in LAUNCHER} | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.sharding_script", str(place)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_apart(place, sharding_script.main, place, timeout=600)
     return place
 
 

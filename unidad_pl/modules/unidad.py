@@ -48,8 +48,8 @@ class UniDAD(AdversarialModule):
             for a domain far from the source, where G would spend most of the run on its way. 0: none, as in the paper.
         target_steps: updates of T in an iteration that trains T, each with fresh noise on the same images: T,
             which costs little beside the student, gets ahead of it.
-        target_fine: share of T's training noise that is drawn from sigmas up to twice ``sigma_data`` alone. Fine structure
-            is what T learns last, and a handful of shots does not make T know it by heart. 0: none, as in the paper.
+        target_fine: share of T's training noise that is drawn from sigmas up to twice ``sigma_data`` alone. Texture is
+            what T learns last, and a handful of shots does not make T know it by heart. 0: none, as in the paper.
         steps: K, the student's sampling steps.
         sigma_max: sigma of the student's first step.
         sigma_end: sigma of its last step.
