@@ -1,12 +1,14 @@
 """Settings for all tests: one thread (tiny tensors), no network, seeded."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"  # Lightning's DDP strategies take all cores where it is not set
 
 import pytest
 import torch
+from PIL import Image
 
 torch.set_num_threads(1)
 
@@ -16,3 +18,13 @@ def _same_beginning() -> None:
     """A command that a test ran in this process may have set both."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three pictures in a folder that is named after its subject, dog."""
+    place = tmp_path_factory.mktemp("photos") / "dog"
+    place.mkdir()
+    for i in range(3):
+        Image.new("RGB", (20, 20), (60 * i, 200 - 50 * i, 90)).save(place / f"{i}.png")
+    return place

@@ -23,11 +23,15 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
 
+from tests.tiny_sd import save_tiny
 from tests.worlds import Stream, fit, random_images, tiny_unet, weights_sha
 from unidad_pl import checkpoints
+from unidad_pl.backbones import LoRA, StableDiffusion
 from unidad_pl.callbacks import Preemption
 from unidad_pl.checkpoints import DurableCheckpointIO
+from unidad_pl.data import SubjectDataModule
 from unidad_pl.distributed import UnwrappedDDPStrategy
 from unidad_pl.modules import Optimization, UniDAD
 
@@ -86,6 +90,21 @@ def equal(rank: int, folder: Path) -> dict[str, Any]:
     }
     torch.save(module.state_dict(), folder / f"rank{rank}.pt")
     return {"sent": sent, "groups": groups}
+
+
+def adapters(rank: int | None, folder: Path) -> dict[str, Any]:
+    """Adapters over one base on two ranks; without a rank: one process with the batch of both."""
+    alone = rank is None
+    # Adam with a large eps: a plain Adam step is the sign of the gradient, which rounding may turn.
+    smooth = Optimization(lr=1.0, warmup=0, options={"eps": 1.0})
+    source = StableDiffusion(str(folder / "sd"), lora=LoRA(rank=2))
+    module = UniDAD(source, steps=2, student_every=2, target_weight=0.5, noise_table="model", guidance_scale=2.0,
+                    ema_decay=0.5, accumulate=2 if alone else 1,
+                    **{f"{name}_optimization": smooth for name in ("student", "fake", "target")})  # fmt: skip
+    data = SubjectDataModule(str(folder / "dog"), "dog", resolution=16, batch_size=4 if alone else 2)
+    train(module, 4, ranks=1 if alone else 2, data=data)
+    torch.save(module.state_dict(), folder / ("adapters_alone.pt" if alone else f"adapters{rank}.pt"))
+    return {}
 
 
 class NaN(UniDAD):
@@ -264,7 +283,19 @@ def kill_9(folder: Path) -> None:
 
 CASES: dict[str, Case] = {
     case.__name__: case
-    for case in (equal, nan, nan_for_good, killed, hung, missing_file, broken_metric, full_disk, preempted, resumed)
+    for case in (
+        equal,
+        adapters,
+        nan,
+        nan_for_good,
+        killed,
+        hung,
+        missing_file,
+        broken_metric,
+        full_disk,
+        preempted,
+        resumed,
+    )
 }
 
 
@@ -291,11 +322,18 @@ def free_port() -> int:
 def two_ranks(case: Case, folder: Path) -> None:
     fork = multiprocessing.get_context("fork")
     port = free_port()
+    if case is adapters:
+        save_tiny(folder / "sd")
+        (folder / "dog").mkdir()
+        for i in range(3):
+            Image.new("RGB", (20, 20), (60 * i, 200 - 50 * i, 90)).save(folder / "dog" / f"{i}.png")
     ranks = [fork.Process(target=child, args=(case, rank, folder, port)) for rank in range(2)]
     for process in ranks:
         process.start()
     if case is equal:
         alone(folder)
+    if case is adapters:
+        adapters(None, folder)
     for process in ranks[:1] if case in (hung, killed) else ranks:
         process.join(100)
     for process in ranks:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAUNCHER = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Not a fork of pytest's own process: that has threads, and may have used a GPU.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.fault_script", "unidad_pl.lightning_cli"])
+SERVER.set_forkserver_preload(["tests.fault_script", "tests.sharding_script", "unidad_pl.lightning_cli"])
 
 
 class Apart:
@@ -38,6 +40,8 @@ class Apart:
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.join()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # what it started
 
     def printed(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
@@ -52,6 +56,7 @@ def run_apart(folder: Path, function: Callable[..., Any], *arguments: Any, timeo
 
 
 def _begin(folder: Path, log: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    os.setsid()
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

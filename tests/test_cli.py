@@ -88,8 +88,8 @@ def stand_in_for_the_real_files(folder: Path, config: Path, unidad: Any) -> list
 def test_every_config_runs_two_iterations(config: Path, tmp_path: Path, unidad: Any) -> None:
     options = list(SMALL)
     if config.name == "features.yaml":
-        options = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--data.pool_size", "60",
-                   "--data.val_size", "6"]  # fmt: skip
+        options = ["--threads", "1", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2",
+                   "--data.pool_size", "60", "--data.val_size", "6"]  # fmt: skip
     if config.name == "teacher.yaml":
         options += ["--data.shots", "64"]
     if "models/ffhq.pt" in config.read_text():

@@ -39,6 +39,7 @@ def test_the_command_line_on_two_processes(tmp_path: Path) -> None:
     env |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
     command = [
         sys.executable, "-m", "unidad_pl.cli", "fit", "--config", str(ROOT / "configs" / "quickstart.yaml"),
+        "--threads", "1",
         "--trainer.strategy", "unidad_ddp", "--trainer.devices", "2", "--trainer.max_steps", "2",
         "--trainer.val_check_interval", "2", "--data.val_samples", "12", "--data.eval_batch_size", "4",
         "--data.reference_size", "12", "--threads", "1",

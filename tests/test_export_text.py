@@ -16,7 +16,7 @@ from PIL import Image
 from tests.tiny_sd import save_tiny
 from unidad_pl.backbones import StableDiffusion
 from unidad_pl.cli import main
-from unidad_pl.export import export, load_export
+from unidad_pl.export import export, load_export, model_card
 from unidad_pl.modules.optimization import content_hash
 from unidad_pl.runs import load_student
 from unidad_pl.sample import sample
@@ -77,6 +77,26 @@ def test_plain_diffusers_draws_what_sample_draws(place: Path, steps: int) -> Non
             ours = as_float(Image.open(place / f"{name}{steps}" / f"{seed:06d}.png"))
             assert np.abs(ours - as_float(picture)).max() <= 2
     assert np.abs(as_float(drawn[0]) - as_float(drawn[1])).max() > 2
+
+
+def test_an_export_draws_at_the_resolution_of_its_training(place: Path) -> None:
+    """The source's own size is 16 pixels: a pipeline takes that unless its UNet says otherwise."""
+    index = place / "sd" / "model_index.json"
+    whole = index.read_text()
+    index.write_text(json.dumps(json.loads(whole) | {"force_zeros_for_empty_prompt": False}))
+    sized = ("--model.source.init_args.resolution", "24", "--data.resolution", "24")
+    checkpoint = fit(place, "sized", *sized)
+    out = export(str(checkpoint), str(place / "sized_export"))
+    card = model_card(load_student(checkpoint), "last.ckpt", adapters=True)
+    index.write_text(whole)
+    sample(str(out), 1, str(place / "sized_ours"), seed=5, prompts=[PROMPT], device="cpu")
+    pipe = DiffusionPipeline.from_pretrained(out)
+    theirs = pipe(PROMPT, num_inference_steps=1, guidance_scale=1.0, generator=torch.Generator().manual_seed(5)).images
+    ours = as_float(Image.open(place / "sized_ours" / "000005.png"))
+    assert ours.shape == (24, 24, 3)
+    assert np.abs(ours - as_float(theirs[0])).max() <= 2
+    assert "size = dict(height=24, width=24)" in card
+    assert pipe.config.get("force_zeros_for_empty_prompt", False) is False  # of SDXL; the default is True
 
 
 def test_fit_test_and_pictures_of_the_config(place: Path) -> None:

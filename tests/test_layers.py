@@ -10,7 +10,7 @@ LAYERS = [
     {"schedules", "losses", "discriminator", "metrics", "seeds"},
     {"denoiser", "data.batch"},
     {"backbones", "sampling"},
-    {"modules", "distributed", "checkpoints", "data", "pipeline"},
+    {"modules", "distributed", "sharding", "checkpoints", "data", "pipeline"},
     {"callbacks", "summary"},
     {"memory", "runs", "subjects", "export", "export_text", "sample", "cli", "lightning_cli", "going_on"},
 ]

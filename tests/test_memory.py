@@ -89,7 +89,7 @@ def measured(module: Any, batch: int, precision: Any) -> int:
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "plain": dict(steps=3, source=SOURCE),
+    "plain": dict(source=SOURCE),
     "both": dict(memory=Memory(checkpointing="both")),
     "one step, no target teacher": dict(steps=1, target_weight=0.0),
     "half teachers": dict(memory=Memory("steps", "bfloat16"), target_weight=0.0),

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch.overrides.distributed import _sync_module_states
-from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 from torch.distributed.distributed_c10d import _get_default_store
 
 NAME = "unidad_ddp"
@@ -18,24 +18,8 @@ KEY = "unidad_pl/failure"
 GRACE = 3.0  # seconds; Lightning kills the ranks it started itself five seconds after one died
 
 
-class UnwrappedDDPStrategy(DDPStrategy):
-    """``ddp`` that leaves the module unwrapped: :class:`~unidad_pl.modules.base.GenerativeModule` averages gradients.
-
-    DistributedDataParallel expects every parameter in every backward pass; with three optimisers each backward has
-    its own parameters. Here one flat all-reduce per optimiser step moves that group's gradients and nothing else.
-    Registered as ``unidad_ddp``. Takes the arguments of ``DDPStrategy``; ``timeout`` is how long a rank waits for the
-    others before the job ends.
-    """
-
-    strategy_name = NAME
-
-    def configure_ddp(self) -> None:
-        assert self.model is not None
-        _sync_module_states(self.model)
-
-    def block_backward_sync(self) -> Any:
-        """Nothing to block: gradients are only exchanged in the module's own ``step``."""
-        return nullcontext()
+class SpeakingStrategy(ParallelStrategy):
+    """What a strategy of several processes needs so that the failure of one ends all, with its message."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
@@ -66,11 +50,31 @@ class UnwrappedDDPStrategy(DDPStrategy):
 
     def _children(self) -> dict[int, Any]:
         """The ranks that Lightning started from this process."""
-        first = self.node_rank * self.num_processes + 1
+        first = self.node_rank * len(self.parallel_devices or []) + 1
         return dict(enumerate(getattr(self.launcher, "procs", ()), first))
 
     def _died(self) -> set[int]:
         return {rank for rank, process in self._children().items() if process.poll() is not None}
+
+
+class UnwrappedDDPStrategy(SpeakingStrategy, DDPStrategy):
+    """``ddp`` that leaves the module unwrapped: :class:`~unidad_pl.modules.base.GenerativeModule` averages gradients.
+
+    DistributedDataParallel expects every parameter in every backward pass; with three optimisers each backward has
+    its own parameters. Here one flat all-reduce per optimiser step moves that group's gradients and nothing else.
+    Registered as ``unidad_ddp``. Takes the arguments of ``DDPStrategy``; ``timeout`` is how long a rank waits for the
+    others before the job ends.
+    """
+
+    strategy_name = NAME
+
+    def configure_ddp(self) -> None:
+        assert self.model is not None
+        _sync_module_states(self.model)
+
+    def block_backward_sync(self) -> Any:
+        """Nothing to block: gradients are only exchanged in the module's own ``step``."""
+        return nullcontext()
 
 
 def share_failure(exception: Exception, rank: int, world: int, died: Callable[[], set[int]]) -> set[int]:
@@ -128,11 +132,3 @@ def _read(store: Any, prefix: str, ranks: set[int], died: Callable[[], set[int]]
         if ranks <= set(told) | died() or time.monotonic() > until:
             return told
         time.sleep(0.02)
-
-
-def register() -> None:
-    """Make ``strategy="unidad_ddp"`` known to Lightning; done on import of :mod:`unidad_pl.modules`."""
-    if NAME not in StrategyRegistry:
-        StrategyRegistry.register(
-            NAME, UnwrappedDDPStrategy, description=(UnwrappedDDPStrategy.__doc__ or "").split("\n")[0]
-        )

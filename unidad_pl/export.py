@@ -184,7 +184,8 @@ ADAPTER_USAGE = """from diffusers import DiffusionPipeline, LCMScheduler
 pipe = DiffusionPipeline.from_pretrained({base!r})  # the model that the adapters were trained over
 {other_weights}pipe.load_lora_weights("THIS_FOLDER")
 pipe.scheduler = LCMScheduler.from_pretrained("THIS_FOLDER", subfolder="scheduler")
-images = pipe({{prompt!r}}, num_inference_steps={{steps}}, guidance_scale=1.0).images"""
+size = dict(height={{side}}, width={{side}})
+images = pipe({{prompt!r}}, num_inference_steps={{steps}}, guidance_scale=1.0, **size).images"""
 
 OTHER_WEIGHTS = """from unidad_pl.backbones import StableDiffusion
 
@@ -218,7 +219,9 @@ def model_card(student: TrainedStudent, checkpoint: str, adapters: bool = False)
         seed=config.get("seed_everything"), sigmas=", ".join(f"{sigma:.4g}" for sigma in student.sampler.sigmas),
         versions=", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "lightning")),
         task="text-to-image" if text else "unconditional-image-generation", what="latents" if text else "images",
-        usage=_usage(config, adapters).format(prompt=subject, steps=len(student.sampler)) if text else PIXEL_USAGE,
+        usage=_usage(config, adapters).format(
+            prompt=subject, steps=len(student.sampler), side=getattr(student.network, "resolution", None)
+        ) if text else PIXEL_USAGE,
         metrics=_metrics_table(student.folder), config=yaml.safe_dump(config, sort_keys=False),
     )  # fmt: skip
 

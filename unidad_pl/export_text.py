@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RECORD = "unidad.json"
+ZEROS = "force_zeros_for_empty_prompt"
+"""A setting of SDXL pipelines that is none of their parts."""
 
 
 def write_text_pipeline(
@@ -57,9 +59,12 @@ def write_text_pipeline(
         scheduler.save_pretrained(folder / "scheduler")
     else:
         unet = merged(network.unet) if network.shared_weights else network.unet
+        unet.register_to_config(sample_size=network.image_shape[-1])  # the size that pipelines draw unless told
         parts: dict[str, Any] = {**source.components, "unet": unet, "scheduler": scheduler}
         if "requires_safety_checker" in source.config:
             parts["requires_safety_checker"] = False
+        if ZEROS in source.config:
+            parts[ZEROS] = source.config[ZEROS]
         kind(**parts).save_pretrained(folder)
     record = {
         "adapters": adapters,

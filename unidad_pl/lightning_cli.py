@@ -17,7 +17,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from unidad_pl import distributed
+from unidad_pl import sharding
 from unidad_pl.callbacks.environment import RunRecord
 from unidad_pl.callbacks.prediction_writer import PredictionWriter
 from unidad_pl.callbacks.preemption import Preemption, leaving_on_signals
@@ -145,7 +145,7 @@ def _quieten() -> None:
 def run(args: Sequence[str] | None) -> UnidadCLI:
     """Parse ``args`` (the command line's if None) and run the subcommand they name."""
     _quieten()
-    distributed.register()
+    sharding.register()
     with leaving_on_signals():
         return UnidadCLI(
             pl.LightningModule,

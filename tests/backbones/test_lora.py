@@ -11,7 +11,6 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler
-from PIL import Image
 from torch.optim.swa_utils import AveragedModel
 
 from tests.tiny_sd import WIDTH, save_tiny, save_unet
@@ -38,14 +37,6 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def unet_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_unet(tmp_path_factory.mktemp("sd") / "sd")
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("photos")
-    for i in range(3):
-        Image.new("RGB", (20, 20), (60 * i, 200 - 50 * i, 90)).save(place / f"{i}.png")
-    return place
 
 
 def module(folder: Path, lora: LoRA | None = LoRA(rank=2), **options: Any) -> UniDAD:  # noqa: B008
@@ -288,6 +279,28 @@ def test_exports_draw_the_same_images(run: Run, folder: Path, tmp_path: Path, ad
     with torch.no_grad():
         untrained = student.sampler(source, seeded_noise([5, 6], source.image_shape, "cpu"), student.codec.embed(["a prt dog"] * 2))  # fmt: skip  # noqa: E501
     assert (drawn - untrained).abs().max() > 0.05  # the adapters are not nothing
+
+
+@small
+def test_a_base_in_bfloat16_trains_resumes_and_exports(run: Run, folder: Path, photos: Path, tmp_path: Path) -> None:
+    half = LoRA(rank=2, alpha=3, base_dtype="bfloat16")
+    whole, resumed = module(folder, half), module(folder, half)
+    fit(whole, photos, 2, tmp_path).save_checkpoint(tmp_path / "part.ckpt")
+    fit(resumed, photos, ITERATIONS, tmp_path, str(tmp_path / "part.ckpt"))
+    whole = module(folder, half)
+    fit(whole, photos, ITERATIONS, tmp_path).save_checkpoint(tmp_path / "last.ckpt")
+    assert content_hash(resumed) == content_hash(whole) != content_hash(run.model)
+    config = (run.place / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(config.replace("alpha: 3", "alpha: 3, base_dtype: bfloat16"))
+    out = export(str(tmp_path / "last.ckpt"), str(tmp_path / "out"), adapters=True)
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.load_lora_weights(str(out))
+    layer: Any = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    trained: Any = whole.ema.module.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q  # type: ignore[union-attr]
+    (name,) = layer.lora_A
+    assert trained.lora_B["default"].weight.any()
+    scale = half.alpha / half.rank  # part of the weights that are handed on
+    torch.testing.assert_close(layer.lora_B[name].weight, scale * trained.lora_B["default"].weight)
 
 
 @small

@@ -143,7 +143,7 @@ def test_stable_diffusion_15_has_its_published_size() -> None:
     assert sum(p.numel() for p in unet.parameters()) == 859_520_964
 
 
-def test_other_pipelines_and_broken_folders_are_named(tmp_path: Path) -> None:
+def test_other_pipelines_and_broken_folders_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match=r"no model_index\.json"):
         StableDiffusion(str(tmp_path)).build()
     folder = save_unet(tmp_path)
@@ -151,9 +151,19 @@ def test_other_pipelines_and_broken_folders_are_named(tmp_path: Path) -> None:
         (folder / "model_index.json").write_text(json.dumps({"_class_name": name}))
         with pytest.raises(ValueError, match=name):
             StableDiffusion(str(folder)).build()
+    for broken in ("{", "[]", "{}"):
+        (folder / "model_index.json").write_text(broken)
+        with pytest.raises(ValueError, match=r"model_index\.json' is no pipeline's index"):
+            StableDiffusion(str(folder)).build()
     save_unet(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    assert StableDiffusion(f"~/{tmp_path.name}").build().image_shape == (4, 8, 8)
     with pytest.raises(ValueError, match="resolution must be a multiple of 4 pixels"):
         StableDiffusion(str(folder), resolution=18).build()
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".fp16.safetensors"))
+    with pytest.raises(FileNotFoundError, match=r"weights are missing in '.*unet' .* another variant"):
+        StableDiffusion(str(folder)).build()
     (folder / "scheduler" / "scheduler_config.json").unlink()
     with pytest.raises(FileNotFoundError, match="scheduler_config"):
         StableDiffusion(str(folder)).build()

@@ -97,6 +97,12 @@ def test_subject_and_token_are_the_datamodules_unless_given(tmp_path: Path) -> N
     evaluate(tmp_path, similarity(token=None), data=data)
     record = read_records(tmp_path / "metrics.jsonl")[-1]
     assert (record["subject"], record["token"]) == ("cat2", "red")
+    callback = similarity(token=None)
+    data.token = "no such word"
+    first = evaluate(tmp_path, callback, data=data)["clip_t"]
+    data.token = "red"  # the same callback and the same prompts, another subject's run
+    again = evaluate(tmp_path, callback, data=data)["clip_t"]
+    assert again == evaluate(tmp_path, similarity(token="red"))["clip_t"] != first
     evaluate(tmp_path, similarity(subject="fido"), data=data)
     record = read_records(tmp_path / "metrics.jsonl")[-1]
     assert (record["subject"], record["token"]) == ("fido", "prt")
@@ -140,6 +146,9 @@ def test_captions_wrap_and_differ() -> None:
     assert long.shape[1] > short.shape[1] > 20
     assert bool((long[:, 10:, 78:] == 255).all())  # nothing is cut off at the right
     assert not torch.equal(short, with_caption(picture, "a cat"))
+    one_word = with_caption(picture, "x" * 40)  # wider than the picture
+    assert one_word.shape[1] > short.shape[1]
+    assert bool((one_word[:, picture.shape[1] :, -4:] == 255).all())
     assert file_name("A <prt> dog: wet?") == "a_prt_dog_wet"
     assert file_name("犬") == "prompt"
 

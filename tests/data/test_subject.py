@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 
 from unidad_pl.data import SubjectDataModule
@@ -121,9 +124,51 @@ def test_a_single_photo_is_enough(tmp_path: Path) -> None:
     assert torch.equal(batch.images[0], batch.images[1])
 
 
+def test_photos_of_several_folders_are_warned_of(photos: Path) -> None:
+    (photos.parent / "mug").mkdir()
+    Image.new("RGB", (16, 12), (9, 10, 90)).save(photos.parent / "mug" / "a.png")
+    with pytest.warns(UserWarning, match=r"lie in 2 folders \(dog6, mug\)"):
+        SubjectDataModule(str(photos.parent), "dog", resolution=8).setup()
+
+
+def test_a_resumed_run_must_be_told_what_it_was_told(photos: Path) -> None:
+    """The stream is a function of the position, and so are prompts: with others it would be another run."""
+    made: dict[str, Any] = dict(class_word="dog", prompts=["a {}", "red {}"], class_images=str(photos), resolution=8)
+    trainer: Any = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.FITTING))
+    before = SubjectDataModule(str(photos), **made).state_dict()
+
+    def resume(**changed: Any) -> None:
+        data = SubjectDataModule(str(photos), **{**made, **changed})
+        data.trainer = trainer
+        data.load_state_dict(before)
+
+    resume(eval_prompts="wet {}", samples_per_prompt=2)  # nothing that is trained on
+    for name, value in (
+        ("token", "sks"), ("class_word", "cat"), ("prompts", ["red {}", "a {}"]), ("class_images", None),
+        ("class_template", "one {}"), ("class_weight", 0.5),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match=f"trained on other data: {name} was"):
+            resume(**{name: value})
+    plain = SubjectDataModule(str(photos), "dog", resolution=8).state_dict()
+    assert plain["class_images"] is None  # so that a prior that comes later is noticed
+
+
 def test_templates_of_a_file(tmp_path: Path) -> None:
-    (tmp_path / "t.txt").write_text("a {}\n\nthe {} at sea\n")
+    (tmp_path / "t.txt").write_bytes("\ufeffa {}\r\n\r\nthe {} at sea\r\n".encode())
     assert read_templates(str(tmp_path / "t.txt")) == ["a {}", "the {} at sea"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "to"),
+    [
+        ("\n", "\r\n"), ("Classes", "\ufeffClasses"), ("name,class\n", "name,class\n\n"), ("cup\n", "cup \n\n"),
+        ("'a red {0} {1}'", '"a red {0} {1}"'), ("\n'a", "\n    'a"), ("pathway',\n", "pathway', "),
+    ],
+)  # fmt: skip
+def test_the_list_as_other_editors_save_it(tmp_path: Path, changed: str, to: str) -> None:
+    (tmp_path / "plain.txt").write_text(LIST)
+    (tmp_path / "list.txt").write_bytes(LIST.replace(changed, to).encode())
+    assert read_dreambooth(tmp_path / "list.txt") == read_dreambooth(tmp_path / "plain.txt")
 
 
 def test_pictures_of_the_class_come_with_the_class_prompt(photos: Path, tmp_path: Path) -> None:
@@ -154,13 +199,18 @@ def test_pictures_of_the_class_come_with_the_class_prompt(photos: Path, tmp_path
     assert data.every_prompt == ["a prt dog", "wet prt dog", "a dog", "photo of dog"]
 
 
-def test_the_subject_is_the_folders_name(photos: Path) -> None:
+def test_the_subject_is_the_folders_name(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert SubjectDataModule(str(photos) + "/", "dog").subject == "dog6"
+    monkeypatch.chdir(photos)
+    assert SubjectDataModule(".", "dog").subject == "dog6"
+    zipped = SubjectDataModule("x/dog6.zip", dreambooth=str(photos.parent / "list.txt"))
+    assert (zipped.subject, zipped.class_word) == ("dog6", "dog")
 
 
 def test_what_is_wrong_is_named(photos: Path, tmp_path: Path) -> None:
     for options, message in (
         ({}, "say what"),
+        ({"class_word": " "}, "class_word must say what"),
         ({"class_word": "dog", "prompts": "a dog"}, "must have {} once"),
         ({"class_word": "dog", "prompts": "a {} {x}"}, "must have {} once"),
         ({"class_word": "dog", "prompts": []}, "no prompt templates"),
@@ -181,6 +231,9 @@ def test_what_is_wrong_is_named(photos: Path, tmp_path: Path) -> None:
         SubjectDataModule(str(photos), "dog", prompts=str(tmp_path / "binary.txt"))
     with pytest.raises(ValueError, match=r"prompts file .*binary\.txt' cannot be read as UTF-8 text"):
         read_dreambooth(tmp_path / "binary.txt")
+    (tmp_path / "other.txt").write_text(LIST.replace("mug,cup", "mug,"))
+    with pytest.raises(ValueError, match="no class word after the comma for 'mug'"):
+        read_dreambooth(tmp_path / "other.txt")
     (tmp_path / "other.txt").write_text("hello")
     with pytest.raises(ValueError, match="it has 0 'subject_name,class' lines and 0 lists"):
         read_dreambooth(tmp_path / "other.txt")

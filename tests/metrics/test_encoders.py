@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,26 @@ def test_weights_that_are_not_there_are_named_with_the_way_out(monkeypatch: pyte
             encoder.load()
     with pytest.raises(RuntimeError, match=f"needs the weights '{tmp_path}'"):
         DINOImages(str(tmp_path)).load()
+
+
+def test_a_folder_without_vocabulary_is_no_tokenizer(clip: Path, tmp_path: Path) -> None:
+    """transformers makes a tokenizer of it that knows no word: every prompt would score alike."""
+    for absent in (
+        ("vocab.json", "merges.txt"),
+        ("vocab.json", "merges.txt", "tokenizer_config.json"),
+        ("merges.txt",),
+    ):
+        place = tmp_path / str(len(absent))
+        shutil.copytree(clip, place)
+        for name in absent:
+            (place / name).unlink()
+        with pytest.raises(RuntimeError, match=rf"CLIPTexts \(its tokenizer\) needs the weights '{place}'"):
+            CLIPTexts(str(place)).load()
+
+
+def test_a_home_folder_is_found(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(clip.parent))
+    CLIPTexts(f"~/{clip.name}").load()
 
 
 def test_another_model_is_never_taken_instead(clip: Path, dino: Path, tmp_path: Path) -> None:

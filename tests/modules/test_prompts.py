@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from tests.modules.test_text_to_image import data, fit, module
@@ -20,15 +19,6 @@ from unidad_pl.modules.prompts import check_prompts, encode_prior
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("sd") / "sd")
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("photos") / "dog"
-    place.mkdir()
-    for i in range(3):
-        Image.new("RGB", (20, 20), (60 * i, 200 - 50 * i, 90)).save(place / f"{i}.png")
-    return place
 
 
 def test_every_call_of_every_network_is_told_its_role(folder: Path, photos: Path, tmp_path: Path) -> None:

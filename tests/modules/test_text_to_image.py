@@ -10,7 +10,6 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
-from PIL import Image
 from torch import Tensor
 
 from tests.tiny_sd import save_tiny
@@ -27,15 +26,6 @@ FAST = Optimization(lr=1e-3, warmup=0)
 @pytest.fixture(scope="module", params=["1.x", "xl"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("sd") / "sd", xl=request.param == "xl")
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("photos") / "dog"
-    place.mkdir()
-    for i in range(3):
-        Image.new("RGB", (20, 20), (60 * i, 200 - 50 * i, 90)).save(place / f"{i}.png")
-    return place
 
 
 def module(folder: Path, **options: Any) -> UniDAD:
@@ -245,6 +235,11 @@ def test_the_border_is_float32_under_autocast(folder: Path) -> None:
 
 def test_a_folder_without_a_text_encoder_is_named(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "sd")
+    for file in (tmp_path / "sd" / "tokenizer").glob("*.json"):
+        file.unlink()
+    (tmp_path / "sd" / "tokenizer" / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"has neither tokenizer/vocab\.json nor tokenizer/tokenizer\.json"):
+        module(tmp_path / "sd").configure_model()
     shutil.rmtree(tmp_path / "sd" / "text_encoder")
     with pytest.raises(FileNotFoundError, match="has no text_encoder/: the download is incomplete"):
         module(tmp_path / "sd").configure_model()

@@ -339,6 +339,7 @@ def test_image_gradients_of_the_loss_terms_add_up(ready: UniDAD) -> None:
         ({"target_steps": 0}, "target_steps"),
         ({"adapt_first": -1}, "adapt_first"),
         ({"adapt_first": 2, "target_weight": 0.0}, "adapt_first"),
+        ({"adapt_first": 3, "target_iterations": 2}, "target_iterations to 3 or more"),
         ({"target_steps": 2, "accumulate": 2}, "accumulate: 1"),
         ({"steps": 0}, "at least 1 step"),
         ({"gradient": "lats"}, "lats"),

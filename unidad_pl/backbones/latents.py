@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unidad_pl.backbones.sd_files import check_text_parts
+from unidad_pl.backbones.sd_files import check_text_parts, weights_of
 from unidad_pl.denoiser import Codec
 
 
@@ -73,7 +73,7 @@ class LatentCodec(Codec):
             absent: dict[str, Any] = {name: None for name in wanted if name in inspect.signature(kind).parameters}
             if "requires_safety_checker" in inspect.signature(kind).parameters:
                 absent["requires_safety_checker"] = False
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), weights_of(self.folder):
                 self._parts = kind.from_pretrained(
                     self.folder, torch_dtype=torch.float32, local_files_only=True, **absent
                 )

@@ -20,7 +20,7 @@ from unidad_pl.backbones.latents import LatentCodec
 from unidad_pl.backbones.lora import LoRA, add_adapters, base_names
 from unidad_pl.backbones.network import DiffusersNetwork
 from unidad_pl.backbones.scheduler import find_scheduler, spec_of_scheduler
-from unidad_pl.backbones.sd_files import find_pipeline
+from unidad_pl.backbones.sd_files import find_pipeline, weights_of
 from unidad_pl.backbones.unet_spec import UNetSpec
 from unidad_pl.denoiser import Codec, DenoiserSource, Parameterization, Prediction
 
@@ -209,10 +209,11 @@ class StableDiffusion(DenoiserSource):
             except RuntimeError as error:
                 raise ValueError(f"{self.unet_weights!r} does not fit {folder / 'unet'}: {error}") from error
             return self._denoiser(unet, folder)
-        unet, report = UNet2DConditionModel.from_pretrained(
-            folder / "unet", torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True,
-            low_cpu_mem_usage=False, local_files_only=True,
-        )  # fmt: skip
+        with weights_of(folder / "unet"):
+            unet, report = UNet2DConditionModel.from_pretrained(
+                folder / "unet", torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True,
+                low_cpu_mem_usage=False, local_files_only=True,
+            )  # fmt: skip
         wrong: dict[str, Any] = {kind: keys for kind, keys in report.items() if keys}
         if wrong:
             raise ValueError(f"weights in {folder / 'unet'} do not fit its config.json: {wrong}")

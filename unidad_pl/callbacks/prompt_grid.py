@@ -85,10 +85,13 @@ def with_caption(picture: Tensor, text: str) -> Tensor:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width - size or not lines[-1]:
+        if font.getlength(longer) <= width - size:
             lines[-1] = longer
-        else:
-            lines.append(word)
+            continue
+        lines += [""] if lines[-1] else []
+        for letter in word:  # one that is wider than the picture goes on below
+            lines += [""] if font.getlength(lines[-1] + letter) > width - size else []
+            lines[-1] += letter
     label = Image.new("RGB", (width, int(1.3 * size * len(lines)) + size), "white")
     ImageDraw.Draw(label).multiline_text((size // 2, size // 2), "\n".join(lines), "black", font, spacing=size // 4)
     return torch.cat([picture, torch.from_numpy(np.array(label)).permute(2, 0, 1)], 1)

@@ -240,10 +240,11 @@ class FewShotDataModule(pl.LightningDataModule):
         trainer = self.trainer
         world, rank = (trainer.world_size, trainer.global_rank) if trainer is not None else (1, 0)
         seeds = torch.arange(self.first_seed, self.first_seed + self.samples[stage])
-        own = seeds[rank::world]
-        if not len(own):  # Lightning skips the loop of a rank without a batch; metrics count a seed once
-            own = seeds[:1]
-        batches = [{"seeds": part} for part in own.split(self.eval_batch_size) if len(part)]
+        batches = [{"seeds": part} for part in seeds[rank::world].split(self.eval_batch_size) if len(part)]
+        # The same number of batches on every rank: sliced networks need all ranks at every pass, and Lightning skips
+        # the loop of a rank without a batch. Metrics count a seed once.
+        most = -(-len(seeds[::world]) // self.eval_batch_size)
+        batches += [{"seeds": seeds[:1]}] * (most - len(batches))
         return DataLoader(SeedBatches(batches), batch_size=None)
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 
 LIVE = ("cat", "dog")
@@ -52,14 +51,15 @@ def read_dreambooth(path: str | Path) -> DreamBooth:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is no text, or holds no ``subject_name,class`` block, or not two lists of templates.
+        ValueError: it is no text, or holds no ``subject_name,class`` block, a subject without a class word, or not two
+            lists of templates.
     """
     text = _text_of(path, "prompts file")
     head, *lists = re.split(r"^prompt_list\s*=\s*\[", text, flags=re.MULTILINE)
-    block = head.partition("subject_name,class")[2].lstrip().splitlines()
-    rows = [line.split(",") for line in takewhile(lambda line: line.count(",") == 1, block)]
-    classes = {name.strip(): word.strip() for name, word in rows}
-    found = [re.findall(r"'([^']*)'\.format\(", part) for part in lists]
+    classes = dict(_subjects(head.partition("subject_name,class")[2].splitlines()))
+    if nameless := [name for name, word in classes.items() if not word]:
+        raise ValueError(f"{str(path)!r} has no class word after the comma for {', '.join(map(repr, nameless))}")
+    found = [[text for _, text in re.findall(r"""(["'])((?:(?!\1).)*)\1\.format\(""", part)] for part in lists]
     if not classes or len(found) != 2 or any(BOTH not in one for part in found for one in part):
         raise ValueError(
             f"{str(path)!r} is not DreamBooth's prompts_and_classes.txt: it has {len(classes)} 'subject_name,class' "
@@ -67,6 +67,20 @@ def read_dreambooth(path: str | Path) -> DreamBooth:
         )
     objects, live = ([one.replace(BOTH, "{}") for one in part] for part in found)
     return DreamBooth(classes, objects, live)
+
+
+def _subjects(lines: list[str]) -> Iterator[tuple[str, str]]:
+    """Name and class word of the lines up to the first that is no pair; a sentence after a blank line is none."""
+    some = gap = False
+    for line in lines:
+        if not line.strip():
+            gap = some
+            continue
+        if line.count(",") != 1 or (gap and ", " in line):
+            return
+        name, _, word = line.partition(",")
+        some = True
+        yield name.strip(), word.strip()
 
 
 def _text_of(path: str | Path, what: str) -> str:

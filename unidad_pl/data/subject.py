@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader
 from unidad_pl.data.batch import Batch
 from unidad_pl.data.few_shot import FewShotDataModule, SeedBatches, ShotStream
 from unidad_pl.data.image_sets import open_images
+from unidad_pl.data.images import image_hash
 from unidad_pl.data.prompts import read_dreambooth, read_templates
 from unidad_pl.seeds import mix_seed
 
@@ -54,7 +56,7 @@ class SubjectDataModule(FewShotDataModule):
         first_seed: seed of an evaluation's first image; the others follow.
 
     Raises:
-        ValueError: no class word and no list to find it in, a template without ``{}``, ``augment`` without
+        ValueError: no class word and no list to find it in, a blank one, a template without ``{}``, ``augment`` without
             ``dreambooth``, or ``class_weight`` not above 0.
     """
 
@@ -89,7 +91,10 @@ class SubjectDataModule(FewShotDataModule):
             raise ValueError(
                 f"say what {root!r} shows, as class_word: dog, or give dreambooth: prompts_and_classes.txt"
             )
-        self.class_word = class_word or known.class_of(Path(root).name)  # type: ignore[union-attr]
+        if class_word is not None and not class_word.strip():
+            raise ValueError(f"class_word must say what {root!r} shows, e.g. dog, got {class_word!r}")
+        self.subject = Path(os.path.abspath(root)).name.removesuffix(".zip")
+        self.class_word = class_word or known.class_of(self.subject)  # type: ignore[union-attr]
         if augment and known is None:
             raise ValueError("augment: true takes its templates from DreamBooth's list: give dreambooth")
         if not token.strip() or samples_per_prompt < 1:
@@ -98,11 +103,7 @@ class SubjectDataModule(FewShotDataModule):
             )
         if class_weight <= 0:
             raise ValueError(f"class_weight must be above 0, got {class_weight}: leave class_images out for no prior")
-        self.subject, self.token, self.samples_per_prompt = (
-            Path(root).name.removesuffix(".zip"),
-            token,
-            samples_per_prompt,
-        )
+        self.token, self.samples_per_prompt = token, samples_per_prompt
         self.class_root, self.class_weight = class_images, class_weight
         self.class_images: Tensor | None = None
         (self.class_template,) = read_templates([class_template])
@@ -123,11 +124,27 @@ class SubjectDataModule(FewShotDataModule):
         if self._shots is not None:
             return
         super().setup(stage)
+        folders = sorted({str(PurePosixPath(name).parent) for name in self.shot_names})
+        if len(folders) > 1:
+            rank_zero_warn(
+                f"the photos of {self.root!r} lie in {len(folders)} folders ({', '.join(folders[:5])}): all of them "
+                f"are taken for one subject, {self.subject!r}. Name one subject's folder if they show several"
+            )
         if self._shots is not None and len(self._shots) == 1:
             rank_zero_warn(
                 f"{self.root!r} is a single photo: a student of it learns the pose and the background as the subject; "
                 f"four to six photos in different places are what this is made for"
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of :class:`~unidad_pl.data.few_shot.FewShotDataModule`, and what the networks were told."""
+        state = super().state_dict() | {"prompts": self.templates, "token": self.token, "class_word": self.class_word}
+        if self.class_images is None:
+            return state | {"class_images": None}
+        content = image_hash(self.class_images.flatten(0, 1))
+        return state | {
+            "class_images": content, "class_template": self.class_template, "class_weight": self.class_weight
+        }  # fmt: skip
 
     @property
     def every_prompt(self) -> list[str]:

@@ -107,7 +107,7 @@ class _Encoder(FeatureModule):
 
     def __init__(self, path: str) -> None:
         super().__init__()
-        self.path = self.name = path
+        self.path, self.name = str(Path(path).expanduser()), path
         self.register_buffer("place", torch.zeros(()), persistent=False)
         self.place: Tensor
         self.network: Any = None
@@ -168,8 +168,11 @@ class CLIPTexts(_Encoder):
 
         try:
             self.tokenizer = CLIPTokenizer.from_pretrained(self.path, local_files_only=stays_offline(self.path))
-        except (OSError, TypeError) as error:  # TypeError: what a folder without vocabulary leads to
+        except (OSError, TypeError, ValueError) as error:  # what a folder without or with half a vocabulary leads to
             raise missing("CLIPTexts (its tokenizer)", self.path, error) from error
+        if len(self.tokenizer) <= len(self.tokenizer.all_special_ids):  # or to a tokenizer that knows no word
+            found = FileNotFoundError("there is no vocabulary: vocab.json and merges.txt")
+            raise missing("CLIPTexts (its tokenizer)", self.path, found)
         return network
 
     def forward(self, texts: Sequence[str]) -> Tensor:  # type: ignore[override]

@@ -160,12 +160,12 @@ class SubjectSimilarity(PromptMetric):
 
     def _texts_of(self, prompts: Sequence[str]) -> Tensor:
         assert self.text_encoder is not None
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in self._embedded:
+        texts = [without_token(prompt, self.token) for prompt in prompts]  # the token may change from run to run
+        for text in dict.fromkeys(texts):
+            if text not in self._embedded:
                 with torch.no_grad():
-                    row = self.text_encoder([without_token(prompt, self.token)]).float()
-                self._embedded[prompt] = F.normalize(row, dim=1)[0]
-        return torch.stack([self._embedded[prompt] for prompt in prompts])
+                    self._embedded[text] = F.normalize(self.text_encoder([text]).float(), dim=1)[0]
+        return torch.stack([self._embedded[text] for text in texts])
 
     def compute(self) -> Scores:
         """The means over all samples of all ranks.

@@ -1,6 +1,6 @@
 """LightningModules: the method, and plain diffusion training."""
 
-from unidad_pl import distributed as _distributed  # registers strategy "unidad_ddp"
+from unidad_pl import sharding as _sharding  # registers the strategies
 from unidad_pl.discriminator import Critic
 from unidad_pl.modules.base import GenerativeModule
 from unidad_pl.modules.diffusion import Diffusion
@@ -8,6 +8,6 @@ from unidad_pl.modules.frozen import Memory
 from unidad_pl.modules.optimization import Optimization
 from unidad_pl.modules.unidad import UniDAD
 
-_distributed.register()
+_sharding.register()
 
 __all__ = ["Critic", "Diffusion", "GenerativeModule", "Memory", "Optimization", "UniDAD"]

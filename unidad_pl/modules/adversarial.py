@@ -28,12 +28,18 @@ class AdversarialModule(GenerativeModule):
     weighting: Weighting
     sigma_data: float
 
+    def refuse_to_slice(self) -> str | None:
+        if self.critic.r1 or self.critic.gradient_penalty:
+            return "FSDP2 has no second derivatives: leave critic.r1 and critic.gradient_penalty at 0"
+        return super().refuse_to_slice()
+
     def denoise(self, network: Denoiser, images: Tensor, cond: Tensor | None, fine: float = 0.0) -> Tensor:
-        """Denoising loss of ``network`` at sigmas of the whole table, a share ``fine`` of them of its lower half."""
+        """Denoising loss of ``network`` at sigmas of the table, a share ``fine`` of them up to twice ``sigma_data``."""
         sigma, entries = None, len(self.sigmas)
         if fine:
             low = torch.rand(len(images), device=images.device) < fine
-            index = torch.rand(len(images), device=images.device) * torch.where(low, entries // 2, entries)
+            below = (self.sigmas <= 2 * self.sigma_data).sum().clamp_min(1)
+            index = torch.rand(len(images), device=images.device) * torch.where(low, below, entries)
             sigma = self.sigmas[index.long()].to(images.dtype)
         noisy, sigma = self.add_noise(images, 0, entries - 1, sigma)
         return denoising_loss(network(noisy, sigma, cond), images, sigma, self.weighting, self.sigma_data)

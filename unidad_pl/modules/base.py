@@ -22,19 +22,22 @@ from torch.optim.swa_utils import AveragedModel
 from unidad_pl.data.batch import Batch, EncodedBatch
 from unidad_pl.denoiser import Codec, Denoiser, DenoiserSource
 from unidad_pl.distributed import UnwrappedDDPStrategy
-from unidad_pl.modules.frozen import FrozenNetworks, Memory
+from unidad_pl.modules.frozen import Memory
 from unidad_pl.modules.labels import ClassLabels
 from unidad_pl.modules.optimization import check_choices
 from unidad_pl.modules.prompts import check_prompts, encode_prior
 from unidad_pl.modules.resume import Resumable
+from unidad_pl.modules.sliced import SlicedNetworks
 from unidad_pl.modules.stepping import ManualSteps
 from unidad_pl.sampling import FewStepSampler
 from unidad_pl.seeds import mix_seed
+from unidad_pl.sharding import ShardedStrategy
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
+STRATEGIES = (SingleDeviceStrategy, UnwrappedDDPStrategy, ShardedStrategy)
 
 
-class GenerativeModule(ManualSteps, Resumable, FrozenNetworks):
+class GenerativeModule(ManualSteps, Resumable, SlicedNetworks):
     """Base of :class:`~unidad_pl.modules.unidad.UniDAD` and :class:`~unidad_pl.modules.diffusion.Diffusion`.
 
     A subclass builds its networks in :meth:`build_networks`, names its trained parameters in :meth:`groups`, its
@@ -117,8 +120,11 @@ class GenerativeModule(ManualSteps, Resumable, FrozenNetworks):
     # -- networks and optimisers ---------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        if self._built:
-            return
+        if not self._built:
+            self._build()
+        self.slice_networks()
+
+    def _build(self) -> None:
         self.codec: Codec = self.sampled_source.codec()  # first: it knows what a model needs
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mix_seed(self.seed, 0xA11))
@@ -153,14 +159,16 @@ class GenerativeModule(ManualSteps, Resumable, FrozenNetworks):
         """Refuse what would run wrongly without an error, before anything has begun.
 
         Raises:
-            RuntimeError: another strategy than ``unidad_ddp`` on several processes (DistributedDataParallel expects
-                every parameter in every backward pass), or a precision that the sigma range does not survive.
+            RuntimeError: another strategy than ``unidad_ddp`` or ``unidad_fsdp`` on several processes
+                (DistributedDataParallel expects every parameter in every backward pass), or a precision that the sigma
+                range does not survive.
         """
-        if stage == "fit" and not isinstance(self.trainer.strategy, (SingleDeviceStrategy, UnwrappedDDPStrategy)):
+        if stage == "fit" and not isinstance(self.trainer.strategy, STRATEGIES):
             name = type(self.trainer.strategy).__name__
             raise RuntimeError(
                 f"strategy {name} cannot step several optimisers that each own their gradients. Use "
-                f"--trainer.strategy unidad_ddp: processes as in ddp, gradients averaged once per optimiser step."
+                f"--trainer.strategy unidad_ddp: processes as in ddp, gradients averaged once per optimiser step; or "
+                f"unidad_fsdp, which also slices the networks over the ranks."
             )
         if self.trainer.precision not in PRECISIONS:
             raise RuntimeError(

@@ -15,6 +15,7 @@ from unidad_pl.modules.frozen import Memory
 from unidad_pl.modules.optimization import Optimization, check_choices, trained
 from unidad_pl.sampling import FewStepSampler, ddim, heun, sampling_sigmas, seeded_noise
 from unidad_pl.schedules import karras, log_linear
+from unidad_pl.sharding import whole
 
 
 class Diffusion(GenerativeModule):
@@ -132,12 +133,16 @@ class Diffusion(GenerativeModule):
         Raises:
             TypeError: the network cannot be written as a folder.
         """
-        if self.export_to is None or not self.trainer.is_global_zero:
+        if self.export_to is None:
             return
         network: Any = self.ema.module if self.ema is not None else self.denoiser
         if not hasattr(network, "save_pretrained"):
             raise TypeError(f"export_to needs a network with save_pretrained, {type(network).__name__} has none")
-        network.save_pretrained(self.export_to, torch.float16 if self.export_half else torch.float32)
+        weights = {name: whole(value) for name, value in network.state_dict().items()}  # all ranks gather
+        if self.trainer.is_global_zero:
+            alone: Any = self.source.architecture()
+            alone.load_state_dict(weights)
+            alone.save_pretrained(self.export_to, torch.float16 if self.export_half else torch.float32)
 
     def generate(self, network: Denoiser, seeds: Tensor, cond: Tensor | None) -> Tensor:
         noise = seeded_noise(seeds, network.image_shape, self.device)

@@ -127,7 +127,7 @@ class FrozenNetworks(pl.LightningModule):
             networks["ema.module"] = self.ema.module
         return networks
 
-    def _unsaved(self) -> set[str]:
+    def unsaved_weights(self) -> set[str]:
         """Names in the state dict of what comes from sources: frozen networks and bases under adapters."""
         shared = {f"{place}.{key}" for place, network in self._denoisers().items() for key in network.shared_weights}
         prefixes = tuple(f"{name}." for name in self.frozen_networks)
@@ -139,7 +139,7 @@ class FrozenNetworks(pl.LightningModule):
         return {name: self.frozen_hash(name) for name in (*self.frozen_networks, *based)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        for key in self._unsaved():
+        for key in self.unsaved_weights():
             del checkpoint["state_dict"][key]
         checkpoint["frozen_sha256"] = self._frozen_hashes()
 
@@ -160,4 +160,4 @@ class FrozenNetworks(pl.LightningModule):
                 )
         # What is not in the checkpoint comes from its source; put it in so that loading stays strict for all the rest.
         weights = self.state_dict()
-        checkpoint["state_dict"].update({key: weights[key] for key in self._unsaved()})
+        checkpoint["state_dict"].update({key: weights[key] for key in self.unsaved_weights()})

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from unidad_pl.sharding import is_sliced, local
+
 
 @dataclass
 class Optimization:
@@ -115,10 +117,13 @@ def check_choices(**choices: tuple[object, tuple[str, ...]]) -> None:
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Replace the gradients by their mean over all ranks: one all-reduce per dtype. Nothing on a single process."""
+    """Replace the gradients by their mean over all ranks: one all-reduce per dtype. Nothing on a single process.
+
+    Gradients of sliced parameters are left alone: the backward pass has averaged them.
+    """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return
-    grads = [p.grad for p in parameters if p.grad is not None]
+    grads = [p.grad for p in parameters if p.grad is not None and not is_sliced(p)]
     for dtype in {g.dtype for g in grads}:
         same = [g for g in grads if g.dtype == dtype]
         flat = torch.cat([g.flatten() for g in same])
@@ -133,6 +138,7 @@ def spoil_gradients(parameters: Sequence[nn.Parameter], loss: Tensor) -> None:
 
     Nothing is read back from the device, and a finite loss changes no gradient.
     """
-    grad = next((p.grad for p in parameters if p.grad is not None), None)
+    grads = (local(p.grad) for p in parameters if p.grad is not None)
+    grad = next((grad for grad in grads if grad.numel()), None)
     if grad is not None:
         grad[(0,) * grad.ndim] += (loss.detach() * 0).to(grad.dtype)

@@ -11,6 +11,7 @@ from lightning.pytorch.plugins import MixedPrecision, Precision
 from torch import Tensor
 
 from unidad_pl.modules.optimization import Optimization, average_gradients, spoil_gradients
+from unidad_pl.sharding import is_sliced, whole
 
 
 class ManualSteps(pl.LightningModule):
@@ -48,8 +49,21 @@ class ManualSteps(pl.LightningModule):
     def backward_into(self, loss: Tensor, group: str) -> None:
         """Add the gradient of ``loss / accumulate`` to the parameters of ``group``, and to nothing else."""
         parameters = [p for settings in self.groups()[group] for p in settings["params"]]
-        self.manual_backward(loss / self.accumulate, inputs=parameters)
+        if is_sliced(parameters[0]):
+            self._backward_into_slices(loss / self.accumulate, group)
+        else:
+            self.manual_backward(loss / self.accumulate, inputs=parameters)
         spoil_gradients(parameters, loss)
+
+    def _backward_into_slices(self, loss: Tensor, group: str) -> None:
+        """A slice is no leaf of the graph: what the loss leaves in other groups is dropped afterwards."""
+        others = [p for name, own in self.groups().items() if name != group for part in own for p in part["params"]]
+        held = [p.grad for p in others]
+        for p in others:
+            p.grad = None
+        self.manual_backward(loss)
+        for p, grad in zip(others, held, strict=True):
+            p.grad = grad
 
     def step(self, group: str) -> bool:
         """Average the group's gradient over ranks, clip it, step its optimiser and schedule.
@@ -69,7 +83,7 @@ class ManualSteps(pl.LightningModule):
         if self._scaler is not None:
             self._scaler.unscale_(optimizer.optimizer)
         clip = self.optimizations()[group].clip
-        norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip else math.inf)
+        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, clip if clip else math.inf))
         finite = bool(torch.isfinite(norm))
         self.log(f"grad_norm/{group}", norm, rank_zero_only=True)
         if finite:

@@ -48,7 +48,7 @@ class UniDAD(AdversarialModule):
             for a domain far from the source, where G would spend most of the run on its way. 0: none, as in the paper.
         target_steps: updates of T in an iteration that trains T, each with fresh noise on the same images: T,
             which costs little beside the student, gets ahead of it.
-        target_fine: share of T's training noise that is drawn from the lower half of the table alone. Fine structure is
+        target_fine: share of T's training noise that is drawn from sigmas up to twice ``sigma_data`` alone. Texture is
             what T learns last, and a handful of shots does not make T know it by heart. 0: none, as in the paper.
         steps: K, the student's sampling steps.
         sigma_max: sigma of the student's first step.
@@ -63,7 +63,7 @@ class UniDAD(AdversarialModule):
         normalizer: ``clean`` or ``noisy``, see :func:`~unidad_pl.losses.dmd_gradient`.
         noise_table: ``karras`` (1000 entries, rho 7, 0.002..80) or the ``model``'s own sigmas.
         weighting: of the denoising losses, ``edm`` or ``eps``, see :func:`~unidad_pl.losses.denoising_weight`.
-        sigma_data: standard deviation of the data in the ``edm`` weighting.
+        sigma_data: standard deviation of the data in the ``edm`` weighting, and what ``target_fine`` goes by.
         critic: the GAN's settings.
         student_optimization: G's optimiser.
         fake_optimization: the optimiser of F and the heads.
@@ -157,6 +157,11 @@ class UniDAD(AdversarialModule):
             raise ValueError(
                 f"adapt_first must be >= 0, and above 0 only with a target teacher that is trained and without a "
                 f"student_source or fake_source, which it would replace; got {adapt_first}"
+            )
+        if target_iterations is not None and adapt_first > target_iterations:
+            raise ValueError(
+                f"adapt_first trains T for {adapt_first} iterations, but target_iterations ends its training after "
+                f"{target_iterations}: set target_iterations to {adapt_first} or more"
             )
         self.frozen_networks = ("source_teacher",) * (self.source_weight > 0)
         self.frozen_networks += ("target_teacher",) * (self.target_weight > 0 and target == "frozen")
