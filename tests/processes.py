@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,8 @@ class Apart:
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.join()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # what it started
 
     def printed(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
@@ -52,6 +56,7 @@ def run_apart(folder: Path, function: Callable[..., Any], *arguments: Any, timeo
 
 
 def _begin(folder: Path, log: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    os.setsid()
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
