@@ -25,7 +25,6 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
-from tests.tiny_sd import save_tiny
 from tests.worlds import Stream, fit, random_images, tiny_unet, weights_sha
 from unidad_pl import checkpoints
 from unidad_pl.backbones import LoRA, StableDiffusion
@@ -323,6 +322,8 @@ def two_ranks(case: Case, folder: Path) -> None:
     fork = multiprocessing.get_context("fork")
     port = free_port()
     if case is adapters:
+        from tests.tiny_sd import save_tiny  # not at the top: diffusers asks for GPUs, and forks are refused after that
+
         save_tiny(folder / "sd")
         (folder / "dog").mkdir()
         for i in range(3):
