@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from tests import sharding_script
 from tests.fault_script import unidad
 from tests.processes import run_apart
 from tests.worlds import Stream, fit, random_images, tiny_unet
+from unidad_pl.backbones import NewUNet
 from unidad_pl.checkpoints import read_checkpoint
+from unidad_pl.denoiser import Denoiser
 from unidad_pl.modules import Critic, Memory, UniDAD
 from unidad_pl.sharding import ShardedStrategy, _blocks, sliced, whole
 
@@ -126,15 +129,26 @@ def test_tensors_that_are_not_sliced_stay_as_they_are() -> None:
     ],
 )
 def test_what_cannot_be_sliced_is_refused(options: dict[str, Any], trainer: dict[str, Any], reason: str) -> None:
-    module = UniDAD(tiny_unet(), **options)
+    refused(UniDAD(tiny_unet(), **options), reason, **trainer)
 
-    class Stub:
-        strategy = ShardedStrategy()
-        precision = trainer.get("precision", "32-true")
 
-    module._trainer = Stub()  # type: ignore[assignment]
+def refused(module: UniDAD, reason: str, precision: str = "32-true") -> None:
+    module._trainer = SimpleNamespace(strategy=ShardedStrategy(), precision=precision)  # type: ignore[assignment]
     with pytest.raises(RuntimeError, match=f"unidad_fsdp cannot be used here: .*{reason}"):
         module.configure_model()
+
+
+def test_a_base_that_networks_share_is_not_sliced() -> None:
+    class Based(NewUNet):
+        def build(self) -> Denoiser:
+            network = super().build()
+            network.shared_weights = frozenset({"unet.conv_in.weight"})
+            return network
+
+    refused(
+        UniDAD(Based(resolution=16, channels=(16, 24), attention_levels=(1,), head_channels=8, norm_groups=4)),
+        "adapters",
+    )
 
 
 def test_lightnings_own_model_parallel_strategy_is_refused() -> None:
