@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from tests.fault_script import NaN, child, free_port, unidad
+from tests.fault_script import NaN, two_ranks, unidad
 from tests.fault_script import train as train_whole
 from tests.worlds import fit, random_images, tiny_unet
 from unidad_pl.callbacks import LossBalance, SampleGrid
@@ -97,8 +97,6 @@ def alone(folder: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    import multiprocessing
-
     from torchvision.io import write_png
 
     torch.set_num_threads(1)
@@ -106,18 +104,11 @@ def main(folder: Path) -> None:
     (folder / "pictures").mkdir()
     for number, picture in enumerate(random_images()):
         write_png(picture, str(folder / "pictures" / f"{number}.png"))
-    fork = multiprocessing.get_context("fork")
     for case in (sliced, alone, resumed, nan, exported):
         if case is alone:
             alone(folder)
             continue
-        port = free_port()
-        ranks = [fork.Process(target=child, args=(case, rank, folder, port)) for rank in range(2)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(100)
-            process.kill()
+        two_ranks(case, folder)
         for rank in range(2):
             result = json.loads((folder / f"{case.__name__}{rank}.json").read_text())
             if "error" in result:

@@ -111,13 +111,10 @@ def shard(network: nn.Module, mesh: Any) -> None:
 
 
 def _blocks(module: nn.Module) -> Iterable[nn.Module]:
+    lists = (nn.ModuleList, nn.ModuleDict)
     for child in module.children():
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            for block in child.children():
-                if isinstance(block, (nn.ModuleList, nn.ModuleDict)):
-                    yield from _blocks(block)
-                else:
-                    yield block
+        if isinstance(module, lists) and not isinstance(child, lists):
+            yield child
         else:
             yield from _blocks(child)
 

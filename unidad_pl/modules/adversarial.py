@@ -25,6 +25,8 @@ class AdversarialModule(GenerativeModule):
     """[N] the noise table, ascending."""
     critic_entries: int
     """How many of the table's entries the critic sees."""
+    fine_entries: int
+    """How many of them are weak noise, up to twice ``sigma_data``; at least one."""
     weighting: Weighting
     sigma_data: float
 
@@ -38,8 +40,7 @@ class AdversarialModule(GenerativeModule):
         sigma, entries = None, len(self.sigmas)
         if fine:
             low = torch.rand(len(images), device=images.device) < fine
-            below = (self.sigmas <= 2 * self.sigma_data).sum().clamp_min(1)
-            index = torch.rand(len(images), device=images.device) * torch.where(low, below, entries)
+            index = torch.rand(len(images), device=images.device) * torch.where(low, self.fine_entries, entries)
             sigma = self.sigmas[index.long()].to(images.dtype)
         noisy, sigma = self.add_noise(images, 0, entries - 1, sigma)
         return denoising_loss(network(noisy, sigma, cond), images, sigma, self.weighting, self.sigma_data)

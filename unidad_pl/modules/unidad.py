@@ -199,6 +199,7 @@ class UniDAD(AdversarialModule):
         self.sigmas: Tensor
         critic_max = self.critic.sigma_max if self.critic.sigma_max is not None else float("inf")
         self.critic_entries = int((sigmas <= critic_max).sum())
+        self.fine_entries = max(1, int((sigmas <= 2 * self.sigma_data).sum()))
         if not self.critic_entries:
             raise ValueError(f"critic sigma_max {critic_max} is below the smallest sigma {float(sigmas[0]):g}")
 
