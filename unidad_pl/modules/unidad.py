@@ -176,7 +176,8 @@ class UniDAD(AdversarialModule):
         self._optimizations = {"student": student_optimization, "fake": fake_optimization}
         if self.trains_target:
             self._optimizations["target"] = target_optimization
-        index_range(1000, *dmd_range)  # refuse a wrong range now, not at the first iteration
+        if not 0 <= dmd_range[0] <= dmd_range[1] <= 1:
+            raise ValueError(f"dmd_range must be two fractions 0 <= low <= high <= 1, got {list(dmd_range)}")
         self.keep_image_gradients = False
         self.image_gradients: dict[str, Tensor] = {}
 
