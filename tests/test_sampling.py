@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import pytest
 import torch
@@ -41,7 +42,9 @@ class Gaussian(Denoiser):
     def end(self, x: Tensor, sigma: float) -> Tensor:
         return self.mean + (x - self.mean) * self.std / math.sqrt(self.std**2 + sigma**2)
 
-    def taps(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> dict[str, Tensor]:
+    def taps(
+        self, x: Tensor, sigma: Tensor, cond: Tensor | None = None, names: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
         raise NotImplementedError
 
     @property

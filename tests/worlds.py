@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import lightning.pytorch as pl
@@ -33,7 +34,9 @@ class GaussianDenoiser(Denoiser):
         x0 = (x + s2 * self.mu) / (1 + s2)
         return Prediction(x0, (x - self.mu) * s2.sqrt() / (1 + s2))
 
-    def taps(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> dict[str, Tensor]:
+    def taps(
+        self, x: Tensor, sigma: Tensor, cond: Tensor | None = None, names: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
         return {"in0": x * self.mu}
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -109,8 +109,17 @@ class Denoiser(nn.Module, ABC):
         """Denoise ``x`` [B, C, H, W] at ``sigma`` [B] and return both views of the answer, at least float32."""
 
     @abstractmethod
-    def taps(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> dict[str, Tensor]:
-        """Outputs of every encoder block and of the middle block; the decoder is not evaluated.
+    def taps(
+        self, x: Tensor, sigma: Tensor, cond: Tensor | None = None, names: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
+        """Outputs of the encoder blocks and of the middle block; the decoder is not evaluated.
+
+        Args:
+            x: [B, C, H, W] noisy images.
+            sigma: [B].
+            cond: condition of the B rows.
+            names: the outputs that are needed, out of :attr:`tap_channels`: nothing behind the deepest of them has to
+                be evaluated, and others may be missing from the answer. None: all of them.
 
         Returns:
             name -> [B, C_name, H_name, W_name], in order of depth: ``in0``, ``in1``, ..., ``mid``.
@@ -120,6 +129,11 @@ class Denoiser(nn.Module, ABC):
     @abstractmethod
     def tap_channels(self) -> dict[str, int]:
         """name -> channels, the same names and order as :meth:`taps`."""
+
+    def depth_of(self, names: Collection[str] | None) -> int:
+        """How many outputs, from the first on, :meth:`taps` needs for ``names``; all of them for None."""
+        known = list(self.tap_channels)
+        return len(known) if names is None else 1 + max(known.index(name) for name in names)
 
     @property
     def native_sigmas(self) -> Tensor:

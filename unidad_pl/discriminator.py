@@ -23,7 +23,8 @@ class Critic:
     Attributes:
         student_weight: lambda_G, weight of the adversarial term in the student's loss; 0: none.
         critic_weight: lambda_D, weight of the critic's loss beside F's denoising loss; 0: no discriminator.
-        taps: names of the encoder outputs that carry a head (``in0``, ``in1``, ..., ``mid``); null: all of them.
+        taps: names of the encoder outputs that carry a head (``in0``, ``in1``, ..., ``mid``); null: all of them. What
+            lies behind the deepest one is not evaluated.
         kind: ``global`` or ``patch`` logits.
         reduction: ``mean_logit`` (released code) or ``per_head`` (paper, eq. 8).
         loss: ``bce``, ``hinge``, ``lsgan`` or ``wgan``.
@@ -99,6 +100,11 @@ class MultiHeadDiscriminator(nn.Module):
             raise ValueError(f"reduction must be 'per_head' or 'mean_logit', got {reduction!r}")
         self.kind, self.reduction = kind, reduction
         self.heads = nn.ModuleDict({name: nn.Conv2d(c, 1, kernel_size=1) for name, c in tap_channels.items()})
+
+    @property
+    def taps(self) -> list[str]:
+        """The taps that carry a head."""
+        return list(self.heads)
 
     def forward(self, taps: Mapping[str, Tensor]) -> list[Tensor]:
         """Logits of ``taps`` (name -> [B, C, H, W]; taps without a head are ignored).

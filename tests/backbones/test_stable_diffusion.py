@@ -57,6 +57,8 @@ def test_taps_are_what_hooks_see(network: StableDiffusionUNet) -> None:
         network(x, sigma, cond)
         hooked = dict(seen)
         taps = network.taps(x, sigma, cond)
+        seen.clear()
+        assert list(network.taps(x, sigma, cond, ["in0"])) == list(seen) == ["in0"]
     assert list(taps) == list(network.tap_channels) == ["in0", "in1", "mid"]
     for name, tap in taps.items():
         assert torch.equal(tap, hooked[name])

@@ -81,6 +81,20 @@ def test_taps_are_the_encoder_outputs_of_a_whole_pass(changes: dict[str, Any]) -
     assert denoiser.tap_channels == {name: tap.shape[1] for name, tap in taps.items()}
 
 
+@pytest.mark.parametrize(
+    ("names", "run"), [(["in1", "in0"], 1), (["in2"], 1), (["in3"], 2), (["in5", "in0"], 3), (["mid"], 4)]
+)
+def test_taps_stop_behind_the_deepest_name(names: list[str], run: int) -> None:
+    denoiser, ran = small(channels=(8, 16, 24)), []
+    x = images(denoiser)
+    for block in [*denoiser.unet.down_blocks, denoiser.unet.mid_block]:
+        block.register_forward_hook(lambda *_: ran.append(1))
+    with torch.no_grad():
+        some, every = denoiser.taps(x, SIGMA, names=names), denoiser.taps(x, SIGMA)
+    assert len(ran) == run + 4
+    assert all(torch.equal(some[name], every[name]) for name in names)
+
+
 def test_taps_center_the_input_where_the_model_does() -> None:
     torch.manual_seed(0)
     unet = UNet2DModel(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -101,7 +101,9 @@ class StableDiffusionUNet(DiffusersNetwork):
         ).sample  # fmt: skip
         return how.prediction(x, out)
 
-    def taps(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> dict[str, Tensor]:
+    def taps(
+        self, x: Tensor, sigma: Tensor, cond: Tensor | None = None, names: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
         how = Parameterization.of(self.spec.prediction, sigma, self.spec.sigma_data)
         tokens, added = self._conditions(cond, len(x))
         h = (how.input_scale * x).to(self.dtype)
@@ -111,13 +113,14 @@ class StableDiffusionUNet(DiffusersNetwork):
         extra = self.unet.get_aug_embed(emb=emb, encoder_hidden_states=tokens, added_cond_kwargs=added)
         emb = emb if extra is None else emb + extra
         h = self.unet.conv_in(h)
-        taps = {}
-        for i, block in enumerate(self.unet.down_blocks):
+        outputs, depth = [], self.depth_of(names)
+        for block in self.unet.down_blocks[:depth]:
             crossed = {"encoder_hidden_states": tokens} if getattr(block, "has_cross_attention", False) else {}
             h, _ = block(hidden_states=h, temb=emb, **crossed)
-            taps[f"in{i}"] = h
-        taps["mid"] = self.unet.mid_block(h, emb, encoder_hidden_states=tokens)
-        return taps
+            outputs.append(h)
+        if len(outputs) < depth:
+            outputs.append(self.unet.mid_block(h, emb, encoder_hidden_states=tokens))
+        return dict(zip(self.tap_channels, outputs, strict=names is None))
 
     @property
     def tap_channels(self) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,20 +60,23 @@ class UNetDenoiser(DiffusersNetwork):
         out = self.unet(folded.to(self.dtype), self.time(sigma), class_labels=cond).sample[:, : folded.shape[1]]
         return how.prediction(x, F.pixel_shuffle(out, self.spec.patch_size))
 
-    def taps(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> dict[str, Tensor]:
+    def taps(
+        self, x: Tensor, sigma: Tensor, cond: Tensor | None = None, names: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
         how = Parameterization.of(self.spec.prediction, sigma, self.spec.sigma_data)
         h = F.pixel_unshuffle(how.input_scale * x, self.spec.patch_size).to(self.dtype)
         if self.unet.config["center_input_sample"]:
             h = 2 * h - 1.0
         emb = self._embedding(self.time(sigma), cond, h.dtype)
         h = self.unet.conv_in(h)
-        outputs: tuple[Tensor, ...] = (h,)
+        outputs, depth = [h], self.depth_of(names)
         for block in self.unet.down_blocks:
-            h, states = block(hidden_states=h, temb=emb)
-            outputs += tuple(states)
-        taps = {f"in{i}": output for i, output in enumerate(outputs)}
-        taps["mid"] = self.unet.mid_block(h, emb)
-        return taps
+            if len(outputs) < depth:
+                h, states = block(hidden_states=h, temb=emb)
+                outputs += states
+        if len(outputs) < depth:
+            outputs.append(self.unet.mid_block(h, emb))
+        return dict(zip(self.tap_channels, outputs, strict=names is None))
 
     @property
     def tap_channels(self) -> dict[str, int]:

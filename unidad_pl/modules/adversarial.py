@@ -67,11 +67,11 @@ class AdversarialModule(GenerativeModule):
         return loss
 
     def logits(self, noisy: Tensor, sigma: Tensor, cond: Tensor | None) -> list[Tensor]:
-        """The heads' logits of noisy images; only F's encoder and middle block are evaluated."""
+        """The heads' logits of noisy images; F is evaluated up to the deepest head, at most its middle block."""
         # Fused attention kernels have no second derivative, which the penalties need.
         penalised = self.critic.r1 or self.critic.gradient_penalty
         with sdpa_kernel(SDPBackend.MATH) if penalised else nullcontext():
-            return self.discriminator(self.fake_score.taps(noisy, sigma, cond))
+            return self.discriminator(self.fake_score.taps(noisy, sigma, cond, self.discriminator.taps))
 
     def _frozen_logits(self, x: Tensor, cond: Tensor | None) -> list[Tensor]:
         # Checkpointed blocks are computed again in the backward pass, when the flags are back: the same flags then.
