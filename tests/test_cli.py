@@ -59,6 +59,7 @@ def unidad(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyte
 
 SMALL = ("--threads", "1", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--data.val_samples", "12",
          "--data.test_samples", "12", "--data.predict_samples", "3", "--data.reference_size", "12")  # fmt: skip
+BOTH = ("--model.adapt_first", "1")  # then an iteration of each kind
 
 
 ADM = ROOT / "tests" / "fixtures" / "adm_tiny"
@@ -92,6 +93,8 @@ def test_every_config_runs_two_iterations(config: Path, tmp_path: Path, unidad: 
                    "--data.pool_size", "60", "--data.val_size", "6"]  # fmt: skip
     if config.name == "teacher.yaml":
         options += ["--data.shots", "64"]
+    if "adapt_first:" in config.read_text():
+        options += BOTH
     if "models/ffhq.pt" in config.read_text():
         options += stand_in_for_the_real_files(tmp_path, config, unidad)
     unidad("fit", "--config", str(config), *options)
@@ -136,7 +139,8 @@ def test_a_class_conditional_model_from_fit_to_predict(photographs: Path, tmp_pa
     ).save_pretrained(tmp_path / "model" / "unet")  # fmt: skip
     DDPMScheduler(prediction_type="v_prediction").save_pretrained(tmp_path / "model" / "scheduler")
     unidad("fit", "--config", str(CONFIGS / "quickstart.yaml"), "--model.source.init_args.path", "model",
-           "--data.domain", "null", "--data.root", str(photographs), "--data.resolution", "16", *SMALL)  # fmt: skip
+           "--data.domain", "null", "--data.root", str(photographs), "--data.resolution", "16", *SMALL,
+           *BOTH)  # fmt: skip
     picture = Image.open("runs/quickstart/version_0/samples/val_step00000002.png")
     assert picture.size == (4 * 64, (3 + 3) * 64 + 2 * 4)  # three rows of shots, a line, a row for each class
     unidad("predict", "--config", "runs/quickstart/version_0/config.yaml", "--ckpt_path",
@@ -146,7 +150,7 @@ def test_a_class_conditional_model_from_fit_to_predict(photographs: Path, tmp_pa
 
 def test_the_quickstart_on_the_users_own_photographs(photographs: Path, tmp_path: Path, unidad: Any) -> None:
     own = ("--data.domain", "null", "--data.root", str(photographs))
-    printed = unidad("fit", "--config", str(CONFIGS / "quickstart.yaml"), *own, *SMALL)
+    printed = unidad("fit", "--config", str(CONFIGS / "quickstart.yaml"), *own, *SMALL, *BOTH)
     run = Path("runs/quickstart/version_0")
     assert "before" in printed
     assert str(run) in printed
@@ -171,6 +175,7 @@ def test_the_quickstart_on_the_users_own_photographs(photographs: Path, tmp_path
 def test_kill_9_and_resume_equals_an_undisturbed_run(tmp_path: Path) -> None:
     """Killed hard as soon as iteration 2 is on disk; the resumed run ends with the bits of the one never killed."""
     config = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
+    config["model"]["init_args"]["adapt_first"] = 1
     config["trainer"] |= {"limit_val_batches": 0, "max_steps": 6}
     config["trainer"]["callbacks"] = [
         {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint",

@@ -94,6 +94,7 @@ CASES: dict[str, dict[str, Any]] = {
     "one step, no target teacher": dict(steps=1, target_weight=0.0),
     "half teachers": dict(memory=Memory("steps", "bfloat16"), target_weight=0.0),
     "average, parts": dict(ema_decay=0.9, accumulate=2),
+    "the target teacher first": dict(adapt_first=1, target_update="every"),
     "mixed, both": dict(precision="bf16-mixed", memory=Memory(checkpointing="both")),
 }
 
@@ -152,7 +153,7 @@ def test_the_ffhq_model_needs_no_weights() -> None:
 
 
 def test_the_command_merges_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    less = {"steps": 1, "target_weight": 0.0, "critic": {"student_weight": 0.0, "critic_weight": 0.0}}
+    less = {"steps": 1, "target_weight": 0.0, "adapt_first": 0, "critic": {"student_weight": 0.0, "critic_weight": 0.0}}
     (tmp_path / "less.yaml").write_text(yaml.safe_dump({"model": {"init_args": less}}))
     main(["report", "memory", "--config", str(CONFIGS / "quickstart.yaml"), "--config", str(tmp_path / "less.yaml"),
           "--precision", "bf16-mixed"])  # fmt: skip

@@ -204,7 +204,8 @@ def _batch(module: GenerativeModule, size: int) -> Batch:
 def _rehearsed(module: Any) -> Iterator[dict[str, int]]:
     """Iterations without a trainer: gradients are made and dropped where they would be; yields their bytes."""
     del module._buffers["iteration"]  # a number that storage-less arithmetic can read
-    module.iteration = 0
+    alone, every = getattr(module, "adapt_first", 0), getattr(module, "student_every", 1)
+    module.iteration = every * (alone // every + 1) if alone else 0  # one that updates the student: the dearest
     groups = _groups(module)
     gradients: dict[str, int] = {}
 

@@ -145,6 +145,17 @@ def test_adapting_first_moves_t_alone_and_starts_the_others_from_it() -> None:
         assert begun == ({source} if steps == 3 else {target})
 
 
+def test_networks_that_a_run_is_too_short_for_are_named(recwarn: pytest.WarningsRecorder) -> None:
+    module = UniDAD(tiny_unet(), adapt_first=3, target_iterations=3)
+    fit(module, 3)
+    with pytest.warns(UserWarning, match="student and fake: not trained in the 3 iterations"):
+        module.configure_optimizers()
+    fit(module, 4)
+    recwarn.clear()
+    module.configure_optimizers()
+    assert not recwarn.list
+
+
 def test_a_run_resumed_where_the_others_start_goes_on_the_same(tmp_path: Path) -> None:
     def make() -> UniDAD:
         return UniDAD(tiny_unet(), target_weight=0.5, adapt_first=2, target_update="every", student_every=1)

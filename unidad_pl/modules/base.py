@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
@@ -147,6 +148,9 @@ class GenerativeModule(ManualSteps, Resumable, SlicedNetworks):
     def configure_optimizers(self) -> Any:
         # max_steps is -1 when the run is bounded by time or epochs: rates then stay at their peak after the warm-up.
         iterations = self.trainer.max_steps if self.trainer.max_steps > 0 else 2**62
+        idle = [name for name in self.optimizations() if self.steps_of(name, iterations) == 0]
+        if idle:
+            rank_zero_warn(f"{' and '.join(idle)}: not trained in the {iterations} iterations of max_steps")
         built = [
             setting.build(self.groups()[name], self.steps_of(name, iterations))
             for name, setting in self.optimizations().items()
