@@ -131,9 +131,18 @@ class Denoiser(nn.Module, ABC):
         """name -> channels, the same names and order as :meth:`taps`."""
 
     def depth_of(self, names: Collection[str] | None) -> int:
-        """How many outputs, from the first on, :meth:`taps` needs for ``names``; all of them for None."""
+        """How many outputs, from the first on, :meth:`taps` needs for ``names``; all of them for None.
+
+        Raises:
+            ValueError: a name that is none of :attr:`tap_channels`.
+        """
         known = list(self.tap_channels)
-        return len(known) if names is None else 1 + max(known.index(name) for name in names)
+        if names is None:
+            return len(known)
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise ValueError(f"taps {unknown} do not exist: this model has {', '.join(known)}")
+        return 1 + max(known.index(name) for name in names)
 
     @property
     def native_sigmas(self) -> Tensor:

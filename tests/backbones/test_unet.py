@@ -93,6 +93,8 @@ def test_taps_stop_behind_the_deepest_name(names: list[str], run: int) -> None:
         some, every = denoiser.taps(x, SIGMA, names=names), denoiser.taps(x, SIGMA)
     assert len(ran) == run + 4
     assert all(torch.equal(some[name], every[name]) for name in names)
+    with pytest.raises(ValueError, match=r"taps \['in9'\] do not exist: this model has in0, .*, mid"):
+        denoiser.taps(x, SIGMA, names=["in0", "in9"])
 
 
 def test_taps_center_the_input_where_the_model_does() -> None:
