@@ -101,11 +101,6 @@ class MultiHeadDiscriminator(nn.Module):
         self.kind, self.reduction = kind, reduction
         self.heads = nn.ModuleDict({name: nn.Conv2d(c, 1, kernel_size=1) for name, c in tap_channels.items()})
 
-    @property
-    def taps(self) -> list[str]:
-        """The taps that carry a head."""
-        return list(self.heads)
-
     def forward(self, taps: Mapping[str, Tensor]) -> list[Tensor]:
         """Logits of ``taps`` (name -> [B, C, H, W]; taps without a head are ignored).
 

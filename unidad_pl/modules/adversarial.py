@@ -71,7 +71,7 @@ class AdversarialModule(GenerativeModule):
         # Fused attention kernels have no second derivative, which the penalties need.
         penalised = self.critic.r1 or self.critic.gradient_penalty
         with sdpa_kernel(SDPBackend.MATH) if penalised else nullcontext():
-            return self.discriminator(self.fake_score.taps(noisy, sigma, cond, self.discriminator.taps))
+            return self.discriminator(self.fake_score.taps(noisy, sigma, cond, list(self.discriminator.heads)))
 
     def _frozen_logits(self, x: Tensor, cond: Tensor | None) -> list[Tensor]:
         # Checkpointed blocks are computed again in the backward pass, when the flags are back: the same flags then.
