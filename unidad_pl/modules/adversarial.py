@@ -70,8 +70,9 @@ class AdversarialModule(GenerativeModule):
         """The heads' logits of noisy images; F is evaluated up to the deepest head, at most its middle block."""
         # Fused attention kernels have no second derivative, which the penalties need.
         penalised = self.critic.r1 or self.critic.gradient_penalty
+        some = () if self.critic.taps is None else (self.critic.taps,)
         with sdpa_kernel(SDPBackend.MATH) if penalised else nullcontext():
-            return self.discriminator(self.fake_score.taps(noisy, sigma, cond, list(self.discriminator.heads)))
+            return self.discriminator(self.fake_score.taps(noisy, sigma, cond, *some))
 
     def _frozen_logits(self, x: Tensor, cond: Tensor | None) -> list[Tensor]:
         # Checkpointed blocks are computed again in the backward pass, when the flags are back: the same flags then.
