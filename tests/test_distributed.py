@@ -42,7 +42,7 @@ def test_the_command_line_on_two_processes(tmp_path: Path) -> None:
         "--threads", "1",
         "--trainer.strategy", "unidad_ddp", "--trainer.devices", "2", "--trainer.max_steps", "2",
         "--trainer.val_check_interval", "2", "--data.val_samples", "12", "--data.eval_batch_size", "4",
-        "--data.reference_size", "12",
+        "--data.reference_size", "12", "--model.adapt_first", "1",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
