@@ -26,12 +26,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 from tests.worlds import Stream, fit, random_images, tiny_unet, weights_sha
-from unidad_pl import checkpoints
+from unidad_pl.runs import checkpoints
 from unidad_pl.backbones import LoRA, StableDiffusion
 from unidad_pl.callbacks import Preemption
-from unidad_pl.checkpoints import DurableCheckpointIO
+from unidad_pl.runs.checkpoints import DurableCheckpointIO
 from unidad_pl.data import SubjectDataModule
-from unidad_pl.distributed import UnwrappedDDPStrategy
+from unidad_pl.strategies import ManualDDPStrategy
 from unidad_pl.modules import Optimization, UniDAD
 
 FAST = Optimization(lr=1e-3, warmup=0)
@@ -47,7 +47,7 @@ def unidad(kind: type[UniDAD] = UniDAD, **options: Any) -> UniDAD:
 
 
 def train(module: UniDAD, steps: int, *callbacks: pl.Callback, ranks: int = 2, **options: Any) -> pl.Trainer:
-    strategy = UnwrappedDDPStrategy(timeout=timedelta(seconds=options.pop("timeout", 60))) if ranks > 1 else "auto"
+    strategy = ManualDDPStrategy(timeout=timedelta(seconds=options.pop("timeout", 60))) if ranks > 1 else "auto"
     data = options.pop("data", None) or Stream(random_images(), batch_size=2, flip=True)
     return fit(module, steps, data, devices=ranks, strategy=strategy, use_distributed_sampler=False,
                callbacks=list(callbacks), plugins=[DurableCheckpointIO()], **options)  # fmt: skip

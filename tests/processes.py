@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAUNCHER = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Not a fork of pytest's own process: that has threads, and may have used a GPU.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.fault_script", "unidad_pl.lightning_cli"])
+SERVER.set_forkserver_preload(["tests.fault_script", "unidad_pl.cli.lightning"])
 
 
 class Apart:

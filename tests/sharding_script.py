@@ -17,10 +17,10 @@ from tests.fault_script import NaN, two_ranks, unidad
 from tests.fault_script import train as train_whole
 from tests.worlds import fit, random_images, tiny_unet
 from unidad_pl.callbacks import LossBalance, SampleGrid
-from unidad_pl.checkpoints import DurableCheckpointIO
+from unidad_pl.runs.checkpoints import DurableCheckpointIO
 from unidad_pl.data import FewShotDataModule
 from unidad_pl.modules import Diffusion, Memory, Optimization, UniDAD
-from unidad_pl.sharding import ShardedStrategy, local
+from unidad_pl.strategies.fsdp import ShardedStrategy, local_shard
 
 # Adam with a large eps: a plain Adam step is the sign of the gradient, which rounding may turn.
 SMOOTH = Optimization(lr=3e-2, warmup=0, options={"eps": 1.0})
@@ -58,9 +58,9 @@ def sliced(rank: int, folder: Path) -> dict[str, Any]:
     trainer.test(module, Pictures(Path(os.environ["PICTURES"]), 4), ckpt_path=folder / "sliced" / "step=2.ckpt")
     parameters = dict(module.named_parameters())
     return {
-        "own": {name: local(p).numel() for name, p in parameters.items()},
+        "own": {name: local_shard(p).numel() for name, p in parameters.items()},
         "all": {name: p.numel() for name, p in parameters.items()},
-        "moments": sum(local(v).numel() for o in trainer.optimizers for s in o.state.values() for v in s.values()),
+        "moments": sum(local_shard(v).numel() for o in trainer.optimizers for s in o.state.values() for v in s.values()),
     }
 
 
@@ -75,7 +75,7 @@ def resumed(rank: int, folder: Path) -> dict[str, Any]:
 def nan(rank: int, folder: Path) -> dict[str, Any]:
     module = make(kind=NaN, student_every=1, accumulate=1)
     trainer = train(module, 4)
-    finite = all(bool(local(p).isfinite().all()) for p in module.parameters())
+    finite = all(bool(local_shard(p).isfinite().all()) for p in module.parameters())
     steps = [int(next(iter(o.state.values()))["step"]) for o in trainer.optimizers]
     return {"steps": steps, "finite": finite, "global_step": trainer.global_step}
 

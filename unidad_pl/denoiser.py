@@ -11,13 +11,12 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "edm"]
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "edm")
 
 
 class Prediction(NamedTuple):
@@ -35,16 +34,20 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True)
 class Parameterization:
-    """Input scale and output coefficients of one prediction type, each [B, 1, 1, 1].
+    """Coefficients between a network and its denoiser, of one prediction type, each [B, 1, 1, 1].
 
-    ``x0 = x0_x * x + x0_f * f`` and ``eps = eps_x * x + eps_f * f`` with ``f = network(input_scale * x, time)``.
+    ``x0 = c_skip * x + c_out * f`` and ``eps = eps_skip * x + eps_out * f`` with ``f = network(c_in * x, time)``.
+
+        >>> how = Parameterization.of("epsilon", torch.tensor([2.0]), sigma_data=0.5)
+        >>> float(how.c_skip), float(how.c_out)  # x0 = x - sigma * f
+        (1.0, -2.0)
     """
 
-    input_scale: Tensor
-    x0_x: Tensor
-    x0_f: Tensor
-    eps_x: Tensor
-    eps_f: Tensor
+    c_in: Tensor
+    c_skip: Tensor
+    c_out: Tensor
+    eps_skip: Tensor
+    eps_out: Tensor
 
     @classmethod
     def of(cls, kind: PredictionType, sigma: Tensor, sigma_data: float) -> Parameterization:
@@ -69,11 +72,11 @@ class Parameterization:
             total = s**2 + sigma_data**2
             root = total.rsqrt()
             return cls(root, sigma_data**2 / total, s * sigma_data * root, s / total, -sigma_data * root)
-        raise ValueError(f"unknown prediction type {kind!r}: choose one of {', '.join(PREDICTION_TYPES)}")
+        raise ValueError(f"prediction must be one of {', '.join(get_args(PredictionType))}, got {kind!r}")
 
     def prediction(self, x: Tensor, f: Tensor) -> Prediction:
         """Both views of the network output ``f`` at the noisy input ``x`` (both [B, C, H, W])."""
-        return Prediction(self.x0_x * x + self.x0_f * f, self.eps_x * x + self.eps_f * f)
+        return Prediction(self.c_skip * x + self.c_out * f, self.eps_skip * x + self.eps_out * f)
 
 
 class Denoiser(nn.Module, ABC):
@@ -153,11 +156,14 @@ class Denoiser(nn.Module, ABC):
         """
         raise ValueError(f"this {type(self).__name__} was trained on continuous noise levels: use noise_table: karras")
 
+    free_steps: bool = True
+    """Whether a few-step student's sigmas can be chosen; else they follow from their number alone."""
+
     def trained_sigmas(self, sigmas: Sequence[float]) -> list[float]:
         """What a few-step student of this model uses for ``sigmas``: the same, or the nearest trained ones."""
         return list(sigmas)
 
-    def start_scale(self, sigma: float) -> float:
+    def init_noise_sigma(self, sigma: float) -> float:
         """Standard deviation of the noise that sampling starts from at the first ``sigma``."""
         return sigma
 
@@ -208,6 +214,16 @@ def guided(
     answer = network.predict(torch.cat([x, x]), torch.cat([sigma, sigma]), both)
     parts = (part.chunk(2) for part in answer)
     return Prediction(*(u + scale * (c - u) for u, c in parts))
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 [..., C, H, W] in 0..255 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Float [..., C, H, W] in [-1, 1] (clamped) -> uint8, rounded; the inverse of :func:`to_float`."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 class Codec:

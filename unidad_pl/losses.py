@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unidad_pl.checks import check_choices
 from unidad_pl.schedules import abar_from_sigma
 
 Weighting = Literal["eps", "edm"]
@@ -28,11 +29,8 @@ def denoising_weight(sigma: Tensor, weighting: Weighting = "edm", sigma_data: fl
     Raises:
         ValueError: unknown weighting.
     """
-    if weighting == "eps":
-        return sigma**-2
-    if weighting == "edm":
-        return sigma**-2 + sigma_data**-2
-    raise ValueError(f"weighting must be 'eps' or 'edm', got {weighting!r}")
+    check_choices(weighting=(weighting, Weighting))
+    return sigma**-2 if weighting == "eps" else sigma**-2 + sigma_data**-2
 
 
 def denoising_loss(
@@ -82,13 +80,10 @@ def dmd_gradient(
     Raises:
         ValueError: unknown normalizer.
     """
+    check_choices(normalizer=(normalizer, Normalizer))
     s = sigma.view(-1, 1, 1, 1)
-    if normalizer == "clean":
-        distance = x - noisy + s * teacher_eps
-    elif normalizer == "noisy":
-        distance = abar_from_sigma(s).sqrt() * noisy - noisy + s * teacher_eps
-    else:
-        raise ValueError(f"normalizer must be 'clean' or 'noisy', got {normalizer!r}")
+    seen = x if normalizer == "clean" else abar_from_sigma(s).sqrt() * noisy
+    distance = seen - noisy + s * teacher_eps
     scale = distance.abs().mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-8)
     return s * (teacher_eps - fake_eps) / scale
 
@@ -100,15 +95,14 @@ def dmd_loss(x: Tensor, gradient: Tensor) -> Tensor:
 
 def _critic_terms(loss: GANLoss) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """(loss on real logits, loss on fake logits), elementwise."""
+    check_choices(loss=(loss, GANLoss))
     if loss == "bce":
         return lambda real: F.softplus(-real), F.softplus
     if loss == "hinge":
         return lambda real: F.relu(1 - real), lambda fake: F.relu(1 + fake)
     if loss == "lsgan":
         return lambda real: (real - 1) ** 2, lambda fake: fake**2
-    if loss == "wgan":
-        return lambda real: -real, lambda fake: fake
-    raise ValueError(f"GAN loss must be 'bce', 'hinge', 'lsgan' or 'wgan', got {loss!r}")
+    return lambda real: -real, lambda fake: fake
 
 
 def critic_loss(real: Sequence[Tensor], fake: Sequence[Tensor], loss: GANLoss = "bce") -> Tensor:

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from unidad_pl.checks import check_choices
 from unidad_pl.denoiser import Denoiser
 from unidad_pl.schedules import karras
 
 Noise = Callable[[], Tensor]
 GradientMode = Literal["unroll", "last", "backward_simulation"]
-GRADIENT_MODES = ("unroll", "last", "backward_simulation")
 
 
 def seeded_noise(seeds: Tensor | Sequence[int], shape: Sequence[int], device: torch.device | str) -> Noise:
@@ -44,7 +44,7 @@ def random_noise(batch: int, shape: Sequence[int], device: torch.device | str) -
 
 
 class FewStepSampler:
-    """The student's sampler (METHOD 2): ``x = sigma_0 z``; then K times ``x0 = G(x, sigma_k)``, re-noised in between.
+    """The student's sampler: ``x = sigma_0 z``; then K times ``x0 = G(x, sigma_k)``, re-noised in between.
 
     Args:
         sigmas: [K] descending, see :func:`~unidad_pl.schedules.log_linear`.
@@ -60,8 +60,7 @@ class FewStepSampler:
     def __init__(self, sigmas: Tensor, gradient: GradientMode = "unroll", checkpoint: bool = False) -> None:
         if sigmas.ndim != 1 or len(sigmas) < 1 or (sigmas <= 0).any() or (sigmas.diff() >= 0).any():
             raise ValueError(f"few-step sigmas must be positive and descend, got {sigmas.tolist()}")
-        if gradient not in GRADIENT_MODES:
-            raise ValueError(f"gradient must be one of {', '.join(GRADIENT_MODES)}, got {gradient!r}")
+        check_choices(gradient=(gradient, GradientMode))
         self.sigmas = [float(s) for s in sigmas]
         self.gradient, self.checkpoint = gradient, checkpoint
 
@@ -84,7 +83,7 @@ class FewStepSampler:
                 training draws it.
         """
         last = len(self) - 1 if stop is None else stop
-        x0, x = torch.zeros(()), student.start_scale(self.sigmas[0]) * noise()
+        x0, x = torch.zeros(()), student.init_noise_sigma(self.sigmas[0]) * noise()
         for k in range(last + 1):
             if k > 0:
                 x = x0 + self.sigmas[k] * noise()

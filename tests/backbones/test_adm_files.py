@@ -15,7 +15,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from tests.backbones.test_adm import CHECKPOINT, CONFIG, IO, VARIANTS, random_state
 from unidad_pl.backbones import ADMConfig, ADMStateDictAdapter, PretrainedUNet
 from unidad_pl.backbones.adm import read_checkpoint
-from unidad_pl.cli import main
+from unidad_pl.cli.main import main
 
 
 def unidad(*args: Any) -> None:

@@ -16,14 +16,14 @@ from torch.optim.swa_utils import AveragedModel
 from tests.tiny_sd import WIDTH, save_tiny, save_unet
 from unidad_pl.backbones import LoRA, StableDiffusion, StableDiffusionUNet
 from unidad_pl.backbones.lora import merged
-from unidad_pl.callbacks.pictures import as_uint8
+from unidad_pl.data.pictures import as_uint8
 from unidad_pl.data import SubjectDataModule
 from unidad_pl.discriminator import Critic
-from unidad_pl.export import export, load_export, model_card
+from unidad_pl.export.student import export, load_export, model_card
 from unidad_pl.modules import UniDAD
-from unidad_pl.modules.frozen import Memory
-from unidad_pl.modules.optimization import Optimization, content_hash
-from unidad_pl.runs import load_student
+from unidad_pl.training.networks import Memory
+from unidad_pl.training.optimization import Optimization, content_hash
+from unidad_pl.runs.student import load_student
 from unidad_pl.sampling import seeded_noise
 
 FAST = Optimization(lr=2e-2, warmup=0)

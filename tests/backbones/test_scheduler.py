@@ -12,7 +12,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from unidad_pl.backbones import PretrainedUNet
-from unidad_pl.backbones.scheduler import SUPPORTED
+from unidad_pl.backbones._scheduler import SUPPORTED
 
 
 def google(**changes: Any) -> UNet2DModel:

@@ -192,7 +192,7 @@ def test_a_model_of_the_hugging_face_cache(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_inpainting_and_class_models_are_refused(tmp_path: Path) -> None:
-    from unidad_pl.backbones.unet_spec import UNetSpec
+    from unidad_pl.backbones.spec import UNetSpec
 
     small = dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
                  down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), sample_size=8,

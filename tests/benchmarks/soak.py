@@ -25,7 +25,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from tests.worlds import Stream, fit, random_images, tiny_unet
 from unidad_pl.callbacks import Preemption
-from unidad_pl.checkpoints import DurableCheckpointIO
+from unidad_pl.runs.checkpoints import DurableCheckpointIO
 from unidad_pl.modules import UniDAD
 
 

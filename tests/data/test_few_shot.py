@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from unidad_pl.data import FewShotDataModule
-from unidad_pl.data.batch import to_float, to_uint8
+from unidad_pl.denoiser import to_float, to_uint8
 from unidad_pl.data.few_shot import ShotStream
 from unidad_pl.data.images import load_image
 

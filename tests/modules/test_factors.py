@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from unidad_pl.data import cartoons
+from unidad_pl.cartoons import world
 from unidad_pl.data.cartoon_labels import (
     TRAIN_START,
     VALIDATION_START,
     CartoonDataModule,
     LabelledBatch,
 )
-from unidad_pl.data.cartoons import visible
-from unidad_pl.metrics.cartoon import CartoonFeatures, FactorNetwork
+from unidad_pl.cartoons.world import visible
+from unidad_pl.cartoons.features import CartoonFeatures, FactorNetwork
 from unidad_pl.modules.factors import FactorTraining, gaussian_blur
-from unidad_pl.modules.optimization import Optimization
+from unidad_pl.training.optimization import Optimization
 
 TINY = {"channels": (8, 8, 8), "features": 8, "optimization": Optimization(lr=1e-2, warmup=0)}
 DATA = {"pool_size": 24, "val_size": 8, "batch_size": 6, "eval_batch_size": 8}

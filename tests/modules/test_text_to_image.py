@@ -18,7 +18,7 @@ from unidad_pl.backbones.latents import LatentCodec
 from unidad_pl.data import SubjectDataModule
 from unidad_pl.discriminator import Critic
 from unidad_pl.modules import UniDAD
-from unidad_pl.modules.optimization import Optimization, content_hash
+from unidad_pl.training.optimization import Optimization, content_hash
 
 FAST = Optimization(lr=1e-3, warmup=0)
 

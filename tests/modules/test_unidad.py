@@ -13,7 +13,7 @@ import torch
 from tests.worlds import Stream, fit, random_images, tiny_unet, weights_sha
 from unidad_pl.backbones import NewUNet
 from unidad_pl.modules import Critic, GenerativeModule, Optimization, UniDAD
-from unidad_pl.modules.optimization import frozen
+from unidad_pl.training.optimization import frozen
 
 FAST = Optimization(lr=1e-3, warmup=0)
 

@@ -7,8 +7,6 @@ deepest level, L + 1 blocks each.
 
 from __future__ import annotations
 
-import logging
-import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -18,17 +16,10 @@ from torch import Tensor
 
 from unidad_pl.backbones.adm_config import PUBLISHED, ADMConfig, unet2d_config
 from unidad_pl.backbones.unet import UNetDenoiser
+from unidad_pl.backbones.weights import State, read_weights
 from unidad_pl.denoiser import DenoiserSource
 
-log = logging.getLogger(__name__)
-
-State = dict[str, Tensor]
 Rule = Literal["same", "conv1d", "qkv"]
-
-WRAPPERS = ("ema", "model", "state_dict")
-PREFIXES = ("module.", "unet.")
-"""What DistributedDataParallel, and then Uni-DAD's released code (``pytorch_model.bin``), put before every name."""
-
 
 class ADMStateDictAdapter:
     """Renames and reshapes weights between guided-diffusion and ``UNet2DModel``. The two methods are exact inverses.
@@ -169,51 +160,6 @@ def _resample(ours: str, theirs: str, conv: str, adm: ADMConfig) -> Iterator[tup
         yield f"{ours}.{conv}", f"{theirs}.conv", "same"
 
 
-def read_checkpoint(path: str | Path) -> State:
-    """The weights in a file (``torch.save`` or safetensors) of the released code's kind, on the CPU, dtypes kept.
-
-    Weights wrapped under ``ema``, ``model`` or ``state_dict`` (looked for in that order) are taken out, with a warning
-    in the log that says which. Prefixes that all names share (:data:`PREFIXES`) are taken off.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file cannot be read, or does not hold a mapping from names to tensors.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no weights file at {str(path)!r}: put it there, or give the path of yours")
-    if Path(path).suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{str(path)!r} is not a safetensors file: {error}") from error
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{str(path)!r} is no file of plain tensors: it may carry code, which is never run here. Save its state "
-            f"dict alone, with torch.save or as .safetensors, where you trust it. ({str(error).splitlines()[0]})"
-        ) from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{str(path)!r} cannot be read as a file of plain tensors: {error}") from error
-    wrapped = [name for name in WRAPPERS if isinstance(content, dict) and isinstance(content.get(name), dict)]
-    if wrapped:
-        rest = sorted(str(name) for name in set(content) - {wrapped[0]})
-        log.warning("weights taken from entry %r of %s; other entries unused: %s", wrapped[0], path, rest)
-        content = content[wrapped[0]]
-    if not isinstance(content, dict) or not content or not all(torch.is_tensor(v) for v in content.values()):
-        raise ValueError(
-            f"{str(path)!r} holds no weights: expected a mapping from names to tensors, by itself or under one of "
-            f"{', '.join(WRAPPERS)}"
-        )
-    for prefix in PREFIXES:
-        if all(name.startswith(prefix) for name in content):
-            content = {name.removeprefix(prefix): value for name, value in content.items()}
-    return content
-
-
 def adm_denoiser(adm: ADMConfig, state: Mapping[str, Tensor]) -> UNetDenoiser:
     """The denoiser with guided-diffusion weights ``state``, in their dtype, on the current default device, eval mode.
 
@@ -244,7 +190,7 @@ class ADMSource(DenoiserSource):
     """A guided-diffusion checkpoint, such as FFHQ 256x256 of ddpm-segmentation.
 
     Args:
-        checkpoint: a file written by ``torch.save``, or a ``.safetensors`` file; see :func:`read_checkpoint`.
+        checkpoint: a file written by ``torch.save``, or a ``.safetensors`` file; see :func:`~unidad_pl.backbones.weights.read_weights`.
         config: what the checkpoint's flags were: the path of a JSON file of guided-diffusion flags, a preset
             (``ffhq256``), or the flags themselves.
     """
@@ -265,7 +211,7 @@ class ADMSource(DenoiserSource):
                 f"no ADM checkpoint at {self.checkpoint!r}: put {PUBLISHED[str(self.config)]} there, or give its path "
                 f"as --model.source.init_args.checkpoint"
             )
-        state = {name: value.float() for name, value in read_checkpoint(self.checkpoint).items()}
+        state = {name: value.float() for name, value in read_weights(self.checkpoint).items()}
         return adm_denoiser(adm, state)
 
     def architecture(self) -> UNetDenoiser:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from unidad_pl.backbones.unet_spec import UNetSpec
+from unidad_pl.backbones.spec import UNetSpec
 
 CHANNEL_MULT = {512: "0.5,1,1,2,2,4,4", 256: "1,1,2,2,4,4", 128: "1,1,2,3,4", 64: "1,2,3,4"}
 """What an empty ``channel_mult`` means, by image size."""

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from unidad_pl.backbones.adm import ADMStateDictAdapter, adm_denoiser, read_checkpoint
+from unidad_pl.backbones.adm import ADMStateDictAdapter, adm_denoiser
 from unidad_pl.backbones.adm_config import ADMConfig
 from unidad_pl.backbones.unet import DENOISER_FILE
+from unidad_pl.backbones.weights import read_weights
+from unidad_pl.files import replacing
 
 FLAGS_FILE = "adm.json"
 
@@ -48,7 +48,7 @@ def import_adm(checkpoint: str, out: str, preset: str | None = None, config: str
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{out!r} is there already: choose another folder, or remove it")
     adm = ADMConfig.preset(preset) if preset is not None else ADMConfig.load(str(config))
-    denoiser = adm_denoiser(adm, read_checkpoint(checkpoint))
+    denoiser = adm_denoiser(adm, read_weights(checkpoint))
     scheduler = DDPMScheduler(
         num_train_timesteps=adm.spec.train_timesteps,
         beta_start=adm.spec.beta_start,
@@ -57,18 +57,11 @@ def import_adm(checkpoint: str, out: str, preset: str | None = None, config: str
         prediction_type=adm.spec.prediction,
         variance_type="learned_range" if adm.learn_sigma else "fixed_small",
     )
-    part = target.with_name(f"{target.name}.part{os.getpid()}")
-    part.mkdir(parents=True)
-    try:
+    with replacing(target) as part:
         denoiser.unet.save_pretrained(part)
         scheduler.save_pretrained(part / "scheduler")
         (part / DENOISER_FILE).write_text(json.dumps(asdict(adm.spec), indent=2) + "\n")
         (part / FLAGS_FILE).write_text(json.dumps(asdict(adm), indent=2) + "\n")
-        if target.is_dir():
-            target.rmdir()  # empty, else we had stopped above
-        part.rename(target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return target
 
 
@@ -97,14 +90,9 @@ def restore_adm(folder: str, out: str) -> Path:
             raise FileNotFoundError(f"{folder!r} was not made by 'unidad import adm': it has no {path.name}")
     adapter = ADMStateDictAdapter(ADMConfig.load(Path(folder) / FLAGS_FILE))
     state = {name: value.contiguous() for name, value in adapter.from_diffusers(load_file(weights)).items()}
-    part = target.with_name(f"{target.name}.part{os.getpid()}")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with replacing(target) as part:
         if target.suffix == ".safetensors":
             save_file(state, part)
         else:
             torch.save(state, part)
-        part.rename(target)
-    finally:
-        part.unlink(missing_ok=True)
     return target

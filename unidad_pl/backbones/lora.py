@@ -15,6 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from unidad_pl.checks import check_options
+
 ADAPTER = "default"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -38,8 +40,7 @@ class LoRA:
     def __post_init__(self) -> None:
         if self.rank < 1 or (self.alpha is not None and self.alpha <= 0) or not self.target_modules:
             raise ValueError(f"rank must be >= 1, alpha above 0, and target_modules not empty, got {self}")
-        if self.base_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"base_dtype must be float32 or bfloat16, got {self.base_dtype!r}")
+        check_options(self)
 
 
 def add_adapters(unet: Any, lora: LoRA) -> None:

@@ -10,18 +10,18 @@ import json
 import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from unidad_pl.backbones.adm import read_checkpoint
 from unidad_pl.backbones.latents import LatentCodec
 from unidad_pl.backbones.lora import LoRA, add_adapters, base_names
-from unidad_pl.backbones.network import DiffusersNetwork
-from unidad_pl.backbones.scheduler import find_scheduler, spec_of_scheduler
+from unidad_pl.backbones.base import DiffusersNetwork
 from unidad_pl.backbones.sd_files import find_pipeline, weights_of
-from unidad_pl.backbones.unet_spec import UNetSpec
+from unidad_pl.backbones.spec import UNetSpec, find_scheduler, spec_of_scheduler
+from unidad_pl.backbones.weights import read_weights
+from unidad_pl.checks import check_choices
 from unidad_pl.denoiser import Codec, DenoiserSource, Parameterization, Prediction
 
 if TYPE_CHECKING:
@@ -58,9 +58,9 @@ class StableDiffusionUNet(DiffusersNetwork):
         vae_scale: int = 8,
         spacing: Spacing = "even",
     ) -> None:
-        if spacing not in get_args(Spacing):
-            raise ValueError(f"spacing must be one of {', '.join(get_args(Spacing))}, got {spacing!r}")
+        check_choices(spacing=(spacing, Spacing))
         self.spacing: Spacing = spacing
+        self.free_steps = spacing != "even"
         config = unet.config
         added, labels = config["addition_embed_type"], config["class_embed_type"]
         if added not in (None, "text_time") or labels is not None or config["num_class_embeds"] is not None:
@@ -96,7 +96,7 @@ class StableDiffusionUNet(DiffusersNetwork):
         how = Parameterization.of(self.spec.prediction, sigma, self.spec.sigma_data)
         tokens, added = self._conditions(cond, len(x))
         out = self.unet(
-            (how.input_scale * x).to(self.dtype), self.time(sigma), encoder_hidden_states=tokens,
+            (how.c_in * x).to(self.dtype), self.time(sigma), encoder_hidden_states=tokens,
             added_cond_kwargs=added,
         ).sample  # fmt: skip
         return how.prediction(x, out)
@@ -106,7 +106,7 @@ class StableDiffusionUNet(DiffusersNetwork):
     ) -> dict[str, Tensor]:
         how = Parameterization.of(self.spec.prediction, sigma, self.spec.sigma_data)
         tokens, added = self._conditions(cond, len(x))
-        h = (how.input_scale * x).to(self.dtype)
+        h = (how.c_in * x).to(self.dtype)
         if self.unet.config["center_input_sample"]:
             h = 2 * h - 1.0
         emb = self.unet.time_embedding(self.unet.get_time_embed(sample=h, timestep=self.time(sigma)))
@@ -145,7 +145,7 @@ class StableDiffusionUNet(DiffusersNetwork):
         stride = len(table) // steps
         return [float(table[number * stride - 1]) for number in range(steps, 0, -1)]
 
-    def start_scale(self, sigma: float) -> float:
+    def init_noise_sigma(self, sigma: float) -> float:
         return math.sqrt(1 + sigma**2)  # the network sees unit variance, as in diffusers' pipelines
 
     def _conditions(self, cond: Tensor | None, count: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -208,7 +208,7 @@ class StableDiffusion(DenoiserSource):
         if self.unet_weights is not None:
             unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
             try:
-                unet.load_state_dict(read_checkpoint(self.unet_weights))
+                unet.load_state_dict(read_weights(self.unet_weights))
             except RuntimeError as error:
                 raise ValueError(f"{self.unet_weights!r} does not fit {folder / 'unet'}: {error}") from error
             return self._denoiser(unet, folder)

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unidad_pl.backbones.network import DiffusersNetwork
-from unidad_pl.backbones.scheduler import SCHEDULER_FILE, find_scheduler, spec_of_scheduler
-from unidad_pl.backbones.unet_spec import UNetSpec
+from unidad_pl.backbones.base import DiffusersNetwork
+from unidad_pl.backbones.spec import SCHEDULER_FILE, UNetSpec, find_scheduler, spec_of_scheduler
 from unidad_pl.denoiser import DenoiserSource, Parameterization, Prediction, PredictionType
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ class UNetDenoiser(DiffusersNetwork):
 
     def predict(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Prediction:
         how = Parameterization.of(self.spec.prediction, sigma, self.spec.sigma_data)
-        folded = F.pixel_unshuffle(how.input_scale * x, self.spec.patch_size)
+        folded = F.pixel_unshuffle(how.c_in * x, self.spec.patch_size)
         out = self.unet(folded.to(self.dtype), self.time(sigma), class_labels=cond).sample[:, : folded.shape[1]]
         return how.prediction(x, F.pixel_shuffle(out, self.spec.patch_size))
 
@@ -64,7 +63,7 @@ class UNetDenoiser(DiffusersNetwork):
         self, x: Tensor, sigma: Tensor, cond: Tensor | None = None, names: Collection[str] | None = None
     ) -> dict[str, Tensor]:
         how = Parameterization.of(self.spec.prediction, sigma, self.spec.sigma_data)
-        h = F.pixel_unshuffle(how.input_scale * x, self.spec.patch_size).to(self.dtype)
+        h = F.pixel_unshuffle(how.c_in * x, self.spec.patch_size).to(self.dtype)
         if self.unet.config["center_input_sample"]:
             h = 2 * h - 1.0
         emb = self._embedding(self.time(sigma), cond, h.dtype)

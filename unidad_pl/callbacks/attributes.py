@@ -58,7 +58,7 @@ class AttributeShare(EvaluationCallback):
         if not wanted:
             raise ValueError("AttributeShare needs a wanted value of at least one factor, e.g. {'glasses': 'dark'}")
         if features is None:
-            from unidad_pl.metrics.cartoon import CartoonFeatures
+            from unidad_pl.cartoons.features import CartoonFeatures
 
             features = CartoonFeatures()
         self.wanted = dict(wanted)

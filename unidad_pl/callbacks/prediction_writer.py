@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from unidad_pl.callbacks.base import read_outputs
-from unidad_pl.callbacks.pictures import as_uint8, write_png
+from unidad_pl.data.pictures import as_uint8, write_png
 from unidad_pl.callbacks.records import run_folder
 
 

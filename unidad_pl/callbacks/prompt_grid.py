@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unidad_pl.callbacks.base import STAGES, EvaluationCallback
-from unidad_pl.callbacks.pictures import grid, write_png
+from unidad_pl.data.pictures import grid, write_png
 from unidad_pl.callbacks.records import on_rank_zero, run_folder, trained_steps
 from unidad_pl.callbacks.sample_grid import VISIBLE, log_picture
 from unidad_pl.metrics.similarity import PromptImages

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unidad_pl.callbacks.base import STAGES, EvaluationCallback, Report
-from unidad_pl.callbacks.pictures import as_uint8, grid, write_png
+from unidad_pl.data.pictures import as_uint8, grid, write_png
 from unidad_pl.callbacks.records import on_rank_zero, run_folder, trained_steps
 from unidad_pl.callbacks.sources import Images, ImageSource, model_range
 from unidad_pl.metrics.gather import RowMetric, distinct_in_order

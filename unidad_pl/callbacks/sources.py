@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from unidad_pl.data.batch import to_float
+from unidad_pl.denoiser import to_float
 from unidad_pl.data.image_sets import open_images
 
 Images = str | Path | Tensor | None

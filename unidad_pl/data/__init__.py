@@ -1,7 +1,17 @@
-"""Images in: folders, the cartoon world, and the DataModules that serve them."""
+"""Images in: folders, archives, datasets, the cartoon world, and the DataModules that serve them."""
 
 from unidad_pl.data.batch import Batch
-from unidad_pl.data.few_shot import FewShotDataModule
-from unidad_pl.data.subject import SubjectDataModule
+from unidad_pl.data.few_shot import Augmentation, Evaluation, FewShotDataModule, Reference
+from unidad_pl.data.subject import Prior, PromptOptions, SubjectDataModule, SubjectEvaluation
 
-__all__ = ["Batch", "FewShotDataModule", "SubjectDataModule"]
+__all__ = [
+    "Augmentation",
+    "Batch",
+    "Evaluation",
+    "FewShotDataModule",
+    "Prior",
+    "PromptOptions",
+    "Reference",
+    "SubjectDataModule",
+    "SubjectEvaluation",
+]

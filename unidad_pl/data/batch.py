@@ -1,10 +1,9 @@
-"""What a training loader yields, and the two conversions between uint8 pictures and model range."""
+"""What a training loader yields, and what the networks see of it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -48,13 +47,3 @@ class EncodedBatch:
     source_cond: Tensor | None = None
     prior: EncodedBatch | None = None
     weight: float = 1.0
-
-
-def to_float(images: Tensor) -> Tensor:
-    """uint8 [..., C, H, W] in 0..255 -> float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Float [..., C, H, W] in [-1, 1] (clamped) -> uint8, rounded; the inverse of :func:`to_float`."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from unidad_pl.data import cartoons
-from unidad_pl.data.batch import to_float
-from unidad_pl.data.few_shot import render_uint8
+from unidad_pl.cartoons import world
+from unidad_pl.denoiser import to_float
+from unidad_pl.data.image_sets import CartoonImages
 from unidad_pl.data.stream import PositionStream
 from unidad_pl.seeds import mix_seed
 
@@ -36,8 +36,8 @@ class LabelledBatch:
 
     Attributes:
         images: [B, 3, R, R] float32 in [-1, 1].
-        labels: factor -> [B], as :func:`~unidad_pl.data.cartoons.factors` gives them.
-        domain: [B] int64, positions in :data:`~unidad_pl.data.cartoons.DOMAINS`.
+        labels: factor -> [B], as :func:`~unidad_pl.cartoons.world.factors` gives them.
+        domain: [B] int64, positions in :data:`~unidad_pl.cartoons.world.DOMAINS`.
     """
 
     images: Tensor
@@ -66,7 +66,7 @@ class CartoonDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        domains: Sequence[str] = cartoons.DOMAINS,
+        domains: Sequence[str] = world.DOMAINS,
         pool_size: int = 60_000,
         val_size: int = 1000,
         batch_size: int = 128,
@@ -76,9 +76,9 @@ class CartoonDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         if not domains:
-            raise ValueError(f"domains must name at least one of {', '.join(cartoons.DOMAINS)}, got none")
+            raise ValueError(f"domains must name at least one of {', '.join(world.DOMAINS)}, got none")
         for domain in domains:
-            cartoons.check_domain(domain)
+            world.check_domain(domain)
         for name, value in (("pool_size", pool_size), ("val_size", val_size)):
             if not 1 <= value <= _SPAN:
                 raise ValueError(f"{name} must be in 1..{_SPAN}, got {value}")
@@ -153,9 +153,9 @@ class LabelledStream(PositionStream[LabelledBatch]):
 
 def draw(indices: range, domain: str, resolution: int = 32) -> LabelledBatch:
     """The cartoons ``indices`` of ``domain`` and their labels, images as uint8."""
-    images = render_uint8(indices, domain, resolution)
-    number = torch.full((len(indices),), cartoons.DOMAINS.index(domain))
-    return LabelledBatch(images, cartoons.factors(indices, domain), number)
+    images = CartoonImages(domain, indices).load(resolution)
+    number = torch.full((len(indices),), world.DOMAINS.index(domain))
+    return LabelledBatch(images, world.factors(indices, domain), number)
 
 
 def _as_float(batch: LabelledBatch) -> LabelledBatch:

@@ -1,10 +1,11 @@
-"""Where a set of pictures may lie: a folder, a zip, an LMDB of the authors' layouts, a Hugging Face dataset."""
+"""Where a set of pictures may lie: a folder, a zip, an LMDB of the authors' layouts, a dataset, the cartoon world."""
 
 from __future__ import annotations
 
 import re
 import zipfile
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,9 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unidad_pl.cartoons.world import check_domain, render
 from unidad_pl.data.images import EXTENSIONS, as_shown, load_image, square
+from unidad_pl.denoiser import to_uint8
 
-HUGGING_FACE = "hf:"
+HUGGING_FACE, BUILTIN = "hf:", "builtin:"
+HELD_OUT = 1000
+"""Renders of a built-in domain that serve as its reference."""
 
 
 class ImageSet(ABC):
@@ -55,7 +60,8 @@ def open_images(root: str | Path) -> ImageSet:
     Args:
         root: a folder, looked through with all folders in it; a zip file; an LMDB folder of the released code
             (``images_<i>_data``, ``images_shape``); ``hf:NAME`` or ``hf:NAME:SPLIT``, a dataset of the Hugging Face
-            hub; or a folder that ``datasets`` saved to disk.
+            hub; a folder that ``datasets`` saved to disk; or ``builtin:DOMAIN[:N]``, the first N renders (1000) of a
+            domain of the cartoon world, which are never shots.
 
     Raises:
         FileNotFoundError: there is no such place, or no picture in it.
@@ -65,6 +71,11 @@ def open_images(root: str | Path) -> ImageSet:
     text = str(root)
     if text.startswith(HUGGING_FACE):
         return HuggingFaceImages(text)
+    if text.startswith(BUILTIN):
+        domain, _, count = text.removeprefix(BUILTIN).partition(":")
+        if count and not (count.isdecimal() and int(count)):
+            raise ValueError(f"{text!r}: the number of renders must be a whole number above 0, got {count!r}")
+        return CartoonImages(domain, range(int(count or HELD_OUT)))
     place = Path(root).expanduser()
     if place.is_file():
         return ZipImages(place)
@@ -92,7 +103,7 @@ class FolderImages(ImageSet):
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"image folder {str(folder)!r} does not exist or is not a folder: put the images there, or name "
-                f"another place with --data.root (or --data.reference)"
+                f"another place with --data.root (or --data.reference.root)"
             )
         self.folder = folder
         inside = sorted(p.relative_to(folder) for p in folder.rglob("*"))
@@ -229,3 +240,23 @@ class HuggingFaceImages(ImageSet):
             return square(as_shown(self._rows[index][self._column]), resolution)
         except (OSError, ValueError, SyntaxError, AttributeError) as error:
             raise ValueError(f"cannot read image {self.names[index]!r} of dataset {self.name!r}: {error}") from error
+
+
+class CartoonImages(ImageSet):
+    """Renders of a domain of the embedded cartoon world.
+
+    Raises:
+        ValueError: an unknown domain.
+    """
+
+    def __init__(self, domain: str, indices: Sequence[int]) -> None:
+        check_domain(domain)
+        self.domain, self.indices = domain, indices
+        self.names = [f"{domain}[{i}]" for i in indices]
+
+    def read(self, index: int, resolution: int) -> Tensor:
+        return to_uint8(render(self.indices[index : index + 1], self.domain, resolution))[0]
+
+    def load(self, resolution: int) -> Tensor:
+        parts = [self.indices[i : i + 500] for i in range(0, len(self.indices), 500)]  # to bound memory
+        return torch.cat([to_uint8(render(part, self.domain, resolution)) for part in parts])

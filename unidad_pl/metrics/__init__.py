@@ -3,7 +3,7 @@
 They need nothing of this package but each other. Every one gives the same number on one process and on many.
 """
 
-from unidad_pl.metrics.cartoon import CartoonFeatures
+from unidad_pl.cartoons.features import CartoonFeatures
 from unidad_pl.metrics.encoders import CLIPImages, CLIPTexts, DINOImages, ImageEncoder, TextEncoder
 from unidad_pl.metrics.features import FeatureModule, InceptionFeatures, LPIPSFeatures
 from unidad_pl.metrics.frechet import Frechet, frechet_distance

@@ -1,13 +1,28 @@
 """LightningModules: the method, and plain diffusion training."""
 
-from unidad_pl import sharding as _sharding  # registers the strategies
-from unidad_pl.discriminator import Critic
-from unidad_pl.modules.base import GenerativeModule
-from unidad_pl.modules.diffusion import Diffusion
-from unidad_pl.modules.frozen import Memory
-from unidad_pl.modules.optimization import Optimization
+from unidad_pl.modules.diffusion import Diffusion, ExportOptions, LogNormal, SamplingOptions
+from unidad_pl.modules.options import (
+    AdaptationOptions,
+    DenoisingOptions,
+    FakeScoreOptions,
+    GANOptions,
+    MatchingOptions,
+    StudentOptions,
+    TargetTeacherOptions,
+)
 from unidad_pl.modules.unidad import UniDAD
 
-_sharding.register()
-
-__all__ = ["Critic", "Diffusion", "GenerativeModule", "Memory", "Optimization", "UniDAD"]
+__all__ = [
+    "AdaptationOptions",
+    "DenoisingOptions",
+    "Diffusion",
+    "ExportOptions",
+    "FakeScoreOptions",
+    "GANOptions",
+    "LogNormal",
+    "MatchingOptions",
+    "SamplingOptions",
+    "StudentOptions",
+    "TargetTeacherOptions",
+    "UniDAD",
+]

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unidad_pl.data.cartoon_labels import LabelledBatch
-from unidad_pl.data.cartoons import CATEGORIES, DOMAINS, RANGES, render, visible
-from unidad_pl.metrics.cartoon import INPUT_SIZE, FactorNetwork, FactorOutput
-from unidad_pl.modules.optimization import Optimization
+from unidad_pl.cartoons.world import CATEGORIES, DOMAINS, RANGES, render, visible
+from unidad_pl.cartoons.features import INPUT_SIZE, FactorNetwork, FactorOutput
+from unidad_pl.training.optimization import OptimizerOptions
 from unidad_pl.seeds import mix_seed
 
 CURVE_FILE = "curve.csv"
@@ -22,7 +22,7 @@ _STANDARD = 4_000_000  # first index of the renders that the pooled features are
 
 
 class FactorTraining(pl.LightningModule):
-    """Supervised training of a :class:`~unidad_pl.metrics.cartoon.FactorNetwork` on labelled cartoons.
+    """Supervised training of a :class:`~unidad_pl.cartoons.features.FactorNetwork` on labelled cartoons.
 
     Half of the images get Gaussian noise, half are blurred, all get a change of contrast and brightness. The amounts
     of noise and blur are factors too, ``noise`` and ``blur``: the network has to read them, so that its features are
@@ -32,8 +32,8 @@ class FactorTraining(pl.LightningModule):
     since the last validation, validation accuracy) beside it.
 
     Args:
-        optimization: the optimiser; ``clip`` is the largest gradient norm.
-        channels: see :class:`~unidad_pl.metrics.cartoon.FactorNetwork`.
+        optimizer: the optimiser; ``clip`` is the largest gradient norm.
+        channels: see :class:`~unidad_pl.cartoons.features.FactorNetwork`.
         features: see there.
         value_weight: weight of the continuous factors (sum of smooth L1 errors, ranges mapped to [-1, 1]) against the
             categorical ones (sum of cross-entropies).
@@ -49,7 +49,7 @@ class FactorTraining(pl.LightningModule):
 
     def __init__(
         self,
-        optimization: Optimization = Optimization(lr=2e-3),  # noqa: B008 (a value, never mutated)
+        optimizer: OptimizerOptions = OptimizerOptions(lr=2e-3),  # noqa: B008 (a value, never mutated)
         channels: tuple[int, ...] = (16, 40, 80, 120),
         features: int = 96,
         value_weight: float = 4.0,
@@ -65,7 +65,7 @@ class FactorTraining(pl.LightningModule):
                 f"noise, blur and value_weight must be > 0 and jitter >= 0, "
                 f"got {noise}, {blur}, {value_weight} and {jitter}"
             )
-        self.optimization, self.channels, self.features = optimization, tuple(channels), features
+        self.optimizer_options, self.channels, self.features = optimizer, tuple(channels), features
         self.value_weight, self.noise, self.blur, self.jitter = value_weight, noise, blur, jitter
         self.export_to, self.seed = export_to, seed
         self.curve: list[tuple[int, float, float]] = []
@@ -82,13 +82,13 @@ class FactorTraining(pl.LightningModule):
         self._built = True
 
     def configure_optimizers(self) -> Any:
-        steps = self.trainer.max_steps if self.trainer.max_steps > 0 else 2**62
-        optimizer, schedule = self.optimization.build(self.network.parameters(), steps)
+        updates = self.trainer.max_steps if self.trainer.max_steps > 0 else 2**62
+        optimizer, schedule = self.optimizer_options.build(self.network.parameters(), updates)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        if self.optimization.clip:
-            self.clip_gradients(optimizer, gradient_clip_val=self.optimization.clip)
+        if self.optimizer_options.clip:
+            self.clip_gradients(optimizer, gradient_clip_val=self.optimizer_options.clip)
 
     def training_step(self, batch: LabelledBatch, batch_idx: int) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(mix_seed(self.seed, self.global_step, self.global_rank))

@@ -1,259 +1,197 @@
 """Uni-DAD: distil a diffusion model to a few steps AND adapt it to a new domain, in one run (arXiv 2511.18281).
 
-Four networks of one architecture (METHOD 1): the frozen source teacher S, the target teacher T, the fake score F with
-discriminator heads on its encoder, and the student G. ``training_step`` is one iteration of METHOD section 6.
+Four networks of one architecture: the frozen source teacher S, the target teacher T, the fake score F with discriminator
+heads on its encoder, and the student G. ``training_step`` is one iteration; docs/method.md says what it computes.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from typing import Any, Literal
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from unidad_pl import losses
 from unidad_pl.data.batch import Batch, EncodedBatch
 from unidad_pl.denoiser import Denoiser, DenoiserSource
-from unidad_pl.discriminator import Critic, MultiHeadDiscriminator
-from unidad_pl.losses import (
-    Normalizer,
-    Weighting,
-    dmd_gradient,
-    dmd_loss,
-    generator_loss,
+from unidad_pl.discriminator import MultiHeadDiscriminator, accuracy
+from unidad_pl.modules.options import (
+    DenoisingOptions,
+    FakeScoreOptions,
+    GANOptions,
+    MatchingOptions,
+    StudentOptions,
+    TargetTeacherOptions,
+    teacher_weights,
 )
-from unidad_pl.modules.adversarial import AdversarialModule
-from unidad_pl.modules.frozen import Memory, predict_where_it_is
-from unidad_pl.modules.optimization import Optimization, check_choices, trained
-from unidad_pl.sampling import FewStepSampler, GradientMode, random_noise, seeded_noise
+from unidad_pl.sampling import FewStepSampler, random_noise, seeded_noise
 from unidad_pl.schedules import index_range, karras, log_linear
+from unidad_pl.training.hparams import TrainingOptions
+from unidad_pl.training.module import GenerativeModule
+from unidad_pl.training.networks import MemoryOptions, frozen, predict_on_own_device, trained
+from unidad_pl.training.optimization import OptimizerOptions
 
 
-class UniDAD(AdversarialModule):
-    """Student, fake score with discriminator heads, and target teacher, trained together (METHOD 1-6).
+class UniDAD(GenerativeModule):
+    """Student, fake score with discriminator heads, and target teacher, trained together.
 
-    The defaults are METHOD 7's for few-shot image generation.
+        >>> from unidad_pl import PretrainedUNet, UniDAD
+        >>> module = UniDAD(PretrainedUNet("builtin:cartoon_teacher"))
+        >>> module.sample(seeds=[0, 1]).shape  # what trainer.fit(module, data) improves
+        torch.Size([2, 3, 32, 32])
+
+    The defaults are the paper's for few-shot image generation.
 
     Args:
         source: the source model S; F, G and T start from it too.
-        student_source: where G starts from instead, e.g. an already distilled student.
-        fake_source: where F starts from instead, e.g. the fake score of that distillation.
-        target_source: where T starts from instead, e.g. an already adapted model.
-        target: ``train`` T on the shots, or use it ``frozen``.
-        target_update: T is trained on the iterations that update the ``student``, or on ``every`` one.
-        target_iterations: T is trained in the first so many iterations only: it learns the new domain long before it
-            knows the shots by heart. null: always.
-        adapt_first: iterations at the start in which T alone is trained; G and F then start from what it has become:
-            for a domain far from the source, where G would spend most of the run on its way. 0: none, as in the paper.
-        target_steps: updates of T in an iteration that trains T, each with fresh noise on the same images: T,
-            which costs little beside the student, gets ahead of it.
-        target_fine: share of T's training noise that is drawn from sigmas up to twice ``sigma_data`` alone. Texture is
-            what T learns last, and a handful of shots does not make T know it by heart. 0: none, as in the paper.
-        steps: K, the student's sampling steps.
-        sigma_max: sigma of the student's first step.
-        sigma_end: sigma of its last step.
-        gradient: ``unroll``, ``last`` or ``backward_simulation``, see :class:`~unidad_pl.sampling.FewStepSampler`.
-        student_every: r, the student is updated on every r-th iteration.
-        target_weight: a in [0, 1]; the student follows ``(1 - a) g_S + a g_T``. 0: T is not built, 1: S is not.
-        dmd_weights: (w_S, w_T) instead of (1 - a, a), for weights that do not sum to one.
-        guidance_scale: classifier-free guidance of both teachers in the DMD, for text-to-image models; 1: none.
-        negative_prompt: what guidance leads away from.
-        dmd_range: part of the noise table the DMD sigmas are drawn from, as two fractions of its length.
-        normalizer: ``clean`` or ``noisy``, see :func:`~unidad_pl.losses.dmd_gradient`.
-        noise_table: ``karras`` (1000 entries, rho 7, 0.002..80) or the ``model``'s own sigmas.
-        weighting: of the denoising losses, ``edm`` or ``eps``, see :func:`~unidad_pl.losses.denoising_weight`.
-        sigma_data: standard deviation of the data in the ``edm`` weighting, and what ``target_fine`` goes by.
-        critic: the GAN's settings.
-        student_optimization: G's optimiser.
-        fake_optimization: the optimiser of F and the heads.
-        target_optimization: T's optimiser.
-        ema_decay: see :class:`~unidad_pl.modules.base.GenerativeModule`; the average is over G.
-        seed: see there.
-        accumulate: see there.
-        max_skipped: see there.
-        classes: see there.
-        memory: see there.
+        student: the student G, its steps and optimiser.
+        fake_score: the fake score F and its optimiser.
+        target_teacher: the target teacher T; null: source only (a = 0).
+        matching: distribution matching with S and T; null: GAN only.
+        denoising: the denoising losses of F and T.
+        gan: the discriminator; null: distribution matching only.
+        training: seed, micro-batches, average, classes.
+        memory: what trades time for memory.
 
     Raises:
-        ValueError: a weight or range that makes no sense; the message says which.
+        ValueError: options that do not go together; says which and the way out.
     """
-
-    clock = "fake"
-    sampled_name = "student"
 
     def __init__(
         self,
         source: DenoiserSource,
-        student_source: DenoiserSource | None = None,
-        fake_source: DenoiserSource | None = None,
-        target_source: DenoiserSource | None = None,
-        target: Literal["train", "frozen"] = "train",
-        target_update: Literal["student", "every"] = "student",
-        target_iterations: int | None = None,
-        adapt_first: int = 0,
-        target_steps: int = 1,
-        target_fine: float = 0.0,
-        steps: int = 3,
-        sigma_max: float = 80.0,
-        sigma_end: float = 0.5,
-        gradient: GradientMode = "unroll",
-        student_every: int = 5,
-        target_weight: float = 0.25,
-        dmd_weights: tuple[float, float] | None = None,
-        guidance_scale: float = 1.0,
-        negative_prompt: str = "",
-        dmd_range: tuple[float, float] = (0.02, 0.98),
-        normalizer: Normalizer = "clean",
-        noise_table: Literal["karras", "model"] = "karras",
-        weighting: Weighting = "edm",
-        sigma_data: float = 0.5,
-        critic: Critic = Critic(),  # noqa: B008 (a value, never mutated)
-        student_optimization: Optimization = Optimization(),  # noqa: B008
-        fake_optimization: Optimization = Optimization(),  # noqa: B008
-        target_optimization: Optimization = Optimization(),  # noqa: B008
-        ema_decay: float = 0.0,
-        seed: int | None = None,
-        accumulate: int = 1,
-        max_skipped: int = 10,
-        classes: list[int] | None = None,
-        memory: Memory = Memory(),  # noqa: B008
+        student: StudentOptions = StudentOptions(),  # noqa: B008 (values, never mutated)
+        fake_score: FakeScoreOptions = FakeScoreOptions(),  # noqa: B008
+        target_teacher: TargetTeacherOptions | None = TargetTeacherOptions(),  # noqa: B008
+        matching: MatchingOptions | None = MatchingOptions(),  # noqa: B008
+        denoising: DenoisingOptions = DenoisingOptions(),  # noqa: B008
+        gan: GANOptions | None = GANOptions(),  # noqa: B008
+        training: TrainingOptions = TrainingOptions(),  # noqa: B008
+        memory: MemoryOptions = MemoryOptions(),  # noqa: B008
     ) -> None:
-        super().__init__(seed, accumulate, ema_decay, max_skipped, classes, memory)
-        check_choices(
-            target=(target, ("train", "frozen")),
-            target_update=(target_update, ("student", "every")),
-            noise_table=(noise_table, ("karras", "model")),
-            normalizer=(normalizer, ("clean", "noisy")),
-            weighting=(weighting, ("eps", "edm")),
-        )
-        if not 0 <= target_weight <= 1 or not 0 <= target_fine <= 1 or guidance_scale < 1:
-            raise ValueError(
-                f"target_fine and target_weight (a) must be in [0, 1] and guidance_scale >= 1, "
-                f"got {target_fine}, {target_weight} and {guidance_scale}"
-            )
-        self.guidance_scale, self.negative_prompt = guidance_scale, negative_prompt
-        if min(student_every, target_steps, 1 if target_iterations is None else target_iterations) < 1:
-            raise ValueError(
-                f"student_every, target_steps and target_iterations must be >= 1, "
-                f"got {student_every}, {target_steps} and {target_iterations}"
-            )
-        if target_steps > 1 and accumulate > 1:
-            raise ValueError(f"target_steps {target_steps} needs accumulate: 1, got {accumulate}: use one of the two")
-        self.source_weight, self.target_weight = dmd_weights or (1 - target_weight, target_weight)
-        if min(self.source_weight, self.target_weight) < 0 or self.source_weight + self.target_weight == 0:
-            raise ValueError(f"dmd_weights must be >= 0 and not both 0, got {dmd_weights}")
-        if self.target_weight and target == "frozen" and target_source is None:
-            raise ValueError(
-                "a frozen target teacher that starts from the source model is the source model: give target_source, "
-                "or train it (target: train), or use target_weight: 0"
-            )
-        if target_source is not None and not self.target_weight:
-            raise ValueError("target_source does nothing while the target teacher's weight is 0: set target_weight")
-        self.source, self.student_source = source, student_source
-        self.fake_source, self.target_source = fake_source, target_source
-        self.trains_target = self.target_weight > 0 and target == "train"
-        if adapt_first < 0 or (adapt_first and (not self.trains_target or student_source or fake_source)):
-            raise ValueError(
-                f"adapt_first must be >= 0, and above 0 only with a target teacher that is trained and without a "
-                f"student_source or fake_source, which it would replace; got {adapt_first}"
-            )
-        if target_iterations is not None and adapt_first > target_iterations:
-            raise ValueError(
-                f"adapt_first trains T for {adapt_first} iterations, but target_iterations ends its training after "
-                f"{target_iterations}: set target_iterations to {adapt_first} or more"
-            )
-        self.frozen_networks = ("source_teacher",) * (self.source_weight > 0)
-        self.frozen_networks += ("target_teacher",) * (self.target_weight > 0 and target == "frozen")
-        self.target_update, self.target_iterations, self.target_fine = target_update, target_iterations, target_fine
-        self.student_every, self.target_steps, self.adapt_first = student_every, target_steps, adapt_first
-        checkpointed = memory.checkpointing in ("steps", "both")
-        self.sampler = FewStepSampler(log_linear(steps, sigma_max, sigma_end), gradient, checkpointed)
-        self.sigma_end = sigma_end
-        self.dmd_range, self.normalizer, self.noise_table = dmd_range, normalizer, noise_table
-        self.weighting, self.sigma_data = weighting, sigma_data
-        self.critic = critic
-        self._optimizations = {"student": student_optimization, "fake": fake_optimization}
-        if self.trains_target:
-            self._optimizations["target"] = target_optimization
-        if not 0 <= dmd_range[0] <= dmd_range[1] <= 1:
-            raise ValueError(f"dmd_range must be two fractions 0 <= low <= high <= 1, got {list(dmd_range)}")
+        self.teacher_weights = teacher_weights(matching, target_teacher)
+        self.target_options = target_teacher if "target" in self.teacher_weights else None
+        self.adaptation = self.target_options.adaptation if self.target_options else None
+        frozen_networks = ["source_teacher"] * ("source" in self.teacher_weights)
+        frozen_networks += ["target_teacher"] * (self.target_options is not None and self.adaptation is None)
+        super().__init__("student", "fake", training, memory, frozen_networks)
+        if matching is None and gan is None:
+            raise ValueError("matching and gan are both null: the student has no loss")
+        if self.adaptation and self.adaptation.pretrain and (student.init_from or fake_score.init_from):
+            raise ValueError("pretrain starts G and F from T: leave it 0, or student.init_from and fake_score.init_from")
+        if self.adaptation and self.adaptation.updates > 1 and training.accumulate > 1:
+            raise ValueError(f"adaptation.updates {self.adaptation.updates} needs training.accumulate: 1: use one")
+        self.source, self.student_options, self.fake_options = source, student, fake_score
+        self.matching, self.denoising, self.gan = matching, denoising, gan
+        self.pretrain = self.adaptation.pretrain if self.adaptation else 0
+        largest = 80.0 if student.sigma_max is None else student.sigma_max
+        self.sigma_min = 0.5 if student.sigma_min is None else student.sigma_min
+        sigmas = log_linear(student.num_steps, largest, self.sigma_min)
+        self.sampler = FewStepSampler(sigmas, student.gradient, memory.checkpointing in ("steps", "both"))
         self.keep_image_gradients = False
         self.image_gradients: dict[str, Tensor] = {}
 
     # -- networks and optimisers ---------------------------------------------------------------------------------
 
     def build_networks(self) -> None:
-        source = self.source.build()
-        self.fake_score = self.fake_source.build() if self.fake_source else copy.deepcopy(source)
-        self.student = self.student_source.build() if self.student_source else copy.deepcopy(source)
-        if self.target_weight:
-            self.target_teacher = self.target_source.build() if self.target_source else copy.deepcopy(source)
-        if self.source_weight:
+        source = self.build(self.source)
+        of = {"fake_score": self.fake_options.init_from, "student": self.student_options.init_from}
+        if self.target_options is not None:
+            of["target_teacher"] = self.target_options.init_from
+        for name, init_from in of.items():
+            setattr(self, name, self.build(init_from) if init_from else copy.deepcopy(source))
+        if "source" in self.teacher_weights:
             self.source_teacher = source
-        if self.critic.critic_weight:
-            taps = self.critic.head_taps(self.fake_score.tap_channels)
-            self.discriminator = MultiHeadDiscriminator(taps, self.critic.kind, self.critic.reduction)
+        if self.gan is not None:
+            self.fake_score.depth_of(self.gan.taps)  # refuses what is no tap
+            channels = self.fake_score.tap_channels
+            taps = channels if self.gan.taps is None else {name: channels[name] for name in self.gan.taps}
+            self.discriminator = MultiHeadDiscriminator(taps, self.gan.kind, self.gan.reduction)
+        given = (self.student_options.sigma_max, self.student_options.sigma_min) != (None, None)
+        if given and not self.student.free_steps:
+            raise ValueError(
+                "student.sigma_max and student.sigma_min do nothing where the steps lie at even timesteps: leave them "
+                "null, or use the source's spacing: log_linear"
+            )
         self.sampler = self.sampler.fitted_to(self.student)
-        sigmas = karras() if self.noise_table == "karras" else source.native_sigmas
-        self.register_buffer("sigmas", sigmas, persistent=False)
-        self.sigmas: Tensor
-        critic_max = self.critic.sigma_max if self.critic.sigma_max is not None else float("inf")
-        self.critic_entries = int((sigmas <= critic_max).sum())
-        self.fine_entries = max(1, int((sigmas <= 2 * self.sigma_data).sum()))
-        if not self.critic_entries:
-            raise ValueError(f"critic sigma_max {critic_max} is below the smallest sigma {float(sigmas[0]):g}")
+        own_table = self.matching is not None and self.matching.noise_table == "model"
+        self.register_buffer("sigmas", source.native_sigmas if own_table else karras(), persistent=False)
+        self.sigmas: Tensor  # [N] the noise table, ascending
+        self.low_entries = max(1, self._entries_up_to(2 * self.denoising.sigma_data))
+        self.gan_entries = self._entries_up_to(math.inf if self.gan is None else self.gan.sigma_max or math.inf)
+        if not self.gan_entries:
+            raise ValueError(f"gan.sigma_max must reach the smallest sigma, {float(self.sigmas[0]):g}")
+
+    def _entries_up_to(self, sigma: float) -> int:
+        return int((self.sigmas <= sigma).sum())
 
     @property
     def sampled_source(self) -> DenoiserSource:
-        return self.student_source or self.source
+        return self.student_options.init_from or self.source
 
     def few_step(self) -> tuple[FewStepSampler, float]:
-        return self.sampler, self.sigma_end
+        return self.sampler, self.sigma_min
 
-    def optimizations(self) -> dict[str, Optimization]:
-        return self._optimizations
+    def optimizers_of_groups(self) -> dict[str, OptimizerOptions]:
+        found = {"student": self.student_options.optimizer, "fake": self.fake_options.optimizer}
+        return found | ({"target": self.adaptation.optimizer} if self.adaptation else {})
 
     def groups(self) -> dict[str, list[dict[str, Any]]]:
         fake: list[dict[str, Any]] = [{"params": trained(self.fake_score)}]
-        if self.critic.critic_weight:
-            lr = self.critic.lr if self.critic.lr is not None else self._optimizations["fake"].lr
+        if self.gan is not None:
+            lr = self.fake_options.optimizer.lr if self.gan.lr is None else self.gan.lr
             fake.append({"params": list(self.discriminator.parameters()), "lr": lr})
         groups = {"student": [{"params": trained(self.student)}], "fake": fake}
-        if self.trains_target:
+        if self.adaptation:
             groups["target"] = [{"params": trained(self.target_teacher)}]
         return groups
 
-    def steps_of(self, group: str, iterations: int) -> int:
-        if group == "target" and self.target_iterations is not None:
-            iterations = min(iterations, self.target_iterations)
-        alone = min(self.adapt_first, iterations)
-        every = group == "fake" or (group == "target" and self.target_update == "every")
-        due = iterations - alone if every else -(-(iterations - alone) // self.student_every)
-        return alone + due * self.target_steps if group == "target" else due
+    def updates_of(self, group: str, iterations: int) -> int:
+        if group == "target" and self.adaptation and self.adaptation.until is not None:
+            iterations = min(iterations, self.adaptation.until)
+        alone = min(self.pretrain, iterations)
+        every = group == "fake" or (group == "target" and self.adaptation and self.adaptation.update == "every")
+        due = iterations - alone if every else -(-(iterations - alone) // self.student_options.update_every)
+        return alone + due * self.adaptation.updates if group == "target" and self.adaptation else due
 
-    # -- one iteration (METHOD 6) --------------------------------------------------------------------------------
+    def costliest_iteration(self) -> int:
+        every = self.student_options.update_every
+        return every * (self.pretrain // every + 1) if self.pretrain else 0  # one that updates the student
+
+    def takes_prior(self) -> bool:
+        return self.adaptation is not None
+
+    def refuse_to_shard(self) -> str | None:
+        if self.gan is not None and (self.gan.r1 or self.gan.gradient_penalty):
+            return "FSDP2 has no second derivatives: leave gan.r1 and gan.gradient_penalty at 0"
+        return super().refuse_to_shard()
+
+    # -- one iteration -------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        if int(self.iteration) < self.adapt_first:
+        if self.iteration < self.pretrain:
             self._adapt(batch)
             return
-        if int(self.iteration) == self.adapt_first > 0:
+        if self.iteration == self.pretrain > 0:
             self._start_from_target()
-        update = int(self.iteration) % self.student_every == 0
-        update_target = self._target_is_due(update)
+        update = self.iteration % self.student_options.update_every == 0
+        target_updates = self._target_updates(update)
         for part in self.micro_batches(batch):
             real, cond = part.images, part.cond
             with torch.set_grad_enabled(update):
-                x = self.draw_student_images(len(real), cond)
+                x = self.draw_student_images(len(real), cond)  # K steps of G
             if update:
                 self.backward_into(self.student_loss(x, cond, part.source_cond), "student")
             self.backward_into(self.fake_loss(x.detach(), real, cond), "fake")
-            if update_target:
+            if target_updates:
                 self.backward_into(self.target_loss(real, cond, part.prior), "target")
         stepped = update and self.step("student")
         self.step("fake")
-        for number in range(self.target_steps if update_target else 0):
+        for number in range(target_updates):
             if number:
                 self.backward_into(self.target_loss(real, cond, part.prior), "target")
             self.step("target")
@@ -264,19 +202,20 @@ class UniDAD(AdversarialModule):
         for part in self.micro_batches(batch):
             self.backward_into(self.target_loss(part.images, part.cond, part.prior), "target")
         self.step("target")
-        self._count(self.clock)  # an iteration all the same
+        self.count(self.clock)
         self.finish_iteration(False)
 
     def _start_from_target(self) -> None:
         """G, its average and F become what T is by now."""
-        networks = [self.student, self.fake_score] + ([] if self.ema is None else [self.ema.module])
-        for network in networks:
+        for network in (self.student, self.fake_score, *([] if self.ema is None else [self.ema.module])):
             network.load_state_dict(self.target_teacher.state_dict())
 
-    def _target_is_due(self, update: bool) -> bool:
-        if not self.trains_target or int(self.iteration) >= (self.target_iterations or math.inf):
-            return False
-        return update or self.target_update == "every"
+    def _target_updates(self, student_update: bool) -> int:
+        """How often T is updated in this iteration."""
+        adaptation = self.adaptation
+        if adaptation is None or self.iteration >= (adaptation.until or math.inf):
+            return 0
+        return adaptation.updates if student_update or adaptation.update == "every" else 0
 
     def draw_student_images(self, batch: int, cond: Tensor | None) -> Tensor:
         """``x = G-unroll(z)`` [B, C, H, W]; ``backward_simulation`` stops at a step all ranks draw alike."""
@@ -284,61 +223,126 @@ class UniDAD(AdversarialModule):
         stop = self.shared_randint(len(self.sampler)) if simulated else None
         return self.sampler(self.student, random_noise(batch, self.student.image_shape, self.device), cond, stop)
 
+    # -- the student's loss --------------------------------------------------------------------------------------
+
     def student_loss(self, x: Tensor, cond: Tensor | None, source_cond: Tensor | None = None) -> Tensor:
-        """``L_G = L_DMD + lambda_G L_adv`` on student images ``x`` with a graph to G."""
-        terms = self.dmd_terms(x, cond, source_cond)
-        if self.critic.student_weight:
-            adversarial = generator_loss(self._frozen_logits(x, cond), self.critic.loss)
+        """``L_G = (1 - a) L_S + a L_T + lambda_G L_adv`` on student images ``x`` with a graph to G.
+
+        The gradient of the first two with respect to ``x`` is ``((1 - a) g_S + a g_T) / numel`` (eq. 5).
+        """
+        terms = self.matching_losses(x, cond, source_cond)
+        if self.gan is not None and self.gan.student_weight:
+            adversarial = losses.generator_loss(self._frozen_logits(x, cond), self.gan.loss)
             self._log_loss("student_adversarial", adversarial)
-            terms["adversarial"] = self.critic.student_weight * adversarial
+            terms["adversarial"] = self.gan.student_weight * adversarial
         if self.keep_image_gradients:
-            self.image_gradients = {
-                name: torch.autograd.grad(term, x, retain_graph=True)[0].detach() for name, term in terms.items()
-            }
+            grads = {name: torch.autograd.grad(term, x, retain_graph=True)[0] for name, term in terms.items()}
+            self.image_gradients = {name: grad.detach() for name, grad in grads.items()}
         return torch.stack(list(terms.values())).sum()
 
-    def dmd_terms(self, x: Tensor, cond: Tensor | None, source_cond: Tensor | None = None) -> dict[str, Tensor]:
-        """The weighted DMD losses of the two teachers; both see the same noisy images as F (eq. 3-5).
+    def matching_losses(self, x: Tensor, cond: Tensor | None, source_cond: Tensor | None) -> dict[str, Tensor]:
+        """The weighted losses of the teachers; all see the same noisy images as F (eq. 3-4).
 
-        S is told ``source_cond`` where there is one: the prompt without the subject's token.
+        S gets ``source_cond`` where there is one: the prompt without the subject's token.
         """
-        noisy, sigma = self.add_noise(x.detach(), *index_range(len(self.sigmas), *self.dmd_range))
-        guide = (self._embed([self.negative_prompt]) if self.guidance_scale > 1 else None, self.guidance_scale)
-        teachers, terms = {}, {}
-        if self.source_weight:
-            teachers["source"] = (self.source_weight, self.source_teacher, cond if source_cond is None else source_cond)
-        if self.target_weight:
-            teachers["target"] = (self.target_weight, self.target_teacher, cond)
+        if self.matching is None:
+            return {}
+        noisy, sigma = self.add_noise(x.detach(), *index_range(len(self.sigmas), *self.matching.range))
+        scale = self.matching.guidance_scale
+        away = self.embed([self.matching.negative_prompt or ""]) if scale > 1 else None
+        conds = {"source": cond if source_cond is None else source_cond, "target": cond}
         with torch.no_grad():
             fake_eps = self.fake_score.predict(noisy, sigma, cond).eps
-            teacher_eps = {
-                name: predict_where_it_is(teacher, noisy, sigma, told, *guide).eps
-                for name, (_, teacher, told) in teachers.items()
-            }
+            eps = {}
+            for name in self.teacher_weights:
+                teacher = getattr(self, f"{name}_teacher")
+                eps[name] = predict_on_own_device(teacher, noisy, sigma, conds[name], away, scale).eps
         torch.clear_autocast_cache()  # torch reuses casts made without a graph, and their weights get no gradient
-        for name, (weight, *_) in teachers.items():
-            direction = dmd_gradient(x.detach(), noisy, sigma, fake_eps, teacher_eps[name], self.normalizer)
-            loss = dmd_loss(x, direction)
+        terms = {}
+        for name, weight in self.teacher_weights.items():
+            g = losses.dmd_gradient(x.detach(), noisy, sigma, fake_eps, eps[name], self.matching.normalizer)
+            loss = losses.dmd_loss(x, g)
             self._log_loss(f"dmd_{name}", loss)
             terms[f"dmd_{name}"] = weight * loss
         return terms
 
+    def _frozen_logits(self, x: Tensor, cond: Tensor | None) -> list[Tensor]:
+        # Checkpointed blocks are computed again in the backward pass, when the flags are back: the same flags then.
+        # Gradient reaches the student alone either way, see backward_into.
+        checkpointed = self.memory.checkpointing in ("blocks", "both")
+        with nullcontext() if checkpointed else frozen(self.fake_score, self.discriminator):
+            noisy, sigma = self.add_noise(x, 0, self.gan_entries - 1)
+            return self.logits(noisy, sigma, cond)
+
+    # -- the losses of F with its heads, and of T ----------------------------------------------------------------
+
     def fake_loss(self, x: Tensor, real: Tensor, cond: Tensor | None) -> Tensor:
-        """``L_F = L_denoise + lambda_D L_adv`` on detached student images ``x`` and real images (eq. 6 and 8)."""
+        """``L_F = L_denoise + lambda_D L_D`` on detached student images ``x`` and real images (eq. 6 and 8)."""
         loss = self.denoise(self.fake_score, x, cond)
         self._log_loss("fake", loss, prog_bar=True)
-        if self.critic.critic_weight:
-            loss = loss + self.critic.critic_weight * self.critic_loss(x, real, cond)
+        if self.gan is not None:
+            loss = loss + self.gan.critic_weight * self.critic_loss(x, real, cond, self.gan)
         return loss
+
+    def critic_loss(self, x: Tensor, real: Tensor, cond: Tensor | None, gan: GANOptions) -> Tensor:
+        """The discriminator's loss with its penalties; gradient into the heads and F's encoder."""
+        noisy_real, sigma = self.add_noise(real, 0, self.gan_entries - 1)
+        noisy_real.requires_grad_(gan.r1 > 0)
+        shared = sigma if gan.noise == "shared" else None
+        noisy_fake, sigma_fake = self.add_noise(x, 0, self.gan_entries - 1, shared)
+        both = None if cond is None else torch.cat([cond, cond])
+        logits = self.logits(torch.cat([noisy_real, noisy_fake]), torch.cat([sigma, sigma_fake]), both)
+        logits_real, logits_fake = zip(*(logit.chunk(2) for logit in logits), strict=True)  # one pass for both
+        loss = losses.critic_loss(logits_real, logits_fake, gan.loss)
+        self._log_loss("critic", loss)
+        self.log("critic/accuracy", accuracy(logits_real, logits_fake), rank_zero_only=True)
+        if gan.r1:
+            loss = loss + gan.r1 * losses.r1_penalty(logits_real, noisy_real)
+        if gan.gradient_penalty:
+            share = torch.rand(len(x), 1, 1, 1, device=x.device)
+            between, sigma = self.add_noise(share * real + (1 - share) * x, 0, self.gan_entries - 1)
+            between.requires_grad_(True)
+            loss = loss + gan.gradient_penalty * losses.gradient_penalty(self.logits(between, sigma, cond), between)
+        return loss
+
+    def logits(self, noisy: Tensor, sigma: Tensor, cond: Tensor | None) -> list[Tensor]:
+        """The heads' logits of noisy images; F is evaluated up to the deepest head, at most its middle block."""
+        assert self.gan is not None
+        some = () if self.gan.taps is None else (self.gan.taps,)
+        # Fused attention kernels have no second derivative, which the penalties need.
+        with sdpa_kernel(SDPBackend.MATH) if self.gan.r1 or self.gan.gradient_penalty else nullcontext():
+            return self.discriminator(self.fake_score.taps(noisy, sigma, cond, *some))
 
     def target_loss(self, real: Tensor, cond: Tensor | None, prior: EncodedBatch | None = None) -> Tensor:
         """T's denoising loss on the real images (eq. 7), and on ``prior``, pictures of the class, if there are some."""
-        loss = self.denoise(self.target_teacher, real, cond, self.target_fine)
+        assert self.adaptation is not None
+        share = self.adaptation.low_noise_share
+        loss = self.denoise(self.target_teacher, real, cond, share)
         if prior:
-            kept = self.denoise(self.target_teacher, prior.images, prior.cond, self.target_fine)
-            loss = loss + prior.weight * kept
+            loss = loss + prior.weight * self.denoise(self.target_teacher, prior.images, prior.cond, share)
         self._log_loss("target", loss, prog_bar=True)
         return loss
+
+    def denoise(self, network: Denoiser, images: Tensor, cond: Tensor | None, low_share: float = 0.0) -> Tensor:
+        """Denoising loss of ``network`` at sigmas of the table, a share of them up to twice ``sigma_data``."""
+        sigma, entries = None, len(self.sigmas)
+        if low_share:
+            low = torch.rand(len(images), device=images.device) < low_share
+            index = torch.rand(len(images), device=images.device) * torch.where(low, self.low_entries, entries)
+            sigma = self.sigmas[index.long()].to(images.dtype)
+        noisy, sigma = self.add_noise(images, 0, entries - 1, sigma)
+        x0, how = network(noisy, sigma, cond), self.denoising
+        return losses.denoising_loss(x0, images, sigma, how.weighting, how.sigma_data)
+
+    def add_noise(self, images: Tensor, first: int, last: int, sigma: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``images + sigma * eps`` with one table entry in [first, last] and one eps per image, or the given sigma."""
+        if sigma is None:
+            index = torch.randint(first, last + 1, (len(images),), device=images.device)
+            sigma = self.sigmas[index].to(images.dtype)
+        return images + sigma.view(-1, 1, 1, 1) * torch.randn_like(images), sigma
+
+    def _log_loss(self, name: str, value: Tensor, prog_bar: bool = False) -> None:
+        self.log(f"loss/{name}", value.detach(), prog_bar=prog_bar, rank_zero_only=True)
 
     # -- sampling ------------------------------------------------------------------------------------------------
 

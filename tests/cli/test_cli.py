@@ -1,0 +1,270 @@
+"""The command line, as a user runs it: every config, fit - test - predict on a folder of photographs, kill -9."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from tests.processes import Apart, run_apart
+from unidad_pl.cli.main import main
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs"
+TRAINING = [p for p in sorted(CONFIGS.rglob("*.yaml")) if "model" in yaml.safe_load(p.read_text())]
+TRAINING = [p for p in TRAINING if not p.name.startswith("sdp")]  # tests/test_export_text.py
+
+
+class Output(str):
+    """What a command printed, and how it ended."""
+
+    code: int = 0
+
+
+@pytest.fixture
+def unidad(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run a command in this process, in an empty folder; returns what it printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: str, fails: bool = False) -> Output:
+        code, message = 0, ""
+        try:
+            main(list(arguments))
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        except Exception as error:
+            if not fails:
+                raise
+            code, message = 1, f"{type(error).__name__}: {error}"
+        captured = capsys.readouterr()
+        output = Output(captured.out + captured.err + message)
+        output.code = code
+        assert (code != 0) == fails, output
+        return output
+
+    return run
+
+
+SMALL = ("--threads", "1", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--data.val_samples", "12",
+         "--data.test_samples", "12", "--data.predict_samples", "3", "--data.reference_size", "12")  # fmt: skip
+BOTH = ("--model.adapt_first", "1")  # then an iteration of each kind
+
+
+ADM = ROOT / "tests" / "fixtures" / "adm_tiny"
+
+
+def stand_in_for_the_real_files(folder: Path, config: Path, unidad: Any) -> list[str]:
+    """The places a config names, filled with a tiny ADM model and small pictures; the options that fit them."""
+    (folder / "models").mkdir()
+    shutil.copy(ADM / "adm_tiny.pt", folder / "models" / "ffhq.pt")
+    for name in ("student", "adapted"):
+        unidad("import", "adm", "--checkpoint", str(ADM / "adm_tiny.pt"), "--config", str(ADM / "config.json"), "--out",
+               f"models/{name}")  # fmt: skip
+    settings = yaml.safe_load(config.read_text())["data"]["init_args"]
+    for place in {settings["root"], settings.get("reference", settings["root"])}:
+        (folder / place).mkdir(parents=True)
+        for i in range(12):
+            pixels = torch.randint(0, 256, (9, 9, 3), generator=torch.Generator().manual_seed(i)).to(torch.uint8)
+            Image.fromarray(pixels.numpy()).save(folder / place / f"{i}.png")
+    trainers = [
+        arg for name in ("cpu", "no_metrics") for arg in ("--config", str(CONFIGS / "trainer" / f"{name}.yaml"))
+    ]
+    return [*trainers, "--model.source.init_args.config", str(ADM / "config.json"), "--data.resolution", "32",
+            "--data.batch_size", "2"]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", TRAINING, ids=lambda p: str(p.relative_to(CONFIGS)))
+def test_every_config_runs_two_iterations(config: Path, tmp_path: Path, unidad: Any) -> None:
+    options = list(SMALL)
+    if config.name == "features.yaml":
+        options = ["--threads", "1", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2",
+                   "--data.pool_size", "60", "--data.val_size", "6"]  # fmt: skip
+    if config.name == "teacher.yaml":
+        options += ["--data.shots", "64"]
+    if "adapt_first:" in config.read_text():
+        options += BOTH
+    if "models/ffhq.pt" in config.read_text():
+        options += stand_in_for_the_real_files(tmp_path, config, unidad)
+    unidad("fit", "--config", str(config), *options)
+    assert list(tmp_path.rglob("metrics.jsonl")) or list(tmp_path.rglob("*.ckpt")) or list(tmp_path.rglob("curve.csv"))
+
+
+REAL = [p for p in TRAINING if "models/ffhq.pt" in p.read_text()]
+
+
+@pytest.mark.parametrize("config", REAL, ids=lambda p: p.name)
+def test_a_config_without_its_files_says_which_go_where(config: Path, unidad: Any) -> None:
+    trainer = (
+        "--config",
+        str(CONFIGS / "trainer" / "cpu.yaml"),
+        "--config",
+        str(CONFIGS / "trainer" / "no_metrics.yaml"),
+    )
+    printed = unidad("fit", "--config", str(config), *trainer, fails=True)
+    named = [line for line in config.read_text().splitlines() if line.startswith("#   ") and "--" in line]
+    place, option = next((line.split()[1], line.split()[-1]) for line in named if line.split()[1] in printed)
+    assert option in printed
+    assert (place, option) in {("models/ffhq.pt", "--model.source.init_args.checkpoint"), (place, "--data.root")}
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    generator = torch.Generator().manual_seed(0)
+    for i in range(10):
+        pixels = torch.randint(0, 256, (4, 5, 3), generator=generator).to(torch.uint8).numpy()
+        Image.fromarray(pixels).resize((50, 40), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg")
+    return folder
+
+
+def test_a_class_conditional_model_from_fit_to_predict(photographs: Path, tmp_path: Path, unidad: Any) -> None:
+    from diffusers import DDPMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    UNet2DModel(
+        sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, num_class_embeds=3,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    ).save_pretrained(tmp_path / "model" / "unet")  # fmt: skip
+    DDPMScheduler(prediction_type="v_prediction").save_pretrained(tmp_path / "model" / "scheduler")
+    unidad("fit", "--config", str(CONFIGS / "quickstart.yaml"), "--model.source.init_args.path", "model",
+           "--data.domain", "null", "--data.root", str(photographs), "--data.resolution", "16", *SMALL,
+           *BOTH)  # fmt: skip
+    picture = Image.open("runs/quickstart/version_0/samples/val_step00000002.png")
+    assert picture.size == (4 * 64, (3 + 3) * 64 + 2 * 4)  # three rows of shots, a line, a row for each class
+    unidad("predict", "--config", "runs/quickstart/version_0/config.yaml", "--ckpt_path",
+           "runs/quickstart/version_0/checkpoints/last.ckpt")  # fmt: skip
+    assert len(list(tmp_path.rglob("predictions/*.png"))) == 3
+
+
+def test_the_quickstart_on_the_users_own_photographs(photographs: Path, tmp_path: Path, unidad: Any) -> None:
+    own = ("--data.domain", "null", "--data.root", str(photographs))
+    printed = unidad("fit", "--config", str(CONFIGS / "quickstart.yaml"), *own, *SMALL, *BOTH)
+    run = Path("runs/quickstart/version_0")
+    assert "before" in printed
+    assert str(run) in printed
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {r["step"] for r in records} == {0, 2}
+    assert all({"samples", "extractor", "weights", "first_seed"} <= set(r) for r in records)
+    assert (run / "samples" / "val_step00000002.png").exists()
+    (next_command,) = [line for line in printed.splitlines() if line.startswith("next")]
+    arguments = next_command.split("unidad ")[1].split()
+    unidad(*arguments)
+    pictures = sorted(p.name for p in tmp_path.rglob("predictions/*.png"))
+    assert pictures == ["000000.png", "000001.png", "000002.png"]
+    assert "test/fid" in unidad("test", *arguments[1:])
+    (hand_on,) = [line for line in printed.splitlines() if line.startswith("hand on")]
+    unidad(*hand_on.split("unidad ")[1].split())
+    assert (run / "export" / "model_index.json").is_file()
+    tests = [r for path in tmp_path.rglob("metrics.jsonl") for r in map(json.loads, path.read_text().splitlines())]
+    assert {r["step"] for r in tests if r["stage"] == "test"} == {2}  # Lightning's own count is 0 here
+    assert list(tmp_path.rglob("samples/test_step00000002.png"))
+
+
+def test_kill_9_and_resume_equals_an_undisturbed_run(tmp_path: Path) -> None:
+    """Killed hard as soon as iteration 2 is on disk; the resumed run ends with the bits of the one never killed."""
+    config = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
+    config["model"]["init_args"]["adapt_first"] = 1
+    config["trainer"] |= {"limit_val_batches": 0, "max_steps": 6}
+    config["trainer"]["callbacks"] = [
+        {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+         "init_args": {"every_n_train_steps": 2, "save_top_k": -1}}
+    ]  # fmt: skip
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    command = ["fit", "--config", str(tmp_path / "config.yaml"), "--summary", "false", "--threads", "1",
+               "--data.batch_size", "2"]  # fmt: skip
+    for name in ("killed", "resumed", "whole"):
+        (tmp_path / name).mkdir()
+    with Apart(tmp_path / "killed", main, command) as victim:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.rglob("*step=2.ckpt")):
+            assert victim.process.is_alive(), f"ended before its first checkpoint: {victim.printed()[-3000:]}"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    assert victim.process.exitcode == -signal.SIGKILL
+    (saved,) = tmp_path.rglob("*step=2.ckpt")
+    run_apart(tmp_path / "resumed", main, [*command, "--ckpt_path", str(saved)])
+    run_apart(tmp_path / "whole", main, command)
+    resumed, whole = (
+        torch.load(next((tmp_path / name).rglob("*step=6.ckpt")), weights_only=True) for name in ("resumed", "whole")
+    )
+    assert resumed["state_dict"].keys() == whole["state_dict"].keys()
+    assert all(torch.equal(v, whole["state_dict"][k]) for k, v in resumed["state_dict"].items())
+    for a, b in zip(resumed["optimizer_states"], whole["optimizer_states"], strict=True):
+        assert all(torch.equal(x["exp_avg"], b["state"][k]["exp_avg"]) for k, x in a["state"].items())
+
+
+def test_help_explains_every_option(unidad: Any) -> None:
+    assert "quickstart.yaml" in unidad("--help")
+    text = unidad("fit", "--model.help", "unidad_pl.modules.UniDAD")
+    for phrase in ("the student is updated on every r-th iteration", "lambda_G", "half cosine"):
+        assert phrase in " ".join(text.split())
+
+
+def test_print_config_is_complete(unidad: Any) -> None:
+    text = unidad("fit", "--config", str(CONFIGS / "quickstart.yaml"), "--print_config")
+    config = yaml.safe_load(text)
+    assert config["model"]["init_args"]["critic"]["reduction"] == "mean_logit"
+    assert config["data"]["init_args"]["shots"] == 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model.target_wieght", "0.5"), "target_wieght"),
+        (("--data.domain", "dogs"), "dogs"),
+        (("--model.gradient", "lats"), "lats"),
+        (("--data.root", "/nowhere", "--data.domain", "null"), "/nowhere"),
+        (("--model.source.path", "/nowhere"), "/nowhere"),
+        (("--trainer.strategy", "ddp"), "unidad_ddp"),
+        (("--ckpt_path", "nowhere.ckpt"), "'nowhere.ckpt' is no file"),
+        (("--ckpt_path", "last"), "no intact checkpoint in 'runs/quickstart'"),
+        (("--data.resolution", "64"), "resolution"),
+    ],
+)
+def test_mistakes_are_named(arguments: tuple[str, ...], message: str, unidad: Any) -> None:
+    small = (*SMALL, "--summary", "false", "--trainer.limit_val_batches", "0")
+    assert message in unidad("fit", "--config", str(CONFIGS / "quickstart.yaml"), *small, *arguments, fails=True)
+
+
+def test_version_needs_no_torch(tmp_path: Path) -> None:
+    code = "import sys; from unidad_pl.cli.main import main; main(['--version']); assert 'torch' not in sys.modules"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("unidad 0.")
+
+
+OTHER = """
+import lightning.pytorch as pl, torch
+class Line(pl.LightningModule):
+    def __init__(self, lr: float = 0.1):
+        super().__init__(); self.w = torch.nn.Linear(1, 1); self.lr = lr
+    def training_step(self, batch, batch_idx): return self.w(batch).pow(2).mean()
+    def predict_step(self, batch, batch_idx): return self.w(batch)
+    def configure_optimizers(self): return torch.optim.SGD(self.parameters(), self.lr)
+class Numbers(pl.LightningDataModule):
+    def train_dataloader(self): return torch.utils.data.DataLoader(torch.ones(8, 1), batch_size=2)
+    predict_dataloader = train_dataloader
+"""
+
+
+def test_other_peoples_modules_run_too(unidad: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "other_project.py").write_text(OTHER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    theirs = ("--model", "other_project.Line", "--data", "other_project.Numbers", "--trainer.accelerator", "cpu",
+              "--trainer.logger", "false")  # fmt: skip
+    assert "run folder" in unidad("fit", *theirs, "--trainer.max_epochs", "1")
+    unidad("predict", *theirs)

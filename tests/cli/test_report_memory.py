@@ -1,0 +1,174 @@
+"""`unidad report memory`: the prediction against the allocator's own record of a real iteration."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader
+
+from tests.tiny_sd import WIDTH, save_unet
+from tests.worlds import Stream, fit, random_images, tiny_unet
+from unidad_pl.backbones import ADMSource, LoRA, NewUNet, StableDiffusion
+from unidad_pl.cli.main import main
+from unidad_pl.data.batch import Batch
+from unidad_pl.denoiser import Codec
+from unidad_pl.cli.report_memory import predict_memory, report_memory
+from unidad_pl.modules import Critic, Diffusion, Memory, Optimization, UniDAD
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+SOURCE = dict(resolution=32, channels=(32, 64), attention_levels=(1,), layers=1, head_channels=16, patch_size=1)
+FLAT = SOURCE | dict(channels=(64,), attention_levels=())  # storage-less operations are slow: fewer, with more bytes
+NONE = Critic(student_weight=0.0, critic_weight=0.0)
+
+
+class Watch(pl.Callback):
+    """The most bytes the CPU allocator gave out in the second iteration, beyond those before it."""
+
+    peak = 0
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == 1:  # the optimisers' states exist now
+            self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+            self.profiler.__enter__()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == 2:
+            self.profiler.__exit__(None, None, None)
+            now = 0
+            events = self.profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+            for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+                now += event.nbytes()
+                self.peak = max(self.peak, now)
+
+
+class Latents(Codec):
+    """Latents of pictures without a VAE, and a condition without a text encoder."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        return torch.cat([images, images[:, :1]], dim=1)
+
+    def embed(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
+        return torch.ones(len(prompts), 77, WIDTH, device=device)
+
+
+class Text(StableDiffusion):
+    def codec(self) -> Codec:
+        return Latents()
+
+
+def told(batch: Batch) -> Batch:
+    return dataclasses.replace(batch, prompts=["a prt dog"] * len(batch.images))
+
+
+def measured(module: Any, batch: int, precision: Any) -> int:
+    watch = Watch()
+    data = Stream(random_images(batch, 32), batch_size=batch)
+    if isinstance(module.source, Text):
+        untold = data.train_dataloader
+        data.train_dataloader = lambda: DataLoader(  # type: ignore[method-assign]
+            untold().dataset, batch_size=None, collate_fn=told
+        )
+    trainer = fit(module, 2, data, precision=precision, callbacks=[watch])
+    states = sum(
+        value.numel() * value.element_size()
+        for optimizer in trainer.optimizers
+        for state in optimizer.state.values()
+        for value in state.values()
+    )
+    tensors = {id(t): t for t in [*module.parameters(), *module.buffers()]}.values()
+    return watch.peak + states + sum(t.numel() * t.element_size() for t in tensors)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": dict(source=SOURCE),
+    "both": dict(memory=Memory(checkpointing="both")),
+    "one step, no target teacher": dict(steps=1, target_weight=0.0),
+    "half teachers": dict(memory=Memory("steps", "bfloat16"), target_weight=0.0),
+    "average, parts": dict(ema_decay=0.9, accumulate=2),
+    "the target teacher first": dict(adapt_first=1, target_update="every"),
+    "mixed, both": dict(precision="bf16-mixed", memory=Memory(checkpointing="both")),
+}
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_prediction_and_measurement_differ_by_less_than_15_percent(case: str) -> None:
+    options = dict(student_every=1, target_weight=0.5, steps=2) | CASES[case]
+    precision = options.pop("precision", "32-true")
+    source = options.pop("source", FLAT)
+    make = lambda: UniDAD(NewUNet(**source), **options)  # type: ignore[arg-type]  # noqa: E731
+    seen = measured(make(), 2, precision)
+    report = predict_memory(make(), 2, precision)
+    assert report.peak == pytest.approx(seen, rel=0.15)
+    assert report.activations > 0.25 * report.peak  # what is hard to know is not drowned by what is easy
+
+
+def test_adapters_as_predicted_and_less_than_45_percent_of_full(tmp_path: Path) -> None:
+    folder = str(save_unet(tmp_path, channels=(32, 64), size=32))
+
+    def make(lora: LoRA | None) -> UniDAD:
+        memory = Memory(checkpointing="both")
+        return UniDAD(Text(folder, lora=lora), student_every=1, target_weight=0.5, steps=1, guidance_scale=2.0,
+                      noise_table="model", weighting="eps", memory=memory)  # fmt: skip
+
+    seen = measured(make(LoRA(rank=4)), 1, "32-true")
+    report = predict_memory(make(LoRA(rank=4)), 1)
+    assert report.peak == pytest.approx(seen, rel=0.15)
+    assert sum(report.weights.values()) < 2 * max(report.weights.values())  # the base counts once
+    assert seen <= 0.45 * measured(make(None), 1, "32-true")
+
+
+def test_every_option_is_seen() -> None:
+    def peak(batch: int = 4, precision: str = "32-true", **options: Any) -> int:
+        settings = dict(student_every=1, target_weight=0.0, ema_decay=0.5, steps=2, critic=NONE) | options
+        source = tiny_unet(channels=(16,), attention_levels=())
+        return predict_memory(UniDAD(source, **settings), batch, precision).peak  # type: ignore[arg-type]
+
+    plain = peak()
+    assert peak(8) > plain > peak(memory=Memory("steps")) > peak(memory=Memory("both"))
+    assert peak(precision="64-true") > 1.8 * plain
+    for memory in (Memory(teacher_dtype="bfloat16"), Memory(teacher_device="cpu"), Memory(ema_device="cpu")):
+        assert peak(memory=memory) < plain
+    small = Optimization(optimizer="bitsandbytes.optim.AdamW8bit")
+    assert peak(fake_optimization=small) < plain
+    report = predict_memory(Diffusion(tiny_unet(channels=(16,), attention_levels=())), 2)
+    assert set(report.weights) == {"denoiser"}
+    assert report.peak >= sum(report.weights.values()) + report.optimizers + report.gradients
+    with pytest.raises(ValueError, match="precision must be"):
+        predict_memory(Diffusion(tiny_unet()), 2, "16-mixed")
+
+
+def test_the_ffhq_model_needs_no_weights() -> None:
+    with torch.device("meta"):
+        network = ADMSource("nowhere.pt", "ffhq256").architecture()
+    assert sum(p.numel() for p in network.parameters()) == 552_814_086
+
+
+def test_the_command_merges_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    less = {"steps": 1, "target_weight": 0.0, "adapt_first": 0, "critic": {"student_weight": 0.0, "critic_weight": 0.0}}
+    (tmp_path / "less.yaml").write_text(yaml.safe_dump({"model": {"init_args": less}}))
+    main(["report", "memory", "--config", str(CONFIGS / "quickstart.yaml"), "--config", str(tmp_path / "less.yaml"),
+          "--precision", "bf16-mixed"])  # fmt: skip
+    printed = capsys.readouterr().out
+    assert printed.startswith("one process, batch 10, bf16-mixed\n")
+    for name in ("student", "fake_score", "source_teacher", "ema", "optimiser states", "peak"):
+        assert f"\n{name} " in printed
+    assert "target_teacher" not in printed
+
+
+def test_what_cannot_be_reported_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        report_memory(["nowhere.yaml"])
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump({"data": {}}))
+    with pytest.raises(ValueError, match="no entry 'model'"):
+        report_memory([str(tmp_path / "a.yaml")])
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        report_memory([str(CONFIGS / "quickstart.yaml")], batch_size=0)

@@ -1,0 +1,217 @@
+"""`--ckpt_path last` and `auto`, as a user runs them: the newest intact checkpoint, in the same log folder."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+
+from tests.worlds import weights_sha
+from unidad_pl.cli.main import main
+from unidad_pl.strategies import ManualDDPStrategy
+from unidad_pl.cli.lightning import UnidadCLI, run
+
+CONFIG: dict[str, Any] = {
+    "model": {
+        "class_path": "unidad_pl.modules.UniDAD",
+        "init_args": {
+            "source": {"class_path": "unidad_pl.backbones.NewUNet", "init_args": {
+                "resolution": 16, "channels": [16, 24], "layers": 1, "attention_levels": [1], "head_channels": 8,
+                "norm_groups": 4, "patch_size": 2}},
+            "student_every": 2, "target_weight": 0.5, "ema_decay": 0.9,
+        },
+    },
+    "data": {"class_path": "unidad_pl.data.FewShotDataModule",
+             "init_args": {"domain": "sunglasses", "resolution": 16, "batch_size": 2, "val_samples": 2}},
+    "trainer": {
+        "accelerator": "cpu", "max_epochs": -1, "limit_val_batches": 0, "log_every_n_steps": 1,
+        "enable_progress_bar": False, "enable_model_summary": False,
+        "logger": [
+            {"class_path": "lightning.pytorch.loggers.CSVLogger",
+             "init_args": {"save_dir": "runs", "name": "tiny", "flush_logs_every_n_steps": 1}},
+            {"class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+             "init_args": {"save_dir": "runs", "name": "tiny"}},
+        ],
+        "callbacks": [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                       "init_args": {"every_n_train_steps": 2, "save_top_k": -1, "filename": "{step}"}}],
+    },
+}  # fmt: skip
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = Path("runs/tiny/version_0/checkpoints")
+
+
+def fit(steps: int, *options: str) -> UnidadCLI:
+    Path("config.yaml").write_text(yaml.safe_dump(CONFIG))
+    return run(["fit", "--config", "config.yaml", "--trainer.max_steps", str(steps), *options])
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("first")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        fit(4)
+        assert sorted(path.name for path in FOLDER.iterdir()) == ["step=2.ckpt", "step=4.ckpt"]
+    return place
+
+
+@pytest.fixture
+def four(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run of four iterations, with checkpoints of the second and the fourth."""
+    shutil.copytree(first, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return FOLDER
+
+
+def test_last_goes_on_in_the_same_folder_with_the_same_numbers(four: Path) -> None:
+    resumed = fit(6, "--ckpt_path", "last")
+    assert os.listdir("runs/tiny") == ["version_0"]
+    assert (four / "step=6.ckpt").is_file()
+    with open("runs/tiny/version_0/metrics.csv", newline="") as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file)]
+    assert steps == [0, 1, 2, 3, 4, 5]
+    whole = fit(6, "--trainer.logger", "false", "--trainer.enable_checkpointing", "false", "--trainer.callbacks", "[]")
+    assert weights_sha(resumed.model) == weights_sha(whole.model)
+
+
+def test_last_passes_over_damaged_checkpoints_and_says_so(four: Path) -> None:
+    os.truncate(four / "step=4.ckpt", 5000)
+    with pytest.warns(UserWarning, match=r"passes over.*step=4\.ckpt' is damaged"):
+        resumed = fit(3, "--ckpt_path", "last")
+    assert resumed.config_init["fit"]["ckpt_path"] == str(four / "step=2.ckpt")
+    assert resumed.trainer.global_step == 3
+    with pytest.raises(ValueError, match=r"step=4\.ckpt' is damaged.*newest intact one.*step=2\.ckpt"):
+        fit(3, "--ckpt_path", str(four / "step=4.ckpt"))
+    for path in four.iterdir():
+        os.truncate(path, 1000)
+    with (
+        pytest.warns(UserWarning, match="passes over"),
+        pytest.raises(FileNotFoundError, match=r"no intact .* 'runs/tiny' \(2 damaged"),
+    ):
+        fit(3, "--ckpt_path", "last")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--data.shift", "1"), "shift was 0 and is now 1"),
+        (("--data.flip", "false"), "flip was True and is now False"),
+        (("--data.domain", "cats"), "shots was '.*' and is now '.*'"),
+        (("--model.steps", "2"), "steps was 3 and is now 2"),
+    ],
+)
+def test_other_data_and_other_options_are_refused(four: Path, options: tuple[str, str], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        fit(6, "--ckpt_path", "last", *options)
+
+
+def test_another_batch_size_is_allowed(four: Path) -> None:
+    assert fit(5, "--ckpt_path", "last", "--data.batch_size", "3").trainer.global_step == 5
+
+
+def test_auto_begins_where_there_is_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert fit(2, "--ckpt_path", "auto").config_init["fit"]["ckpt_path"] is None
+    assert fit(4, "--ckpt_path", "auto").config_init["fit"]["ckpt_path"].endswith("step=2.ckpt")
+    assert os.listdir("runs/tiny") == ["version_0"]
+
+
+class Signal(pl.Callback):
+    """A signal in the fourth iteration, before it is computed."""
+
+    number = signal.SIGTERM
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == 3:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_saves_and_exits_and_last_goes_on(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Signal, "number", number)
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as leaving:
+        fit(9, "--trainer.callbacks+", "tests.runs.test_resume.Signal")
+    assert leaving.value.code == 85
+    assert signal.getsignal(number) == before
+    saved = torch.load(FOLDER / "preempted.ckpt", weights_only=True)
+    assert saved["global_step"] == int(saved["state_dict"]["iteration"]) == 4
+    resumed = fit(5, "--ckpt_path", "last")
+    assert resumed.config_init["fit"]["ckpt_path"] == str(FOLDER / "preempted.ckpt")
+    assert os.listdir("runs/tiny") == ["version_0"]
+    starts = [json.loads(line) for line in Path("runs/tiny/version_0/environment.jsonl").read_text().splitlines()]
+    assert [start["stage"] for start in starts] == ["fit", "fit"]
+    for start in starts:
+        assert {"host", "command", "git", "gpus", "python", "time"} <= set(start)
+        assert start["seed"] == 0
+        assert start["packages"]["torch"] == version("torch")
+
+
+def test_the_config_for_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    here = ("--config", str(ROOT / "configs" / "trainer" / "slurm.yaml"), "--trainer.accelerator", "cpu")
+    try:
+        cli = fit(1, *here, "--trainer.devices", "1")
+    finally:
+        torch.distributed.destroy_process_group()
+    strategy = cli.trainer.strategy
+    assert isinstance(strategy, ManualDDPStrategy)
+    assert strategy._timeout == timedelta(minutes=10)
+    assert cli.config_init["fit"]["ckpt_path"] is None
+
+
+@pytest.mark.parametrize("name", ["csv", "wandb", "mlflow"])
+def test_the_configs_for_loggers(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """wandb and mlflow need not be installed for their configs to be read."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as leaving:
+        fit(1, "--config", str(ROOT / "configs" / "trainer" / f"{name}.yaml"), "--print_config")
+    assert leaving.value.code == 0
+    loggers = yaml.safe_load(capsys.readouterr().out)["trainer"]["logger"]
+    assert loggers[0]["init_args"]["name"] == name
+    assert len(loggers) == (1 if name == "csv" else 2)
+
+
+def test_a_signal_before_the_loops_exits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def early(*args: Any, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr("unidad_pl.cli.lightning.UnidadCLI", early)
+    with pytest.raises(SystemExit) as leaving:
+        run(["fit"])
+    assert leaving.value.code == 85
+
+
+def test_last_for_the_other_commands(four: Path) -> None:
+    main(["predict", "--config", "config.yaml", "--ckpt_path", "last", "--data.predict_samples", "1"])
+    assert len(list(Path("runs").rglob("predictions/*.png"))) == 1
+
+
+def test_checkpoints_of_the_command_carry_a_checksum(four: Path) -> None:
+    assert b"sha256:" in (four / "step=4.ckpt").read_bytes()[-80:]
+
+
+def test_an_explicit_folder_of_checkpoints_is_searched_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = ("--trainer.callbacks.dirpath", "elsewhere")
+    fit(2, *place)
+    assert fit(4, *place, "--ckpt_path", "last").config_init["fit"]["ckpt_path"] == str(
+        tmp_path / "elsewhere" / "step=2.ckpt"
+    )

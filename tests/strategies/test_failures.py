@@ -1,0 +1,51 @@
+"""The strategy at its edges, and the command line on two processes; what ranks do together: test_faults.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.processes import LAUNCHER, ROOT
+from tests.worlds import fit, tiny_unet
+from unidad_pl.modules import UniDAD
+from unidad_pl.training.optimization import average_gradients
+
+
+def test_a_wrapping_strategy_is_refused() -> None:
+    from lightning.pytorch.strategies import DDPStrategy
+
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    with pytest.raises(RuntimeError, match="unidad_ddp"):
+        fit(UniDAD(tiny_unet()), 1, strategy=DDPStrategy(process_group_backend="gloo"), devices=1)
+    torch.distributed.destroy_process_group()
+
+
+def test_gradients_are_left_alone_on_one_process() -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.grad = torch.full((3,), 2.0)
+    average_gradients([parameter])
+    assert parameter.grad.tolist() == [2.0, 2.0, 2.0]
+
+
+def test_the_command_line_on_two_processes(tmp_path: Path) -> None:
+    """Every seed is evaluated once, and the closing table does not wait for a rank that has left."""
+    env = {k: v for k, v in os.environ.items() if k not in LAUNCHER}
+    env |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    command = [
+        sys.executable, "-m", "unidad_pl.cli", "fit", "--config", str(ROOT / "configs" / "quickstart.yaml"),
+        "--threads", "1",
+        "--trainer.strategy", "unidad_ddp", "--trainer.devices", "2", "--trainer.max_steps", "2",
+        "--trainer.val_check_interval", "2", "--data.val_samples", "12", "--data.eval_batch_size", "4",
+        "--data.reference_size", "12", "--model.adapt_first", "1",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "after 2 iterations" in done.stdout
+    lines = (tmp_path / "runs/quickstart/version_0/metrics.jsonl").read_text().splitlines()
+    assert {json.loads(line)["samples"] for line in lines} == {12}

@@ -1,0 +1,104 @@
+"""The guard against non-finite losses and gradients, and the loss scale of 16-mixed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+
+from tests.worlds import fit, tiny_unet, weights_sha
+from unidad_pl.modules import Diffusion, Optimization, UniDAD
+from unidad_pl.training.optimization import spoil_gradients
+
+FAST = Optimization(lr=1e-3, warmup=0)
+OPTIONS: dict[str, Any] = dict(
+    student_every=1, target_weight=0.5, student_optimization=FAST, fake_optimization=FAST, target_optimization=FAST
+)
+
+
+def half(scale: float) -> dict[str, Any]:
+    """``16-mixed`` on the CPU; Lightning makes bf16 of the plain word there."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
+
+
+def steps(trainer: Any) -> list[int]:
+    return [int(next(iter(o.state.values()))["step"]) if o.state else 0 for o in trainer.optimizers]
+
+
+class InfiniteLoss(UniDAD):
+    """The student's loss overflows in iteration 1, its gradient stays finite."""
+
+    def student_loss(self, x: torch.Tensor, *cond: torch.Tensor | None) -> torch.Tensor:
+        loss = super().student_loss(x, *cond)
+        return loss + float("inf") if int(self.iteration) == 1 else loss
+
+
+def test_an_infinite_loss_with_finite_gradients_is_skipped_too() -> None:
+    trainer = fit(InfiniteLoss(tiny_unet(), **OPTIONS), 3)
+    assert trainer.global_step == 3
+    assert steps(trainer) == [2, 3, 3]
+    assert trainer.logged_metrics["skipped/student"] == 1
+
+
+def test_a_finite_loss_changes_no_gradient() -> None:
+    parameters = [torch.nn.Parameter(torch.ones(())), torch.nn.Parameter(torch.ones(2, 2))]
+    spoil_gradients(parameters, torch.tensor(3.0))  # no gradient yet
+    parameters[1].grad = torch.full((2, 2), 0.1)
+    spoil_gradients(parameters, torch.tensor(-3.0))
+    assert torch.equal(parameters[1].grad, torch.full((2, 2), 0.1))
+    spoil_gradients(parameters, torch.tensor(float("inf")))
+    assert parameters[1].grad.isnan().tolist() == [[True, False], [False, False]]
+
+
+class Watched(InfiniteLoss):
+    """Keeps every logged number, and never moves."""
+
+    def __init__(self) -> None:
+        setting = Optimization(lr=0.0, warmup=0, weight_decay=0.0, clip=0.0)
+        super().__init__(
+            tiny_unet(), **(OPTIONS | {f"{g}_optimization": setting for g in ("student", "fake", "target")})
+        )
+        self.seen: dict[str, list[float]] = {}
+
+    def log(self, name: str, value: Any, **options: Any) -> None:
+        self.seen.setdefault(name, []).append(float(value))
+
+
+def test_every_group_is_unscaled_by_the_scale_its_loss_had() -> None:
+    """Also in iteration 1, where the student, which steps first, overflows and makes the scale smaller."""
+    exact, scaled = Watched(), Watched()
+    fit(exact, 2)
+    trainer = fit(scaled, 2, **half(2.0**7))
+    assert trainer.global_step == 2
+    assert steps(trainer) == [1, 2, 2]
+    assert trainer.precision_plugin.scaler.get_scale() == 2.0**6
+    for group in ("student", "fake", "target"):
+        expected = exact.seen[f"grad_norm/{group}"]
+        assert scaled.seen[f"grad_norm/{group}"] == pytest.approx(expected, rel=0.02, nan_ok=True)
+
+
+def test_overflow_counts_as_a_skip_and_halves_the_scale_once_an_iteration() -> None:
+    module = UniDAD(tiny_unet(), **OPTIONS)
+    trainer = fit(module, 2, **half(2.0**126))
+    assert trainer.global_step == 2
+    assert steps(trainer) == [0, 0, 0]
+    assert trainer.precision_plugin.scaler.get_scale() == 2.0**124
+    with pytest.raises(RuntimeError, match="2 iterations in a row had a non-finite loss or gradient"):
+        fit(UniDAD(tiny_unet(), **OPTIONS, max_skipped=2), 3, **half(2.0**126))
+
+
+def test_the_scale_is_resumed(tmp_path: Path) -> None:
+    def denoiser() -> Diffusion:
+        return Diffusion(tiny_unet(), optimization=FAST)
+
+    whole, resumed = denoiser(), denoiser()
+    trainer = fit(whole, 4, **half(2.0**8))
+    assert trainer.precision_plugin.scaler.get_scale() == 2.0**9  # grown once, after three iterations
+    fit(denoiser(), 2, **half(2.0**8)).save_checkpoint(tmp_path / "two.ckpt")
+    trainer = fit(resumed, 4, ckpt_path=tmp_path / "two.ckpt", **half(2.0**4))
+    assert trainer.precision_plugin.scaler.get_scale() == 2.0**9
+    assert weights_sha(resumed) == weights_sha(whole)

@@ -1,0 +1,107 @@
+"""How a network is read as a denoiser: what it predicts, and the noise levels it was trained at; from its scheduler."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from unidad_pl.checks import check_options
+from unidad_pl.denoiser import PredictionType
+from unidad_pl.schedules import linear_abar
+
+BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
+SCHEDULER_FILE = "scheduler_config.json"
+SUPPORTED = (
+    "DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler", "DEISMultistepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler", "LMSDiscreteScheduler", "LCMScheduler",
+)  # fmt: skip
+"""Schedulers of variance-preserving networks with discrete timesteps: all read the same betas."""
+
+
+@dataclass(frozen=True)
+class UNetSpec:
+    """What a ``UNet2DModel``'s own config does not say about how to use it as a denoiser. Saved as ``denoiser.json``.
+
+    Attributes:
+        prediction: what the network predicts: ``epsilon``, ``v_prediction``, ``sample`` (variance-preserving input)
+            or ``edm`` (Karras et al. 2022 preconditioning).
+        sigma_data: standard deviation of the data; used by ``edm`` only.
+        patch_size: pixels per side folded into channels before the network and back after it; 1 = none. The network
+            then works on an image ``patch_size`` times smaller, with ``patch_size^2`` times the channels.
+        timestep: how ``epsilon``/``v_prediction``/``sample`` networks see sigma: the ``nearest`` of the trained
+            timesteps (parity with released code) or ``interpolated`` in log sigma. ``edm`` sees ``250 * ln(sigma)/4``.
+        beta_schedule: name of the betas' schedule in diffusers (variance-preserving networks): ``linear``,
+            ``scaled_linear`` or ``squaredcos_cap_v2``; the cosine schedule has no use for first and last beta.
+        beta_start: first beta.
+        beta_end: last beta.
+        train_timesteps: length of the schedule.
+    """
+
+    prediction: PredictionType = "epsilon"
+    sigma_data: float = 0.5
+    patch_size: int = 1
+    timestep: Literal["nearest", "interpolated"] = "nearest"
+    beta_schedule: BetaSchedule = "linear"
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    train_timesteps: int = 1000
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.sigma_data <= 0 or self.patch_size < 1:
+            raise ValueError(f"sigma_data must be > 0 and patch_size >= 1, got {self.sigma_data} and {self.patch_size}")
+
+    def abar(self) -> Tensor:
+        """Cumulative signal variance of the trained timesteps, [train_timesteps] float32, descending."""
+        if self.beta_schedule == "linear":
+            return linear_abar(self.train_timesteps, self.beta_start, self.beta_end)
+        from diffusers import DDPMScheduler
+
+        scheduler = DDPMScheduler(self.train_timesteps, self.beta_start, self.beta_end, self.beta_schedule)
+        abar: Tensor = scheduler.alphas_cumprod
+        return abar
+
+
+def find_scheduler(folder: Path) -> Path | None:
+    """The scheduler config that belongs to the network in ``folder``: beside it, below it, or in a pipeline folder
+    beside ``unet/``; None if there is none."""
+    for place in (folder, folder / "scheduler", folder.parent / "scheduler"):
+        if (place / SCHEDULER_FILE).is_file():
+            return place / SCHEDULER_FILE
+    return None
+
+
+def spec_of_scheduler(path: Path) -> UNetSpec:
+    """How to read a network that was trained with the scheduler config ``path``.
+
+    Absent entries mean diffusers' defaults: 1000 timesteps, linear betas from 1e-4 to 0.02, prediction of the noise.
+
+    Raises:
+        ValueError: not a JSON object, a scheduler, betas or prediction type that are not supported; names the value.
+    """
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+        name = config.get("_class_name")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is no scheduler config: {error}") from error
+    if name not in SUPPORTED:
+        raise ValueError(f"{path}: scheduler {name} is not supported; supported are {', '.join(SUPPORTED)}")
+    if config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr"):
+        raise ValueError(f"{path}: trained_betas and rescale_betas_zero_snr are not supported, only named schedules")
+    schedule, prediction = config.get("beta_schedule", "linear"), config.get("prediction_type", "epsilon")
+    if schedule not in get_args(BetaSchedule):
+        raise ValueError(f"{path}: beta_schedule {schedule!r} is not one of {', '.join(get_args(BetaSchedule))}")
+    if prediction not in ("epsilon", "v_prediction", "sample"):
+        raise ValueError(f"{path}: prediction_type {prediction!r} is not one of epsilon, v_prediction, sample")
+    return UNetSpec(
+        prediction=prediction,
+        beta_schedule=schedule,
+        beta_start=config.get("beta_start", 1e-4),
+        beta_end=config.get("beta_end", 0.02),
+        train_timesteps=config.get("num_train_timesteps", 1000),
+    )

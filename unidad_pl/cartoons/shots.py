@@ -1,0 +1,60 @@
+"""Which cartoons serve as the few shots: a set that is as varied as its domain.
+
+Somebody who picks ten pictures for a new domain takes ten that differ. Ten consecutive renders do not: four of them may
+have the darkest skin and none a beard, and a generator that learnt them well would still be far from its domain.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from unidad_pl.cartoons import world
+
+SHOTS_START = 1_000_000  # the candidates of seed s begin at (s + 1) million; the reference set at 0
+CANDIDATES = 1000
+
+
+def factor_vectors(labels: dict[str, Tensor]) -> Tensor:
+    """The visible factors of N cartoons as centred vectors [N, D]: one-hot categories, standardised numbers."""
+    seen = world.visible(labels)
+    columns = []
+    for name, values in world.CATEGORIES.items():
+        if seen[name].any():
+            columns.append(torch.nn.functional.one_hot(labels[name], len(values)).float())
+    for name in world.RANGES:
+        if seen[name].any():
+            columns.append((labels[name] / labels[name].std() / 2).unsqueeze(1))
+    vectors = torch.cat(columns, 1)
+    return vectors - vectors.mean(0)
+
+
+def choose_shots(domain: str, count: int, seed: int) -> list[int]:
+    """``count`` image indices of ``domain`` whose factors are spread as in the whole domain.
+
+    Kernel herding (Welling, 2009) with a linear kernel: each next image is the candidate that brings the mean factor
+    vector of the chosen ones nearest to that of all candidates. The first candidate of the seed always comes first.
+
+    Args:
+        domain: one of :data:`~unidad_pl.cartoons.world.DOMAINS`.
+        count: images to choose, at least 1.
+        seed: of the candidates, 0 or more: 1000, or twice ``count`` if that is more.
+
+    Returns:
+        Distinct indices, in the order of choice: fewer shots of a seed are the first of more (up to 500).
+
+    Raises:
+        ValueError: an unknown domain, a count below 1 or a negative seed.
+    """
+    if count < 1 or seed < 0:
+        raise ValueError(f"cartoon shots need a count of at least 1 and a seed of at least 0, got {count} and {seed}")
+    start = SHOTS_START * (seed + 1)
+    candidates = range(start, start + max(CANDIDATES, 2 * count))
+    vectors = factor_vectors(world.factors(candidates, domain))
+    chosen, total = [0], vectors[0].clone()
+    while len(chosen) < count:
+        distance = (total + vectors).square().sum(1)
+        distance[chosen] = torch.inf
+        chosen.append(int(distance.argmin()))
+        total += vectors[chosen[-1]]
+    return [candidates[i] for i in chosen]

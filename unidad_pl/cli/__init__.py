@@ -1,0 +1,1 @@
+"""The ``unidad`` command."""

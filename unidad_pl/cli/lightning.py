@@ -1,0 +1,201 @@
+"""The LightningCLI behind ``unidad``; apart from ``main.py`` so that ``unidad --version`` needs no torch."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import yaml
+from jsonargparse import DefaultHelpFormatter, get_loader, set_loader
+from jsonargparse.typing import PositiveInt
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from unidad_pl.callbacks.environment import RunRecord
+from unidad_pl.callbacks.prediction_writer import PredictionWriter
+from unidad_pl.callbacks.preemption import Preemption, leaving_on_signals
+from unidad_pl.callbacks.records import run_folder
+from unidad_pl.runs.checkpoints import DurableCheckpointIO, is_remote, refuse_damaged
+from unidad_pl.runs.resume import WORDS, choose_folder, find_checkpoint
+from unidad_pl.training.module import GenerativeModule
+from unidad_pl.cli.summary import fit_summary
+
+
+DESCRIPTION = """Few-step few-shot image generation: distil a diffusion model to 1-4 steps and adapt it to a new
+domain from about ten images, in one training run (Uni-DAD).
+
+  unidad fit --config configs/quickstart.yaml           ten cartoon portraits with sunglasses, on any laptop
+  unidad fit --config configs/quickstart.yaml --data.root FOLDER        your own images
+  unidad fit --help                                     every option of a subcommand
+  unidad fit --config FILE --print_config               the whole config a run would use
+  unidad export --ckpt_path RUN/checkpoints/last.ckpt --out FOLDER      the student as a diffusers pipeline
+  unidad sample --model FOLDER --num 64 --out IMAGES                    PNGs from it, or from a checkpoint
+  unidad report memory --config FILE                                    peak GiB of a run, without its weights
+  unidad report subjects --runs FOLDER                  CLIP-I, CLIP-T and DINO of many subjects' runs, one table
+  unidad import adm --checkpoint FILE --preset ffhq256 --out FOLDER     a guided-diffusion model as a source model
+  unidad restore adm --folder FOLDER --out FILE         such a folder as a guided-diffusion checkpoint again
+"""
+
+LOGGER = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "runs", "name": None}}
+"""A name of null is that of the first config."""
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "check_val_every_n_epoch": None, "num_sanity_val_steps": 0, "log_every_n_steps": 50, "logger": LOGGER
+}  # fmt: skip
+
+
+class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the description's example commands one per line."""
+
+
+class UnidadCLI(LightningCLI):
+    """LightningCLI with one seed for everything, a picture writer for ``predict``, and a summary after ``fit``."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--summary", type=bool, default=True,
+            help="evaluate before and after fit, and end with a table of both (one more validation before training)",
+        )  # fmt: skip
+        parser.add_argument(
+            "--threads", type=PositiveInt | None, default=None,
+            help="CPU threads of torch; null leaves them to torch. 1 suits small models, above all on a shared machine",
+        )  # fmt: skip
+        parser.add_argument(
+            "--predictions_folder", type=str | None, default=None,
+            help="where predict writes its PNGs, named by seed; null: predictions/ in the run folder",
+        )  # fmt: skip
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint", required=False)
+        parser.set_defaults({"checkpoint.every_n_train_steps": 1000, "checkpoint.save_last": True})
+
+    def before_instantiate_classes(self) -> None:
+        """``seed_everything`` seeds the model and the data too, wherever they take a seed and were not given one; the
+        run is called after its first config."""
+        config = self.config[self.subcommand]
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        seed = 0 if isinstance(config.seed_everything, bool) else int(config.seed_everything)
+        for place in ("model.init_args.training", "data.init_args"):
+            init = config.get(place)
+            if init is not None and "seed" in init and init["seed"] is None:
+                init["seed"] = seed
+        trainer = config.trainer
+        if getattr(trainer.logger, "class_path", None) == LOGGER["class_path"] and trainer.logger.init_args.name is None:
+            trainer.logger.init_args.name = Path(str(config.config[0])).stem if config.config else "unidad"
+        if trainer.val_check_interval is None and trainer.check_val_every_n_epoch is None:
+            trainer.check_val_every_n_epoch = 1
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning reads the file here, for its hyperparameters: say what is wrong with one before torch does.
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path is not None and not is_remote(path) and Path(path).is_file():
+            refuse_damaged(path)
+        super()._parse_ckpt_path()
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """With checkpoints that survive and an end in good order on signals, unless the config brings its own."""
+        init = self._get(self.config_init, "trainer")
+        own = init.callbacks if isinstance(init.callbacks, list) else [init.callbacks]
+        if init.enable_checkpointing is False or any(isinstance(one, ModelCheckpoint) for one in own):
+            self._parser(self.subcommand).callback_keys.remove("checkpoint")
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = DurableCheckpointIO()
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, Preemption) for callback in callbacks):
+            callbacks.append(Preemption())  # last: what it saves is what all others have made of the iteration
+        return trainer
+
+    def before_fit(self) -> None:
+        """The checkpoint to go on from, or the untrained weights' metrics for the summary.
+
+        Raises:
+            FileNotFoundError: ``--ckpt_path`` leads to no file; Lightning would train from the start after a warning.
+        """
+        wanted = self._get(self.config, "ckpt_path")
+        path = self._find_checkpoint()
+        choose_folder(self.trainer, path if wanted in WORDS else None)
+        self.metrics_before = self._validate() if path is None else None
+
+    def before_validate(self) -> None:
+        """``--ckpt_path last`` is the newest intact checkpoint."""
+        self._find_checkpoint()
+
+    before_test = before_validate
+
+    def _find_checkpoint(self) -> str | None:
+        path = find_checkpoint(self.trainer, self._get(self.config, "ckpt_path"))
+        self.config_init[self.subcommand]["ckpt_path"] = path
+        return path
+
+    def after_fit(self) -> None:
+        """Metrics of the trained weights, and the closing table."""
+        after = self._validate()
+        if self._get(self.config, "summary"):
+            folder = run_folder(self.trainer)  # a collective: on every rank
+            if self.trainer.is_global_zero:
+                fit_summary(self.trainer, folder, self.metrics_before, after)
+
+    def before_predict(self) -> None:
+        """Pictures of our own modules are written; other people's may return anything."""
+        self._find_checkpoint()
+        if isinstance(self.model, GenerativeModule):
+            folder = self._get(self.config, "predictions_folder")
+            trainer: Any = self.trainer
+            trainer.callbacks.append(PredictionWriter(folder))
+
+    def _validate(self) -> dict[str, float] | None:
+        """Metrics of the current weights, or None where there is nothing to validate with."""
+        owners = ((self.model, pl.LightningModule), (self.datamodule, pl.LightningDataModule))
+        possible = is_overridden("validation_step", self.model) and any(
+            owner is not None and is_overridden("val_dataloader", owner, parent) for owner, parent in owners
+        )
+        wanted = self._get(self.config, "summary") and self.trainer.limit_val_batches
+        if not possible or not wanted or self.trainer.interrupted:
+            return None
+        results = self.trainer.validate(self.model, self.datamodule, verbose=False)
+        return {name: float(value) for result in results for name, value in result.items()}
+
+
+def _quieten() -> None:
+    """Drop warnings about things that are meant to be so here."""
+    # Our evaluation loaders yield ready batches of seeds and frozen networks are in eval mode by design.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode at the start of training.*")
+    warnings.filterwarnings("ignore", message=".*Your `IterableDataset` has `__len__` defined.*")
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+    warnings.filterwarnings("ignore", message=".*no `saved_models`.*|.*pre-optimization state.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
+
+
+def _read_nested_nulls() -> None:
+    """``--model.target_teacher.adaptation null``: jsonargparse hands null on to nested options as the word None."""
+    load = get_loader("yaml")
+    set_loader("yaml", lambda text: None if text == "None" else load(text), exceptions=(yaml.YAMLError,))
+
+
+def run(args: Sequence[str] | None) -> UnidadCLI:
+    """Parse ``args`` (the command line's if None) and run the subcommand they name."""
+    _quieten()
+    _read_nested_nulls()
+    with leaving_on_signals():
+        return UnidadCLI(
+            pl.LightningModule,
+            pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            trainer_defaults=TRAINER_DEFAULTS,
+            args=None if args is None else list(args),
+            parser_kwargs={"description": DESCRIPTION, "formatter_class": HelpFormatter},
+            save_config_callback=RunRecord,
+            save_config_kwargs={"overwrite": True},
+        )

@@ -1,0 +1,263 @@
+"""How much memory a training run needs, from its config alone: one iteration on tensors without storage."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from unidad_pl.data.batch import Batch
+from unidad_pl.denoiser import Codec, Denoiser, DenoiserSource
+from unidad_pl.runs.config import build_module, merge_configs
+from unidad_pl.training.module import GenerativeModule
+
+GIB = 2**30
+ADAM_STATES = 2
+
+
+@dataclass
+class MemoryReport:
+    """Bytes of one training run on one device.
+
+    Attributes:
+        parameters: network -> number of parameters.
+        weights: network -> bytes of its parameters and buffers.
+        gradients: bytes of the gradients of all trained networks together.
+        optimizers: bytes of the optimisers' states (two per parameter, as Adam's; one byte each for 8-bit ones).
+        activations: the most bytes that are held beside all of these at any moment of an iteration.
+        peak: the most bytes held at any moment.
+        elsewhere: networks that are kept on another device; not in the peak.
+    """
+
+    parameters: dict[str, int]
+    weights: dict[str, int]
+    gradients: int
+    optimizers: int
+    activations: int
+    peak: int
+    elsewhere: tuple[str, ...]
+
+    def table(self) -> str:
+        """Lines of text, in GiB."""
+        rows = [
+            (f"{name} ({self.parameters[name]:,} parameters{', elsewhere' if name in self.elsewhere else ''})", size)
+            for name, size in self.weights.items()
+        ]
+        rows += [
+            ("gradients", self.gradients),
+            ("optimiser states", self.optimizers),
+            ("activations", self.activations),
+        ]
+        width = max(len(name) for name, _ in rows)
+        lines = [f"{name:<{width}}  {size / GIB:9.3f} GiB" for name, size in rows]
+        return "\n".join([*lines, f"{'peak':<{width}}  {self.peak / GIB:9.3f} GiB", ""])
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that operations make while they live, and remembers the most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        known = {
+            tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)
+        }
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in known and storage._cdata not in self._seen:
+                    self._add(storage)
+        return result
+
+    def _add(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+
+        def freed(_: Any) -> None:
+            self.now -= size
+            self._seen.pop(key, None)
+
+        self._seen[key] = weakref.ref(storage, freed)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+class Architecture(DenoiserSource):
+    """A source's network without weights and without storage."""
+
+    def __init__(self, source: DenoiserSource, mode: Any) -> None:
+        self.source, self.mode = source, mode
+
+    def build(self) -> Denoiser:
+        """The network, its parameters fake tensors, its buffers real."""
+        with torch.device("meta"):
+            network = self.source.architecture()
+        for layer in network.modules():
+            for name, weight in layer.named_parameters(recurse=False):
+                with self.mode:
+                    without_storage = torch.empty(weight.shape, dtype=weight.dtype)
+                layer.register_parameter(name, nn.Parameter(without_storage, weight.requires_grad))
+            for name, buffer in layer.named_buffers(recurse=False):
+                layer.register_buffer(name, torch.zeros(buffer.shape, dtype=buffer.dtype), persistent=False)
+        spec = getattr(network, "spec", None)
+        if spec is not None:
+            network.register_buffer("abar", spec.abar(), persistent=False)
+        return network
+
+
+def predict_memory(module: GenerativeModule, batch_size: int, precision: str = "32-true") -> MemoryReport:
+    """Predict the peak of one training iteration on one device; no weight file is read, nothing is allocated.
+
+    The module is used up: its networks have no weights afterwards. Temporaries of the optimisers and of convolution
+    libraries, and what the allocator wastes between blocks, are not in the number.
+
+    Args:
+        module: a module that was not built yet.
+        batch_size: images per process, as in the data module.
+        precision: of the trainer: ``32-true``, ``64-true`` or ``bf16-mixed``.
+
+    Raises:
+        ValueError: an unknown precision.
+    """
+    if precision not in ("32-true", "64-true", "bf16-mixed"):
+        raise ValueError(f"precision must be 32-true, 64-true or bf16-mixed, got {precision!r}")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if precision == "64-true" else torch.float32)
+    try:
+        return _predict(module, batch_size, precision)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _predict(module: Any, batch_size: int, precision: str) -> MemoryReport:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    module.build = lambda source: Architecture(source, mode).build()
+    module._hashes = dict.fromkeys(module.frozen_networks, "")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch asks a copied parameter where its storage is
+        module.configure_model()
+    elsewhere = module.frozen_networks if module.memory.teacher_device is not None else ()
+    elsewhere += ("ema",) if module.memory.ema_device is not None else ()
+    networks = {name: child for name, child in module.named_children() if isinstance(child, nn.Module)}
+    own = _own_parameters(networks)
+    weights = {name: _bytes([*own[name], *network.buffers()]) for name, network in networks.items()}
+    autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else nullcontext()
+    with _rehearsed(module) as gradients, mode, LiveBytes() as live, autocast, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's, about logging without a trainer
+        module.training_step(_batch(module, batch_size), 0)
+    states = sum(_states(module, name, parameters) for name, parameters in _groups(module).items())
+    fixed = sum(size for name, size in weights.items() if name not in elsewhere) + states
+    total = sum(gradients.values())
+    return MemoryReport(
+        {name: sum(p.numel() for p in parameters) for name, parameters in own.items()}, weights, total, states,
+        max(0, live.peak - total), fixed + live.peak, tuple(elsewhere),
+    )  # fmt: skip
+
+
+def _own_parameters(networks: dict[str, nn.Module]) -> dict[str, list[nn.Parameter]]:
+    """The parameters of each network that none before it has: a base under adapters is there once."""
+    seen: set[int] = set()
+    own: dict[str, list[nn.Parameter]] = {}
+    for name, network in networks.items():
+        own[name] = [p for p in network.parameters() if id(p) not in seen]
+        seen |= {id(p) for p in own[name]}
+    return own
+
+
+class _Prompts(Codec):
+    """Stands in for VAE and text encoders, which are not on the device while networks train."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.shape = shape
+
+    def embed(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
+        return torch.zeros(len(prompts), *self.shape)
+
+
+def _batch(module: GenerativeModule, size: int) -> Batch:
+    """A training batch as the networks see it: latents for a text-to-image model."""
+    network = module.sampled_network
+    images = torch.zeros(size, *network.image_shape)
+    if network.condition_shape is None:
+        return Batch(images, module.labels.draw(size, torch.device("cpu")))
+    module.codec = _Prompts(network.condition_shape)
+    return Batch(images, prompts=["a prt dog"] * size, source_prompts=["a dog"] * size)
+
+
+@contextmanager
+def _rehearsed(module: Any) -> Iterator[dict[str, int]]:
+    """Iterations without a trainer: gradients are made and dropped where they would be; yields their bytes."""
+    module.iteration = module.costliest_iteration()
+    groups = _groups(module)
+    gradients: dict[str, int] = {}
+
+    def backward_into(loss: Tensor, group: str) -> None:
+        (loss / module.accumulate).backward(inputs=groups[group])
+        gradients[group] = _bytes([p.grad for p in groups[group] if p.grad is not None])
+
+    def step(group: str) -> bool:
+        for parameter in groups[group]:
+            parameter.grad = None
+        return True
+
+    module.backward_into, module.step, module.finish_iteration = backward_into, step, lambda stepped: None
+    yield gradients
+
+
+def _groups(module: GenerativeModule) -> dict[str, list[nn.Parameter]]:
+    return {name: [p for part in parts for p in part["params"]] for name, parts in module.groups().items()}
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _states(module: GenerativeModule, group: str, parameters: Sequence[Tensor]) -> int:
+    eight_bit = "8bit" in module.optimizers_of_groups()[group].algorithm
+    return ADAM_STATES * (sum(p.numel() for p in parameters) if eight_bit else _bytes(parameters))
+
+
+def report_memory(config: list[str], batch_size: int | None = None, precision: str | None = None) -> str:
+    """Predict the peak memory of a training run from its config; no weights and no GPU are needed.
+
+    Args:
+        config: the run's config; several are merged in order, as by ``unidad fit``.
+        batch_size: images per process; null: the config's.
+        precision: 32-true, 64-true or bf16-mixed; null: the config's.
+
+    Returns:
+        A table in GiB.
+
+    Raises:
+        FileNotFoundError, ValueError: a config that cannot be read or used; says why.
+    """
+    import yaml
+
+    for path in config:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no config at {path!r}")
+    try:
+        merged = merge_configs([yaml.safe_load(Path(path).read_text()) or {} for path in config])
+    except yaml.YAMLError as error:
+        raise ValueError(f"{config} is not YAML: {error}") from error
+    module = build_module(merged, ", ".join(config))
+    data = (merged.get("data") or {}).get("init_args") or {}
+    size = batch_size if batch_size is not None else int(data.get("batch_size", 1))
+    if size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {size}")
+    kind = precision if precision is not None else str((merged.get("trainer") or {}).get("precision", "32-true"))
+    return f"one process, batch {size}, {kind}\n{predict_memory(module, size, kind).table()}"

@@ -1,0 +1,155 @@
+"""`unidad sample`: PNGs, named by seed, from an exported directory or a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unidad_pl.backbones.stable_diffusion import StableDiffusionUNet
+from unidad_pl.data.pictures import as_uint8, grid, write_png
+from unidad_pl.export.student import load_export
+from unidad_pl.files import replacing
+from unidad_pl.runs.student import TrainedStudent, Weights, load_student
+from unidad_pl.sampling import seeded_noise
+from unidad_pl.training.conditions import ClassLabels
+from unidad_pl.training.networks import content_hash
+
+RECORD = "sampling.json"
+GRID = "grid.png"
+
+
+def sample(
+    model: str,
+    num: int,
+    out: str,
+    seed: int = 0,
+    num_steps: int | None = None,
+    batch_size: int = 16,
+    grid: bool = False,
+    weights: Weights = "auto",
+    config: str | None = None,
+    class_labels: list[int] | None = None,
+    prompts: list[str] | None = None,
+    device: str = "auto",
+) -> Path:
+    """Draw images with a few-step student, one PNG per seed; images that are there already are kept.
+
+    Args:
+        model: a directory that ``unidad export`` wrote, or a checkpoint.
+        num: how many images.
+        out: folder for ``000000.png``, ... (named by seed) and ``sampling.json``.
+        seed: the first seed.
+        num_steps: network evaluations per image; null: as trained.
+        batch_size: images drawn at a time; does not change them.
+        grid: write all of them into ``grid.png`` too.
+        weights: of a checkpoint: ``ema``, ``raw`` or ``auto`` (ema where it has it).
+        config: of a checkpoint: its run's config.yaml; null: the one of its run folder.
+        class_labels: classes that seeds take in turn, for a class-conditional model; null: those of its training.
+        prompts: prompts that seeds take in turn, for a text-to-image model.
+        device: ``cpu``, ``cuda``, or ``auto``.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: a number below 1, or images in ``out`` that were drawn with other weights, steps or labels.
+        FileNotFoundError, ValueError: the model cannot be loaded; says why.
+        OSError: a file cannot be written.
+    """
+    for name, value in (("num", num), ("batch_size", batch_size), ("num_steps", num_steps), ("seed + 1", seed + 1)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    student = load_student(model, weights, config) if Path(model).is_file() else load_export(model)
+    _check_prompts(prompts, student, model)
+    labels = ClassLabels(student.network.num_classes, class_labels or student.classes)
+    trained = len(student.sampler)
+    if num_steps is not None and num_steps > trained:
+        sys.stderr.write(f"note: the student was trained for {trained} steps; {num_steps} need not be better\n")
+    folder = Path(out)
+    _record(folder, student, num_steps or trained, labels.classes, prompts)
+    seeds = range(seed, seed + num)
+    missing = [s for s in seeds if not _path(folder, s).is_file()]
+    if len(missing) < num:
+        sys.stderr.write(f"{num - len(missing)} of {num} images are there already\n")
+    _draw(student, num_steps, labels, prompts, missing, batch_size, device, folder)
+    if grid:
+        _write_grid(folder, seeds)
+    return folder
+
+
+def _check_prompts(prompts: list[str] | None, student: TrainedStudent, model: str) -> None:
+    """Raise ``ValueError`` unless prompts are there exactly where the model needs some."""
+    if bool(prompts) != isinstance(student.network, StableDiffusionUNet):
+        wanted = "no text-to-image model: leave prompts out" if prompts else "a text-to-image model: give --prompts"
+        raise ValueError(f"{model!r} is {wanted}")
+
+
+def _path(folder: Path, seed: int) -> Path:
+    return folder / f"{seed:06d}.png"
+
+
+def _record(folder: Path, student: TrainedStudent, num_steps: int, classes: list[int], prompts: list[str] | None) -> None:
+    """Note what the folder's images are drawn with; refuse to mix them with others."""
+    now: dict[str, Any] = {"weights_sha256": content_hash(student.network), "num_steps": num_steps, "classes": classes}
+    now |= {"prompts": prompts} if prompts else {}
+    path = folder / RECORD
+    if path.is_file():
+        try:
+            before = json.loads(path.read_text())
+        except ValueError:
+            before = {}
+        other = {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
+        if other:
+            raise ValueError(
+                f"{str(folder)!r} holds images drawn otherwise: "
+                + ", ".join(f"{name} {a} there, {b} now" for name, (a, b) in other.items())
+                + ". Give another --out, or remove them."
+            )
+    elif any(folder.glob("*.png")):
+        raise ValueError(f"{str(folder)!r} holds PNGs but no {RECORD} that says what drew them: give another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as part:
+        part.write_text(json.dumps(now, indent=2) + "\n")
+
+
+def _draw(
+    student: TrainedStudent,
+    num_steps: int | None,
+    labels: ClassLabels,
+    prompts: list[str] | None,
+    seeds: list[int],
+    batch_size: int,
+    device: str,
+    folder: Path,
+) -> None:
+    from tqdm import tqdm
+
+    network, sampler = student.network.to(device), student.with_steps(num_steps)
+    with tqdm(total=len(seeds), unit="image", disable=not seeds) as bar, torch.no_grad():
+        for first in range(0, len(seeds), batch_size):
+            part = seeds[first : first + batch_size]
+            if prompts:
+                cond: Any = student.codec.embed([prompts[one % len(prompts)] for one in part], device)
+            else:
+                cond = labels.of_seeds(torch.tensor(part))
+            noise = seeded_noise(part, network.image_shape, device)
+            drawn = sampler(network, noise, None if cond is None else cond.to(device))
+            images = student.codec.decode(drawn).clamp(-1, 1)
+            for one, image in zip(part, as_uint8(images), strict=True):
+                write_png(image.expand(3, -1, -1), _path(folder, one))
+            bar.update(len(part))
+
+
+def _write_grid(folder: Path, seeds: range) -> None:
+    import numpy as np
+    from PIL import Image
+
+    pictures = [torch.from_numpy(np.array(Image.open(_path(folder, s)))).permute(2, 0, 1) for s in seeds]
+    write_png(grid(torch.stack(pictures), None, math.ceil(math.sqrt(len(seeds))), 1), folder / GRID)

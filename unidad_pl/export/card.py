@@ -1,0 +1,114 @@
+"""The README.md of an export: how to use it, data, config, metrics, seed, versions, licences to fill in."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from unidad_pl.backbones.stable_diffusion import StableDiffusionUNet
+from unidad_pl.callbacks.records import FILE, read_records
+from unidad_pl.runs.student import TrainedStudent
+
+CARD = """---
+license: other  # fill in: it depends on the source model's and the images' licences
+library_name: diffusers
+pipeline_tag: {task}
+tags: [few-step, few-shot, uni-dad]
+---
+# {title}
+
+A {steps}-step generator of {shape} {what}, trained with Uni-DAD (arXiv 2511.18281) by unidad_pl {version}.
+
+```python
+{usage}
+```
+
+- licence of the weights: (fill in)
+- licence and source of the training images: (fill in)
+- data: {data}
+- checkpoint: {checkpoint}, iteration {iteration}, {weights} weights
+- seed: {seed}
+- steps at sigma: {sigmas}
+- versions: {versions}
+
+## Metrics
+
+{metrics}
+
+## Config
+
+```yaml
+{config}```
+"""
+
+
+PIXEL_USAGE = """from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER", trust_remote_code=True)  # runs pipeline.py of this folder
+images = pipe(seeds=[0, 1, 2, 3]).images"""
+TEXT_USAGE = """from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER")
+images = pipe({prompt!r}, num_inference_steps={steps}, guidance_scale=1.0).images  # guidance is distilled into it"""
+
+ADAPTER_USAGE = """from diffusers import DiffusionPipeline, LCMScheduler
+
+pipe = DiffusionPipeline.from_pretrained({base!r})  # the model that the adapters were trained over
+{other_weights}pipe.load_lora_weights("THIS_FOLDER")
+pipe.scheduler = LCMScheduler.from_pretrained("THIS_FOLDER", subfolder="scheduler")
+size = dict(height={{side}}, width={{side}})
+images = pipe({{prompt!r}}, num_inference_steps={{steps}}, guidance_scale=1.0, **size).images"""
+
+OTHER_WEIGHTS = """from unidad_pl.backbones import StableDiffusion
+
+pipe.unet = StableDiffusion({base!r}, unet_weights={file!r}).build().unet  # they were trained over these weights
+"""
+
+
+def _usage(config: dict[str, Any], adapters: bool) -> str:
+    model = (config.get("model") or {}).get("init_args") or {}
+    source = (model.get("student") or {}).get("init_from") or model.get("source") or {}
+    init = source.get("init_args") or {}
+    base, file = init.get("path", "THE_BASE_MODEL"), init.get("unet_weights")
+    other = "" if file is None else OTHER_WEIGHTS.format(base=base, file=file)
+    return ADAPTER_USAGE.format(base=base, other_weights=other) if adapters else TEXT_USAGE
+
+
+def model_card(student: TrainedStudent, checkpoint: str, adapters: bool = False) -> str:
+    """The README.md of an export: how to use it, data, config, metrics, seed, versions, licences to fill in."""
+    import yaml
+
+    config = student.config
+    data = (config.get("data") or {}).get("init_args") or {}
+    channels, height, width = student.network.image_shape
+    text = isinstance(student.network, StableDiffusionUNet)
+    subject = f"a {data.get('token', 'prt')} {data.get('class_word') or 'subject'}"
+    return CARD.format(
+        title=Path(str(data.get("root") or "few-step student").removeprefix("builtin:")).name,
+        steps=len(student.sampler), shape=f"{height}x{width}x{channels}", version=version("unidad_pl"),
+        data=", ".join(f"{name} {data[name]}" for name in ("root", "shots", "seed") if data.get(name)) or "?",
+        checkpoint=checkpoint, iteration=student.iteration, weights=student.weights,
+        seed=config.get("seed_everything"), sigmas=", ".join(f"{sigma:.4g}" for sigma in student.sampler.sigmas),
+        versions=", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "lightning")),
+        task="text-to-image" if text else "unconditional-image-generation", what="latents" if text else "images",
+        usage=_usage(config, adapters).format(
+            prompt=subject, steps=len(student.sampler), side=getattr(student.network, "resolution", None)
+        ) if text else PIXEL_USAGE,
+        metrics=_metrics_table(student.folder), config=yaml.safe_dump(config, sort_keys=False),
+    )  # fmt: skip
+
+
+def _metrics_table(folder: Path | None) -> str:
+    """The last record of every metric and stage of a run as a Markdown table."""
+    path = None if folder is None else folder / FILE
+    if path is None or not path.is_file():
+        return "None were recorded."
+    last = {(r.get("metric"), r.get("stage")): r for r in read_records(path)}
+    rows = [
+        f"| {name} | {value:.4g} | {r.get('stage')} | {r.get('step')} | {r.get('samples')} | {r.get('extractor', '')} |"
+        for r in last.values()
+        for name, value in (r.get("values") or {}).items()
+        if isinstance(value, (int, float))
+    ]
+    return "\n".join(["| metric | value | stage | step | samples | extractor |", "|---|---:|---|---:|---:|---|", *rows])

@@ -1,0 +1,179 @@
+"""A diffusers pipeline that draws images from a few-step student. It needs torch and diffusers, not unidad_pl.
+
+``unidad export`` puts this file beside the weights::
+
+    pipe = DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)
+    images = pipe(seeds=[0, 1, 2]).images
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+
+class FewStepPipeline(DiffusionPipeline):
+    """Few-step sampling of a denoiser ``D(x, sigma) -> x0``: noise, denoise, add fresh noise at the next sigma, ...
+
+    Args:
+        unet: the student.
+        scheduler: holds the betas the network was trained with (variance-preserving networks).
+        sigmas: the trained steps' sigmas, descending.
+        sigma_min: the smallest sigma when another number of steps is asked for.
+        prediction: what the network predicts: ``epsilon``, ``v_prediction``, ``sample`` or ``edm``.
+        sigma_data: standard deviation of the data, for ``edm``.
+        patch_size: pixels per side folded into channels around the network.
+        timestep: ``nearest`` trained timestep or ``interpolated``.
+        classes: labels that seeds take in turn when none are given; None for an unconditional network.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        scheduler: SchedulerMixin,
+        sigmas: list[float] = [80.0],  # noqa: B006 (diffusers takes arguments without a default for networks)
+        sigma_min: float = 0.5,
+        prediction: str = "epsilon",
+        sigma_data: float = 0.5,
+        patch_size: int = 1,
+        timestep: str = "nearest",
+        classes: list[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(
+            sigmas=list(sigmas), sigma_min=sigma_min, prediction=prediction, sigma_data=sigma_data,
+            patch_size=patch_size, timestep=timestep, classes=None if classes is None else list(classes),
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        seeds: Sequence[int] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        num_inference_steps: int | None = None,
+        class_labels: Sequence[int] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> Any:
+        """Draw images.
+
+        Args:
+            batch_size: number of images, where neither seeds nor a list of generators says so.
+            seeds: one integer per image; image ``s`` is the same in any batch and on any device.
+            generator: CPU generators instead: one per image, or one for all.
+            num_inference_steps: network evaluations per image; None: as trained.
+            class_labels: one label per image, for a class-conditional network.
+            output_type: ``pil``, ``np`` ([B, H, W, 3] in [0, 1]) or ``pt`` ([B, 3, H, W] in [0, 1]).
+            return_dict: return an ``ImagePipelineOutput``, else a tuple with the images.
+
+        Raises:
+            ValueError: seeds and generators together, another number of generators or labels than images, fewer than
+                one step, or an unknown output type.
+        """
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"output_type must be pil, np or pt, got {output_type!r}")
+        sources = self._generators(batch_size, seeds, generator)
+        count = len(sources)
+        labels = self._labels(class_labels, seeds, count)
+        channels, side = self.unet.config.in_channels, self.unet.config.sample_size
+        height, width = (side, side) if isinstance(side, int) else side
+        fold = self.config.patch_size
+        shape = (channels // fold**2, height * fold, width * fold)
+        device = self._execution_device
+
+        def noise() -> torch.Tensor:
+            return torch.stack([torch.randn(*shape, generator=source) for source in sources]).to(device)
+
+        sigmas = self._sigmas(num_inference_steps)
+        x = sigmas[0] * noise()
+        x0 = self._denoise(x, sigmas[0], labels)
+        for sigma in self.progress_bar(sigmas[1:]):
+            x0 = self._denoise(x0 + sigma * noise(), sigma, labels)
+        images: Any = (x0.clamp(-1, 1).cpu() + 1) / 2
+        if output_type != "pt":
+            images = images.permute(0, 2, 3, 1).numpy()
+        if output_type == "pil":
+            images = self.numpy_to_pil(images)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _generators(self, batch_size: int, seeds: Any, generator: Any) -> list[torch.Generator | None]:
+        if seeds is not None and generator is not None:
+            raise ValueError("give seeds or generators, not both")
+        if seeds is not None:
+            return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        if generator is None or isinstance(generator, torch.Generator):
+            return [generator] * batch_size
+        if batch_size not in (1, len(generator)):
+            raise ValueError(f"batch_size is {batch_size}, but there are {len(generator)} generators")
+        return list(generator)
+
+    def _labels(self, given: Any, seeds: Any, count: int) -> torch.Tensor | None:
+        classes = self.config.classes
+        if classes is None:
+            if given is not None:
+                raise ValueError("class_labels were given, but this model is unconditional")
+            return None
+        if given is None:
+            numbers = range(count) if seeds is None else seeds
+            given = [classes[int(number) % len(classes)] for number in numbers]
+        if len(given) != count:
+            raise ValueError(f"{count} images need {count} class_labels, got {len(given)}")
+        return torch.tensor(list(given), device=self._execution_device)
+
+    def _sigmas(self, steps: int | None) -> list[float]:
+        trained = list(self.config.sigmas)
+        if steps is None or steps == len(trained):
+            return trained
+        if steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {steps}")
+        if steps > len(trained):
+            logger.warning(f"this student was trained for {len(trained)} steps; {steps} need not be better")
+        u = torch.linspace(0, 1, steps, dtype=torch.float64)
+        return ((1 - u) * math.log(trained[0]) + u * math.log(self.config.sigma_min)).exp().tolist()
+
+    def _denoise(self, x: torch.Tensor, sigma: float, labels: torch.Tensor | None) -> torch.Tensor:
+        """``x0`` [B, C, H, W]: the network between its input scale and its output coefficients, in float32."""
+        levels = x.new_full((len(x),), sigma)
+        s, data = levels.view(-1, 1, 1, 1), self.config.sigma_data
+        total = s**2 + data**2
+        c = total.rsqrt() if self.config.prediction == "edm" else (1 + s**2).rsqrt()
+        of_x, of_f = {
+            "epsilon": (torch.ones_like(s), -s),
+            "v_prediction": (c**2, -s * c),
+            "sample": (torch.zeros_like(s), torch.ones_like(s)),
+            "edm": (data**2 / total, s * data * c),
+        }[self.config.prediction]
+        folded = F.pixel_unshuffle(c * x, self.config.patch_size)
+        f = self.unet(folded.to(self.unet.dtype), self._time(levels), class_labels=labels).sample
+        f = f[:, : folded.shape[1]].float()  # guided-diffusion networks predict a variance too
+        return of_x * x + of_f * F.pixel_shuffle(f, self.config.patch_size)
+
+    def _time(self, sigma: torch.Tensor) -> torch.Tensor:
+        if self.config.prediction == "edm":
+            return 250 * sigma.log() / 4
+        abar = self._abar().to(sigma.device)
+        if self.config.timestep == "nearest":
+            return (1 / (1 + sigma**2)[:, None] - abar).abs().argmin(dim=1)
+        table = ((1 - abar.double()) / abar.double()).sqrt().log()
+        level = sigma.double().log().clamp(table[0], table[-1])
+        right = torch.searchsorted(table, level).clamp(1, len(table) - 1)
+        low, high = table[right - 1], table[right]
+        return (right - 1 + (level - low) / (high - low)).to(sigma.dtype)
+
+    def _abar(self) -> torch.Tensor:
+        """Cumulative signal variance [T]; linear betas in double precision, as the student was trained with."""
+        betas = self.scheduler.config
+        if betas.beta_schedule != "linear":
+            return self.scheduler.alphas_cumprod
+        line = torch.linspace(betas.beta_start, betas.beta_end, betas.num_train_timesteps, dtype=torch.float64)
+        return torch.cumprod(1 - line, dim=0).float()

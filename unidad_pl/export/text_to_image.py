@@ -1,0 +1,97 @@
+"""A text-to-image student as the diffusers pipeline its source was: plain ``StableDiffusionPipeline`` code runs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unidad_pl.backbones.latents import LatentCodec
+from unidad_pl.backbones.lora import adapter_weights, merged
+from unidad_pl.backbones.stable_diffusion import StableDiffusion, StableDiffusionUNet
+from unidad_pl.runs.student import TrainedStudent
+from unidad_pl.sampling import FewStepSampler
+
+RECORD = "unidad.json"
+ZEROS = "force_zeros_for_empty_prompt"
+"""A setting of SDXL pipelines that is none of their parts."""
+
+
+def write_text_pipeline(
+    student: TrainedStudent, network: StableDiffusionUNet, folder: Path, adapters: bool = False
+) -> None:
+    """Write UNet, VAE, text encoders, tokenizers, an ``LCMScheduler`` with the trained timesteps, and ``unidad.json``.
+
+    Args:
+        student: what to write; adapters are merged into the UNet.
+        network: its network.
+        folder: where to.
+        adapters: write ``pytorch_lora_weights.safetensors``, for diffusers' ``load_lora_weights``, and the scheduler
+            alone.
+
+    Raises:
+        ValueError: the student's steps are not those that scheduler can hold; says which spacing can. Or it has no
+            adapters.
+    """
+    import diffusers
+
+    codec, spec, sampler = student.codec, network.spec, student.sampler
+    if not isinstance(codec, LatentCodec) or sampler.sigmas != network.even_sigmas(len(sampler)):
+        raise ValueError(
+            f"diffusers' LCMScheduler holds evenly spaced timesteps only, this student was trained at the sigmas "
+            f"{[round(sigma, 3) for sigma in sampler.sigmas]}: sample it with 'unidad sample', or train with the "
+            f"source's spacing: even"
+        )
+    scheduler = diffusers.LCMScheduler(
+        num_train_timesteps=spec.train_timesteps, beta_start=spec.beta_start, beta_end=spec.beta_end,
+        beta_schedule=spec.beta_schedule, prediction_type=spec.prediction, original_inference_steps=len(sampler),
+        clip_sample=False,
+    )  # fmt: skip
+    if adapters and not network.shared_weights:
+        raise ValueError("this student was trained without adapters (its source has no lora): export it whole")
+    source = codec.parts
+    kind: Any = type(source)
+    if adapters:
+        kind.save_lora_weights(folder, unet_lora_layers=adapter_weights(network.unet))
+        scheduler.save_pretrained(folder / "scheduler")
+    else:
+        unet = merged(network.unet) if network.shared_weights else network.unet
+        unet.register_to_config(sample_size=network.image_shape[-1])  # the size that pipelines draw unless told
+        parts: dict[str, Any] = {**source.components, "unet": unet, "scheduler": scheduler}
+        if "requires_safety_checker" in source.config:
+            parts["requires_safety_checker"] = False
+        if ZEROS in source.config:
+            parts[ZEROS] = source.config[ZEROS]
+        kind(**parts).save_pretrained(folder)
+    record = {
+        "adapters": adapters,
+        "sigmas": sampler.sigmas, "sigma_min": student.sigma_min, "resolution": network.resolution,
+        "weights": student.weights, "iteration": student.iteration,
+    }  # fmt: skip
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def is_text_export(folder: Path) -> bool:
+    """Whether ``folder`` holds what :func:`write_text_pipeline` writes."""
+    return (folder / RECORD).is_file()
+
+
+def load_text_export(folder: Path) -> TrainedStudent:
+    """The student of such a folder.
+
+    Raises:
+        FileNotFoundError, ValueError: it is broken; says what.
+    """
+    record = json.loads((folder / RECORD).read_text())
+    if record["adapters"]:
+        raise ValueError(
+            f"{str(folder)!r} holds adapters only: load them in diffusers with load_lora_weights, or export the run "
+            f"whole, without --adapters"
+        )
+    source = StableDiffusion(str(folder), record["resolution"])
+    network = source.build().requires_grad_(False)
+    sampler = FewStepSampler(torch.tensor(record["sigmas"], dtype=torch.float64))
+    return TrainedStudent(network, sampler, record["sigma_min"], record["weights"], record["iteration"], None, {},
+                          folder, source.codec())  # fmt: skip

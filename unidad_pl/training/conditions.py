@@ -1,0 +1,109 @@
+"""What networks are conditioned on: class labels, drawn where the data has none, and prompts, refused early if bad."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from unidad_pl.data.batch import Batch, EncodedBatch
+from unidad_pl.denoiser import Codec
+
+MANY_PIECES = 3
+"""Pieces of a rare token from which on it hardly is one word to the text encoder."""
+
+
+class ClassLabels:
+    """The classes a run uses of a class-conditional model.
+
+    Args:
+        num_classes: classes of the model; None: it is unconditional and has no labels.
+        chosen: the classes to use; None: all of them.
+
+    Raises:
+        ValueError: ``chosen`` is empty, names a class the model has not, or is given for an unconditional model.
+    """
+
+    def __init__(self, num_classes: int | None, chosen: Sequence[int] | None = None) -> None:
+        if chosen is not None and num_classes is None:
+            raise ValueError(f"classes={list(chosen)} were given, but the model is unconditional: leave classes null")
+        if chosen is not None and (not chosen or any(not 0 <= c < (num_classes or 0) for c in chosen)):
+            raise ValueError(f"classes must be some of 0..{(num_classes or 0) - 1}, got {list(chosen)}")
+        self.num_classes = num_classes
+        self.classes = list(range(num_classes or 0)) if chosen is None else list(chosen)
+
+    def check(self, labels: Tensor | None, count: int) -> None:
+        """Refuse labels [B] that do not fit ``count`` images and the model, before an embedding fails on them.
+
+        Raises:
+            ValueError: labels for an unconditional model, another number of them, or one out of range.
+        """
+        if labels is None:
+            return
+        if self.num_classes is None:
+            raise ValueError("the batch carries class labels, but the model is unconditional: set labels off")
+        if labels.shape != (count,) or labels.is_floating_point():
+            raise ValueError(f"{count} images need {count} integer labels, got {tuple(labels.shape)} {labels.dtype}")
+        if int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
+            raise ValueError(
+                f"labels must be in 0..{self.num_classes - 1}, the model's classes; got {int(labels.min())} to "
+                f"{int(labels.max())}"
+            )
+
+    def draw(self, count: int, device: torch.device) -> Tensor | None:
+        """``count`` labels int64, uniformly over the classes, from torch's global random state, or None."""
+        if self.num_classes is None:
+            return None
+        classes = torch.tensor(self.classes, device=device)
+        return classes[torch.randint(len(classes), (count,), device=device)]
+
+    def of_seeds(self, seeds: Tensor) -> Tensor | None:
+        """The labels of sample ``seeds`` [B]: the classes in turn, seed 0 the first; None without classes."""
+        if self.num_classes is None:
+            return None
+        return torch.tensor(self.classes, device=seeds.device)[seeds % len(self.classes)]
+
+
+def check_prompts(codec: Codec, data: Any) -> None:
+    """Read the prompts that ``data`` will ever serve (its ``every_prompt``, if it has one) before training begins.
+
+    Warns of a rare token that the tokenizer splits into many pieces.
+
+    Raises:
+        ValueError: a prompt with more tokens than the text encoder reads.
+    """
+    prompts = getattr(data, "every_prompt", None)
+    if not prompts or type(codec) is Codec:
+        return
+    parts: Any = getattr(codec, "parts", None)
+    tokenizer = getattr(parts, "tokenizer", None)
+    if tokenizer is None:
+        return
+    most = tokenizer.model_max_length
+    for prompt in prompts:
+        if (tokens := len(tokenizer(prompt).input_ids)) > most:
+            raise ValueError(f"the prompt {prompt!r} has {tokens} tokens, {most} can be read: make it shorter")
+    token = getattr(data, "token", None)
+    pieces = tokenizer.tokenize(token) if token else []
+    if len(pieces) >= MANY_PIECES:
+        rank_zero_warn(
+            f"the text encoder reads the rare token {token!r} as {len(pieces)} pieces ({' '.join(pieces)}), which "
+            f"other words share: a word of one or two pieces, such as 'sks' in CLIP, learns the subject better"
+        )
+
+
+def encode_prior(prior: Batch | None, rows: slice, codec: Codec) -> EncodedBatch | None:
+    """The rows of a ``prior``, encoded; latents are drawn from torch's random state.
+
+    Raises:
+        ValueError: a prior without prompts.
+    """
+    if prior is None:
+        return None
+    if prior.prompts is None:
+        raise ValueError("images of the class (prior) need prompts that say what they show")
+    cond = codec.embed(prior.prompts[rows], prior.images.device)
+    return EncodedBatch(codec.encode(prior.images[rows]), cond, weight=prior.weight)

@@ -1,0 +1,107 @@
+"""The options a module was made with, as plain data in its checkpoints: what shapes the method may not change on resume."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info
+
+ABSENT = "<not there>"
+
+
+@dataclass
+class TrainingOptions:
+    """How a run goes, whatever it trains.
+
+    Attributes:
+        seed: seed of every random draw in training and of the initialisation of new layers; null: 0, or the command
+            line's ``seed_everything``.
+        accumulate: micro-batches an iteration's batch is split into; gradients are averaged over them.
+        ema_decay: decay of the exponential moving average of the sampled network, one update per step of it; early
+            on the decay is ``(1 + n) / (10 + n)``. 0: no average.
+        max_skipped: iterations in a row with a non-finite loss or gradient after which the run ends with an error.
+        classes: class labels to use of a class-conditional model; null: all of them.
+    """
+
+    seed: int | None = None
+    accumulate: int = 1
+    ema_decay: float = 0.0
+    max_skipped: int = 10
+    classes: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.accumulate < 1 or self.max_skipped < 1 or not 0 <= self.ema_decay < 1:
+            raise ValueError(
+                f"accumulate and max_skipped must be >= 1 and ema_decay in [0, 1), "
+                f"got {self.accumulate}, {self.max_skipped} and {self.ema_decay}"
+            )
+
+
+def given_arguments(constructor: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Name -> value of all arguments of a call of ``constructor`` (an ``__init__``), defaults included."""
+    bound = inspect.signature(constructor).bind_partial(None, *args, **kwargs)
+    bound.apply_defaults()
+    return dict(list(bound.arguments.items())[1:])
+
+
+def flatten(value: Any, name: str = "", inside: bool = False) -> list[tuple[str, Any]]:
+    """(dotted name, plain value) of everything in ``value``; an object appears as its class and its attributes.
+
+        >>> flatten({"student": {"num_steps": 3}, "range": (0.02, 0.98)})
+        [('student.num_steps', 3), ('range', [0.02, 0.98])]
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        parts = {field.name: getattr(value, field.name) for field in fields(value)}
+    elif isinstance(value, Mapping):
+        parts = {str(key): item for key, item in value.items()}
+    elif isinstance(value, (bool, int, float, str)) or value is None:
+        return [(name, value)]
+    elif isinstance(value, (list, tuple)):
+        plain = [dict(flatten(item, "", inside)) for item in value]
+        return [(name, [item.get("", item) for item in plain])]
+    else:
+        kind = [(name, f"{type(value).__module__}.{type(value).__qualname__}")]
+        attributes = {} if inside else getattr(value, "__dict__", {})
+        # A string in a source is a place, or the name of one: what is found there is what counts.
+        public = {k: v for k, v in attributes.items() if not k.startswith("_") and not isinstance(v, str)}
+        return kind + [pair for k, v in public.items() for pair in flatten(v, f"{name}.{k}", True)]
+    return [pair for k, v in parts.items() for pair in flatten(v, f"{name}.{k}" if name else k, inside)]
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Name -> (value before, value now) where they differ; a name that only one side has is :data:`ABSENT` on the
+    other."""
+    names = sorted({*before, *now})
+    pairs = {name: (before.get(name, ABSENT), now.get(name, ABSENT)) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def log_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Say which options a run is resumed with that are not those of its checkpoint."""
+    for name, (old, new) in differences(before, now).items():
+        rank_zero_info(f"Resuming with {name} {new!r}; the checkpoint was written with {old!r}")
+
+
+def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], free: Sequence[str]) -> None:
+    """Compare the options of a checkpoint with those of the run that resumes it; changes of free ones are logged.
+
+    Args:
+        before: the checkpoint's.
+        now: the run's.
+        free: options, or groups of them, that shape nothing that is computed.
+
+    Raises:
+        RuntimeError: another one differs; names both values.
+    """
+    changed = differences(before, now)
+    allowed = {name for name in changed if any(name == one or name.startswith(f"{one}.") for one in free)}
+    log_changes(*({name: side.get(name, ABSENT) for name in allowed} for side in (before, now)))
+    refused = [f"{name} was {old!r} and is now {new!r}" for name, (old, new) in changed.items() if name not in allowed]
+    if refused:
+        raise RuntimeError(
+            f"the checkpoint was trained with other options: {'; '.join(refused)}. Resume with the config the run "
+            f"started with (config.yaml in its folder), or begin a new run without --ckpt_path"
+        )

@@ -1,0 +1,349 @@
+"""The base of all generative modules: micro-batches with seeded draws, an average of weights, evaluation, resuming.
+
+* One ``training_step`` is one iteration, and ``trainer.global_step`` counts it once, however many optimisers step.
+* A loss reaches only the parameters of the group it is for; frozen networks never get gradients.
+* All random draws of an iteration come from ``f(seed, iteration, micro-batch)``, so nothing has to be saved to resume.
+* Frozen networks are not in checkpoints: their content hash is, and another network is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+
+from unidad_pl.checks import check_choices
+from unidad_pl.data.batch import Batch, EncodedBatch
+from unidad_pl.denoiser import Codec, Denoiser, DenoiserSource
+from unidad_pl.sampling import FewStepSampler
+from unidad_pl.seeds import mix_seed
+from unidad_pl.strategies import ManualDDPStrategy, ShardedStrategy
+from unidad_pl.training.conditions import ClassLabels, check_prompts, encode_prior
+from unidad_pl.training.hparams import TrainingOptions, flatten, given_arguments, log_changes, refuse_changes
+from unidad_pl.training.networks import MemoryOptions, Networks
+from unidad_pl.training.stepping import ManualSteps
+
+PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
+STRATEGIES = (SingleDeviceStrategy, ManualDDPStrategy, ShardedStrategy)
+RECORD = "unidad_pl"
+"""Entry of a checkpoint with what is not weights: options, iteration, image size."""
+
+
+class GenerativeModule(ManualSteps, Networks):
+    """Base of :class:`~unidad_pl.modules.unidad.UniDAD` and :class:`~unidad_pl.modules.diffusion.Diffusion`.
+
+    A subclass builds its networks in :meth:`build_networks`, names its trained parameters in :meth:`groups`, and
+    computes its losses in ``training_step``.
+
+    Args:
+        sampled_name: the attribute, and the prefix in checkpoints, of the network that is sampled and averaged.
+        clock: the group that steps in every iteration.
+        training: see :class:`~unidad_pl.training.hparams.TrainingOptions`.
+        memory: see :class:`~unidad_pl.training.networks.MemoryOptions`.
+        frozen_networks: attributes that hold frozen networks.
+
+    Raises:
+        ValueError: a place for an average that is not kept.
+    """
+
+    free_options: tuple[str, ...] = ("training.accumulate", "training.max_skipped", "memory")
+    """Options, or groups of them, that do not shape what is computed: a resumed run may change them."""
+
+    _given: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> GenerativeModule:
+        module = super().__new__(cls)
+        module.__dict__["_given"] = given_arguments(cls.__init__, args, kwargs)
+        return module
+
+    def __init__(
+        self,
+        sampled_name: str,
+        clock: str,
+        training: TrainingOptions,
+        memory: MemoryOptions,
+        frozen_networks: Sequence[str] = (),
+    ) -> None:
+        super().__init__(clock, training.accumulate, training.max_skipped,
+                         memory=memory, frozen_networks=frozen_networks)  # fmt: skip
+        if memory.ema_device is not None and not training.ema_decay:
+            raise ValueError(
+                f"memory.ema_device {memory.ema_device!r} does nothing without an average: leave it null, or set "
+                f"training.ema_decay above 0"
+            )
+        self.sampled_name = sampled_name
+        self.seed = 0 if training.seed is None else training.seed
+        self.ema_decay, self.classes = training.ema_decay, training.classes
+        self._built = False
+
+    # -- to be implemented by subclasses -------------------------------------------------------------------------
+
+    def build_networks(self) -> None:
+        """Make all networks, by :meth:`build`; called once per process, with torch's random state seeded."""
+        raise NotImplementedError
+
+    @property
+    def sampled_source(self) -> DenoiserSource:
+        """What the sampled network started from: it has its architecture."""
+        raise NotImplementedError
+
+    def generate(self, network: Denoiser, seeds: Tensor, cond: Tensor | None) -> Tensor:
+        """Images [B, C, H, W] for ``seeds`` [B]; row i depends on ``seeds[i]`` and ``cond[i]`` only."""
+        raise NotImplementedError
+
+    def few_step(self) -> tuple[FewStepSampler, float]:
+        """The trained few-step sampler, and the smallest sigma for other numbers of steps.
+
+        Raises:
+            ValueError: the module is sampled in many steps.
+        """
+        raise NotImplementedError
+
+    def updates_of(self, group: str, iterations: int) -> int:
+        """How often ``group`` is updated in ``iterations`` iterations."""
+        return iterations
+
+    def costliest_iteration(self) -> int:
+        """An iteration that needs as much memory as any other."""
+        return 0
+
+    def takes_prior(self) -> bool:
+        """Whether anything learns from the ``prior`` of a batch: pictures of the subject's class."""
+        return False
+
+    # -- networks and optimisers ---------------------------------------------------------------------------------
+
+    @property
+    def sampled_network(self) -> Denoiser:
+        """The network that :meth:`sample` uses and that the average follows."""
+        network: Denoiser = getattr(self, self.sampled_name)
+        return network
+
+    def build(self, source: DenoiserSource) -> Denoiser:
+        """A network of ``source``."""
+        return source.build()
+
+    def configure_model(self) -> None:
+        if not self._built:
+            self._build_all()
+        self.shard_networks()
+
+    def _build_all(self) -> None:
+        self.codec: Codec = self.sampled_source.codec()  # first: it knows what a model needs
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mix_seed(self.seed, 0xA11))
+            self.build_networks()
+        self.labels = ClassLabels(self.sampled_network.num_classes, self.classes)
+        if self.memory.checkpointing in ("blocks", "both"):
+            for name, network in self.named_children():
+                if isinstance(network, Denoiser) and name not in self.frozen_networks:
+                    network.checkpoint_blocks()
+        if self.ema_decay:
+            self.ema = AveragedModel(self.sampled_network, avg_fn=self._average).requires_grad_(False)
+        self.freeze_networks()
+        self._built = True
+        self.train()
+
+    def _average(self, mean: Tensor, value: Tensor, count: Tensor | int) -> Tensor:
+        n = float(count)
+        return mean.lerp(value, 1 - min(self.ema_decay, (1 + n) / (10 + n)))
+
+    def configure_optimizers(self) -> Any:
+        # max_steps is -1 when the run is bounded by time or epochs: rates then stay at their peak after the warm-up.
+        iterations = self.trainer.max_steps if self.trainer.max_steps > 0 else 2**62
+        settings = self.optimizers_of_groups()
+        idle = [name for name in settings if self.updates_of(name, iterations) == 0]
+        if idle:
+            rank_zero_warn(f"{' and '.join(idle)}: not trained in the {iterations} iterations of max_steps")
+        built = [one.build(self.groups()[name], self.updates_of(name, iterations)) for name, one in settings.items()]
+        return [optimizer for optimizer, _ in built], [schedule for _, schedule in built]
+
+    # -- one iteration -------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Refuse what would run wrongly without an error, before anything has begun.
+
+        Raises:
+            RuntimeError: another strategy than ``unidad_ddp`` or ``unidad_fsdp`` on several processes
+                (DistributedDataParallel expects every parameter in every backward pass), or a precision that the sigma
+                range does not survive.
+        """
+        if stage == "fit" and not isinstance(self.trainer.strategy, STRATEGIES):
+            name = type(self.trainer.strategy).__name__
+            raise RuntimeError(
+                f"strategy {name} cannot step several optimisers that each own their gradients. Use "
+                f"--trainer.strategy unidad_ddp: processes as in ddp, gradients averaged once per optimiser step; or "
+                f"unidad_fsdp, which also shards the networks over the ranks."
+            )
+        if self.trainer.precision not in PRECISIONS:
+            raise RuntimeError(
+                f"precision {self.trainer.precision!r} is not supported: use one of {', '.join(PRECISIONS)}"
+            )
+
+    def on_fit_start(self) -> None:
+        check_prompts(self.codec, getattr(self.trainer, "datamodule", None))
+
+    def micro_batches(self, batch: Batch) -> Iterator[EncodedBatch]:
+        """Split a batch into ``accumulate`` parts and encode them, each with torch seeded by (seed, iteration, part).
+
+        A class-conditional model whose batches carry no labels gets random ones.
+
+        Raises:
+            ValueError: the images are not of the model's size, labels do not fit the model, or the batch cannot be
+                split evenly.
+        """
+        images, cond = batch.images, batch.cond
+        self.labels.check(cond, len(images))
+        if type(self.codec) is Codec and tuple(images.shape[1:]) != tuple(self.sampled_network.image_shape):
+            raise ValueError(
+                f"the data module serves images of {tuple(images.shape[1:])}, but the model works on "
+                f"{tuple(self.sampled_network.image_shape)}: set the data module's resolution to the model's"
+            )
+        if len(images) % self.accumulate:
+            raise ValueError(f"a batch of {len(images)} images cannot be split into accumulate={self.accumulate} parts")
+        if batch.prior is not None and not self.takes_prior():
+            raise ValueError(
+                "only a target teacher that is trained learns from pictures of the class: leave the data's prior out, "
+                "or give the target teacher a weight and an adaptation"
+            )
+        size = len(images) // self.accumulate
+        for part in range(self.accumulate):
+            number = self.global_rank * self.accumulate + part
+            torch.manual_seed(mix_seed(self.seed, self.iteration, number))
+            yield self._encoded(batch, slice(part * size, (part + 1) * size))
+
+    def _encoded(self, batch: Batch, rows: slice) -> EncodedBatch:
+        images = batch.images[rows]
+        if batch.prompts is None:
+            labels = self.labels.draw(len(images), images.device) if batch.cond is None else batch.cond[rows]
+            return EncodedBatch(self.codec.encode(images), labels)
+        cond, source = self.embed(batch.prompts[rows]), batch.source_prompts
+        source_cond = None if source is None else self.embed(source[rows])
+        latents = self.codec.encode(images)
+        return EncodedBatch(latents, cond, source_cond, encode_prior(batch.prior, rows, self.codec))
+
+    def embed(self, prompts: Sequence[str]) -> Tensor:
+        """Condition of ``prompts``, on the module's device."""
+        return self.codec.embed(prompts, self.device)
+
+    def shared_randint(self, high: int) -> int:
+        """A draw in [0, high) that is the same on every rank and for every micro-batch of this iteration."""
+        return mix_seed(self.seed, self.iteration, 0x5EED) % high
+
+    def finish_iteration(self, sampled_network_stepped: bool) -> None:
+        """Advance the iteration count; update the average if the sampled network changed."""
+        if sampled_network_stepped and self.ema is not None:
+            self.ema.update_parameters(self.sampled_network)
+        self.update_scale()
+        self.iteration += 1
+
+    # -- evaluation: seeds in, images out ------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        seeds: Tensor | Sequence[int],
+        cond: Tensor | None = None,
+        weights: Literal["auto", "ema", "raw"] = "auto",
+        prompts: Sequence[str] | None = None,
+    ) -> Tensor:
+        """Generate one image per seed. Image ``s`` is the same for any batch it is drawn in.
+
+        Args:
+            seeds: B integers.
+            cond: B class labels; None: a class-conditional model's classes in turn, seed 0 the first.
+            weights: ``ema``, ``raw`` or ``auto`` (ema where it exists).
+            prompts: B prompts, for a text-to-image model.
+
+        Returns:
+            Pictures [B, C, H, W], clamped to [-1, 1].
+
+        Raises:
+            ValueError: ``weights="ema"`` without an average, or labels that do not fit the model.
+        """
+        check_choices(weights=(weights, Literal["auto", "ema", "raw"]))
+        self.configure_model()
+        if weights == "ema" and self.ema is None:
+            raise ValueError("weights='ema' but this module keeps no average: set ema_decay above 0")
+        seeds = torch.as_tensor(seeds, dtype=torch.long)
+        if prompts is not None:
+            cond = self.embed(prompts)
+        else:
+            self.labels.check(cond, len(seeds))
+            cond = self.labels.of_seeds(seeds) if cond is None else cond
+        cond = None if cond is None else cond.to(self.device)
+        network: Any = self.ema.module if self.ema is not None and weights != "raw" else self.sampled_network
+        if next(network.parameters()).device != self.device:  # an average kept elsewhere
+            network = copy.deepcopy(network).to(self.device)
+        training = network.training
+        network.eval()
+        images = self.codec.decode(self.generate(network, seeds, cond)).clamp(-1, 1)
+        network.train(training)
+        return images
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        """Draw the seeds of ``batch``: what every evaluation callback works on."""
+        seeds, cond, prompts = batch["seeds"], batch.get("cond"), batch.get("prompts")
+        cond = self.labels.of_seeds(seeds) if cond is None else cond
+        images = self.sample(seeds, cond, prompts=prompts)
+        outputs = {"samples": images, "seeds": seeds, "weights": "raw" if self.ema is None else "ema"}
+        outputs |= {} if prompts is None else {"prompts": prompts}
+        return outputs if cond is None else outputs | {"labels": cond}
+
+    test_step = predict_step = validation_step
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def options(self) -> dict[str, Any]:
+        """The arguments this module was made with, flat and plain: ``gan.loss`` -> ``bce``."""
+        return dict(flatten(self._given))
+
+    def _trainer_options(self) -> dict[str, Any]:
+        """What of the trainer a checkpoint remembers; these may change."""
+        trainer = self.trainer
+        return {"devices": trainer.world_size, "precision": trainer.precision, "max_steps": trainer.max_steps}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for key in self.unsaved_weights():
+            del checkpoint["state_dict"][key]
+        checkpoint["frozen_sha256"] = self.frozen_hashes()
+        checkpoint[RECORD] = {
+            "iteration": self.iteration,
+            "options": self.options(),
+            "trainer": self._trainer_options(),
+            "image_shape": list(self.sampled_network.image_shape),
+            "skipped_in_a_row": dict(self._skipped_in_a_row),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Load for evaluation, or to go on training; a fit goes on only as it began.
+
+        Raises:
+            RuntimeError: the run would go on with another option, image size or frozen network; names both values.
+        """
+        record = checkpoint[RECORD]
+        fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            refuse_changes(record["options"], self.options(), self.free_options)
+        self.configure_model()
+        if fitting:
+            own = list(self.sampled_network.image_shape)
+            if record["image_shape"] != own:
+                raise RuntimeError(
+                    f"the checkpoint was trained on images of {record['image_shape']}, this run's are {own}: set the "
+                    f"resolution the run started with"
+                )
+            log_changes(record["trainer"], self._trainer_options())
+            self._skipped_in_a_row = dict(record["skipped_in_a_row"])
+        self.check_hashes(checkpoint["frozen_sha256"])
+        self.iteration = record["iteration"]
+        # What is not in the checkpoint comes from its source; put it in so that loading stays strict for all the rest.
+        weights = self.state_dict()
+        checkpoint["state_dict"].update({key: weights[key] for key in self.unsaved_weights()})

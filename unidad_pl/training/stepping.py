@@ -1,0 +1,167 @@
+"""Backward passes and optimiser steps by hand: each loss into its own group, one all-reduce per step, a guard."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.plugins import MixedPrecision, Precision
+from torch import Tensor, nn
+
+from unidad_pl.strategies.fsdp import full, is_sharded, local_shard
+from unidad_pl.training.optimization import OptimizerOptions
+
+
+class ManualSteps(pl.LightningModule):
+    """Steps groups of parameters, so that ``trainer.global_step`` counts an iteration once.
+
+    Args:
+        clock: the group that steps in every iteration; ``trainer.global_step`` counts its steps.
+        accumulate: micro-batches whose gradients are averaged.
+        max_skipped: iterations in a row with a non-finite loss or gradient after which the run ends.
+        others: for the next class.
+    """
+
+    def __init__(self, clock: str, accumulate: int, max_skipped: int, **others: Any) -> None:
+        super().__init__(**others)
+        self.automatic_optimization = False
+        self.clock, self.accumulate, self.max_skipped = clock, accumulate, max_skipped
+        self.iteration = 0
+        self._skipped_in_a_row: dict[str, int] = {}
+
+    def optimizers_of_groups(self) -> dict[str, OptimizerOptions]:
+        """Group name -> its optimiser settings, in the order they step."""
+        raise NotImplementedError
+
+    def groups(self) -> dict[str, list[dict[str, Any]]]:
+        """Group name -> torch parameter groups, the same names as :meth:`optimizers_of_groups`."""
+        raise NotImplementedError
+
+    def _optimizer(self, group: str) -> tuple[Any, Any]:
+        position = list(self.optimizers_of_groups()).index(group)
+        optimizers: Any = self.optimizers(use_pl_optimizer=True)
+        schedules: Any = self.lr_schedulers()
+        if not isinstance(optimizers, list):
+            return optimizers, schedules
+        return optimizers[position], schedules[position]
+
+    @property
+    def _scaler(self) -> Any:
+        """The loss scaler of ``16-mixed``, None in other precisions."""
+        plugin = self.trainer.precision_plugin
+        return plugin.scaler if isinstance(plugin, MixedPrecision) else None
+
+    def backward_into(self, loss: Tensor, group: str) -> None:
+        """Add the gradient of ``loss / accumulate`` to the parameters of ``group``, and to nothing else."""
+        parameters = [p for settings in self.groups()[group] for p in settings["params"]]
+        if is_sharded(parameters[0]):
+            self._backward_into_shards(loss / self.accumulate, group)
+        else:
+            self.manual_backward(loss / self.accumulate, inputs=parameters)
+        spoil_gradients(parameters, loss)
+
+    def _backward_into_shards(self, loss: Tensor, group: str) -> None:
+        """A shard is no leaf of the graph: what the loss leaves in other groups is dropped afterwards."""
+        others = [p for name, own in self.groups().items() if name != group for part in own for p in part["params"]]
+        held = [p.grad for p in others]
+        for p in others:
+            p.grad = None
+        self.manual_backward(loss)
+        for p, grad in zip(others, held, strict=True):
+            p.grad = grad
+
+    def step(self, group: str) -> bool:
+        """Average the group's gradient over ranks, clip it, step its optimiser and schedule.
+
+        A non-finite loss or gradient skips the step (on every rank alike: the average spreads it), is counted and
+        logged.
+
+        Returns:
+            Whether the optimiser stepped.
+
+        Raises:
+            RuntimeError: ``max_skipped`` steps in a row were skipped.
+        """
+        optimizer, schedule = self._optimizer(group)
+        parameters = [p for settings in optimizer.param_groups for p in settings["params"] if p.grad is not None]
+        average_gradients(parameters)
+        if self._scaler is not None:
+            self._scaler.unscale_(optimizer.optimizer)
+        clip = self.optimizers_of_groups()[group].clip
+        norm = full(torch.nn.utils.clip_grad_norm_(parameters, clip if clip else math.inf))
+        finite = bool(torch.isfinite(norm))
+        self.log(f"grad_norm/{group}", norm, rank_zero_only=True)
+        if finite:
+            self._advance(group, optimizer)
+            schedule.step()
+            self._skipped_in_a_row[group] = 0
+        else:
+            self._skip(group)
+        optimizer.zero_grad()
+        return finite
+
+    def _advance(self, group: str, optimizer: Any) -> None:
+        """One step of the optimiser; Lightning's counter sees the clock's steps only."""
+        if self._scaler is not None:
+            # Lightning would unscale again, and change the scale before the other groups are unscaled.
+            Precision.optimizer_step(self.trainer.precision_plugin, optimizer.optimizer, self, lambda: None)
+            self.count(group)
+        elif group == self.clock:
+            optimizer.step()
+        else:
+            self.trainer.strategy.optimizer_step(optimizer.optimizer, lambda: None)
+
+    def count(self, group: str) -> None:
+        """Advance ``trainer.global_step`` where ``group`` is the clock, although its optimiser did not step."""
+        if group == self.clock:
+            progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+            progress.increment_ready()
+            progress.increment_completed()
+
+    def _skip(self, group: str) -> None:
+        self.count(group)
+        row = self._skipped_in_a_row[group] = self._skipped_in_a_row.get(group, 0) + 1
+        self.log(f"skipped/{group}", float(row), rank_zero_only=True)
+        if row >= self.max_skipped:
+            raise RuntimeError(
+                f"{row} iterations in a row had a non-finite loss or gradient for {group!r} (now at iteration "
+                f"{self.iteration}). The last checkpoint is untouched: resume from it in 32-true, or begin again "
+                f"with a lower learning rate."
+            )
+
+    def update_scale(self) -> None:
+        """Let the loss scale of ``16-mixed`` follow what this iteration's gradients were like, once for all groups."""
+        if self._scaler is not None:
+            self._scaler.update()
+
+
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Replace the gradients by their mean over all ranks: one all-reduce per dtype. Nothing on a single process.
+
+    Gradients of sharded parameters are left alone: the backward pass has averaged them.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    grads = [p.grad for p in parameters if p.grad is not None and not is_sharded(p)]
+    for dtype in {g.dtype for g in grads}:
+        same = [g for g in grads if g.dtype == dtype]
+        flat = torch.cat([g.flatten() for g in same])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for g, part in zip(same, flat.split([g.numel() for g in same]), strict=True):
+            g.copy_(part.view_as(g))
+
+
+def spoil_gradients(parameters: Sequence[nn.Parameter], loss: Tensor) -> None:
+    """Make a gradient non-finite where its loss is, so that the average over ranks tells every rank to skip the step.
+
+    Nothing is read back from the device, and a finite loss changes no gradient.
+    """
+    grads = (local_shard(p.grad) for p in parameters if p.grad is not None)
+    grad = next((grad for grad in grads if grad.numel()), None)
+    if grad is not None:
+        grad[(0,) * grad.ndim] += (loss.detach() * 0).to(grad.dtype)
