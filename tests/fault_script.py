@@ -25,25 +25,25 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
-from tests.worlds import Stream, fit, random_images, tiny_unet, weights_sha
-from unidad_pl.runs import checkpoints
+from tests.worlds import Stream, fit, groups, random_images, tiny_unet, weights_sha
+from unidad_pl import OptimizerOptions, UniDAD
 from unidad_pl.backbones import LoRA, StableDiffusion
 from unidad_pl.callbacks import Preemption
-from unidad_pl.runs.checkpoints import DurableCheckpointIO
 from unidad_pl.data import SubjectDataModule
+from unidad_pl.runs import checkpoints
+from unidad_pl.runs.checkpoints import DurableCheckpointIO
 from unidad_pl.strategies import ManualDDPStrategy
-from unidad_pl.modules import Optimization, UniDAD
 
-FAST = Optimization(lr=1e-3, warmup=0)
+FAST = OptimizerOptions(lr=1e-3, warmup=0)
 Case = Callable[[int, Path], dict[str, Any]]
 
 
 def unidad(kind: type[UniDAD] = UniDAD, **options: Any) -> UniDAD:
     settings: dict[str, Any] = dict(
-        student_every=2, target_weight=0.5, ema_decay=0.9,
-        student_optimization=FAST, fake_optimization=FAST, target_optimization=FAST,
+        student__update_every=2, target_teacher__weight=0.5, training__ema_decay=0.9,
+        student__optimizer=FAST, fake_score__optimizer=FAST, target_teacher__adaptation__optimizer=FAST,
     )  # fmt: skip
-    return kind(tiny_unet(), **(settings | options))
+    return kind(tiny_unet(), **groups(**(settings | options)))
 
 
 def train(module: UniDAD, steps: int, *callbacks: pl.Callback, ranks: int = 2, **options: Any) -> pl.Trainer:
@@ -66,7 +66,7 @@ class At(pl.Callback):
 
 def alone(folder: Path) -> None:
     """One process with the batch of both."""
-    module = unidad(accumulate=4)
+    module = unidad(training__accumulate=4)
     train(module, 10, ranks=1, precision="64-true", data=Stream(random_images(), batch_size=8, flip=True))
     torch.save(module.state_dict(), folder / "alone.pt")
 
@@ -81,7 +81,7 @@ def equal(rank: int, folder: Path) -> dict[str, Any]:
         return all_reduce(tensor, *args, **options)
 
     dist.all_reduce = counted
-    module = unidad(accumulate=2)
+    module = unidad(training__accumulate=2)
     train(module, 10, precision="64-true", data=Stream(random_images(), batch_size=4, flip=True))
     groups = {
         name: sum(p.numel() * p.element_size() for settings in group for p in settings["params"])
@@ -95,11 +95,13 @@ def adapters(rank: int | None, folder: Path) -> dict[str, Any]:
     """Adapters over one base on two ranks; without a rank: one process with the batch of both."""
     alone = rank is None
     # Adam with a large eps: a plain Adam step is the sign of the gradient, which rounding may turn.
-    smooth = Optimization(lr=1.0, warmup=0, options={"eps": 1.0})
+    smooth = OptimizerOptions(lr=1.0, warmup=0, arguments={"eps": 1.0})
     source = StableDiffusion(str(folder / "sd"), lora=LoRA(rank=2))
-    module = UniDAD(source, steps=2, student_every=2, target_weight=0.5, noise_table="model", guidance_scale=2.0,
-                    ema_decay=0.5, accumulate=2 if alone else 1,
-                    **{f"{name}_optimization": smooth for name in ("student", "fake", "target")})  # fmt: skip
+    module = UniDAD(source, **groups(
+        student__num_steps=2, student__update_every=2, target_teacher__weight=0.5, matching__noise_table="model",
+        matching__guidance_scale=2.0, training__ema_decay=0.5, training__accumulate=2 if alone else 1,
+        student__optimizer=smooth, fake_score__optimizer=smooth, target_teacher__adaptation__optimizer=smooth,
+    ))  # fmt: skip
     data = SubjectDataModule(str(folder / "dog"), "dog", resolution=16, batch_size=4 if alone else 2)
     train(module, 4, ranks=1 if alone else 2, data=data)
     torch.save(module.state_dict(), folder / ("adapters_alone.pt" if alone else f"adapters{rank}.pt"))
@@ -115,7 +117,7 @@ class NaN(UniDAD):
 
 
 def nan(rank: int, folder: Path) -> dict[str, Any]:
-    module = unidad(NaN, student_every=1)
+    module = unidad(NaN, student__update_every=1)
     trainer = train(module, 4)
     finite = all(bool(p.isfinite().all()) for p in module.parameters())
     steps = [int(next(iter(o.state.values()))["step"]) for o in trainer.optimizers]
@@ -123,7 +125,7 @@ def nan(rank: int, folder: Path) -> dict[str, Any]:
 
 
 def nan_for_good(rank: int, folder: Path) -> dict[str, Any]:
-    module = unidad(NaN, student_every=1, max_skipped=1)
+    module = unidad(NaN, student__update_every=1, training__max_skipped=1)
     train(module, 4)
     return {}
 
@@ -213,7 +215,7 @@ class DieIn(pl.Callback):
         if trainer.global_step != 3:
             return
         places = {"training": (UniDAD, "fake_loss"), "between the steps": (UniDAD, "finish_iteration"),
-                  "validation": (UniDAD, "validation_step"), "sync": (os, "fsync"), "rename": (Path, "replace"),
+                  "validation": (UniDAD, "validation_step"), "sync": (os, "fsync"), "rename": (os, "replace"),
                   "after the rename": (checkpoints, "_sync_folder")}  # fmt: skip
         if self.moment == "write":
             write = checkpoints._Sink.write
@@ -236,7 +238,7 @@ RANDOM = ("in the first third", "in the second third", "in the last third")  # o
 
 def saving(folder: Path, *callbacks: pl.Callback, **options: Any) -> UniDAD:
     """Six iterations on one process, a checkpoint and a validation after each second one."""
-    module = unidad(accumulate=2)
+    module = unidad(training__accumulate=2)
     keep = ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1)
     train(module, 6, *callbacks, keep, ranks=1, enable_checkpointing=True, limit_val_batches=1, val_check_interval=2,
           check_val_every_n_epoch=None, **options)  # fmt: skip

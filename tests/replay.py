@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from tests.recording import Comparison, Recording, RecordingError, table
-from unidad_pl.backbones.adm import ADMStateDictAdapter, State, adm_denoiser, read_checkpoint
+from unidad_pl.backbones.adm import ADMStateDictAdapter, adm_denoiser
 from unidad_pl.backbones.adm_config import ADMConfig
 from unidad_pl.backbones.unet import UNetDenoiser
+from unidad_pl.backbones.weights import State, read_weights
 from unidad_pl.denoiser import Denoiser
 from unidad_pl.discriminator import MultiHeadDiscriminator
 from unidad_pl.losses import GANLoss, critic_loss, denoising_loss, dmd_gradient, dmd_loss, generator_loss
@@ -53,7 +54,7 @@ class Setup:
         self.dtype, self.adm, self.adapter = dtype, adm, ADMStateDictAdapter(adm)
         self.file = Recording(folder / "setup.pt", dtype)
         self.keys: list[str] = self.file.value("keys", list)
-        self.source = read_checkpoint(checkpoint)
+        self.source = read_weights(checkpoint)
         self._check_checkpoint(checkpoint)
         self.table = karras(
             self.cfg("num_train_timesteps"), self.cfg("sigma_min"), self.cfg("sigma_max"), self.cfg("rho")

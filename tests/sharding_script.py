@@ -15,16 +15,18 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.fault_script import NaN, two_ranks, unidad
 from tests.fault_script import train as train_whole
-from tests.worlds import fit, random_images, tiny_unet
+from tests.worlds import fit, groups, random_images, tiny_unet
+from unidad_pl import Diffusion, ExportOptions, MemoryOptions, OptimizerOptions, UniDAD
 from unidad_pl.callbacks import LossBalance, SampleGrid
+from unidad_pl.data import Evaluation, FewShotDataModule
 from unidad_pl.runs.checkpoints import DurableCheckpointIO
-from unidad_pl.data import FewShotDataModule
-from unidad_pl.modules import Diffusion, Memory, Optimization, UniDAD
 from unidad_pl.strategies.fsdp import ShardedStrategy, local_shard
 
 # Adam with a large eps: a plain Adam step is the sign of the gradient, which rounding may turn.
-SMOOTH = Optimization(lr=3e-2, warmup=0, options={"eps": 1.0})
-SMOOTHLY: dict[str, Any] = dict(student_optimization=SMOOTH, fake_optimization=SMOOTH, target_optimization=SMOOTH)
+SMOOTH = OptimizerOptions(lr=3e-2, warmup=0, arguments={"eps": 1.0})
+SMOOTHLY: dict[str, Any] = dict(
+    student__optimizer=SMOOTH, fake_score__optimizer=SMOOTH, target_teacher__adaptation__optimizer=SMOOTH
+)
 STEPS = 4
 
 
@@ -32,8 +34,8 @@ class Pictures(FewShotDataModule):
     """Six pictures; three seeds in batches of one: two for the first rank, one for the second."""
 
     def __init__(self, folder: Path, batch_size: int) -> None:
-        super().__init__(folder, shots=6, resolution=16, batch_size=batch_size, val_samples=3, test_samples=3,
-                         eval_batch_size=1)  # fmt: skip
+        evaluation = Evaluation(val_samples=3, test_samples=3, batch_size=1)
+        super().__init__(folder, shots=6, resolution=16, batch_size=batch_size, evaluation=evaluation)
 
 
 def train(module: pl.LightningModule, steps: int, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
@@ -44,15 +46,15 @@ def train(module: pl.LightningModule, steps: int, *callbacks: pl.Callback, **opt
 
 
 def make(**options: Any) -> UniDAD:
-    return unidad(**(SMOOTHLY | dict(accumulate=2) | options))
+    return unidad(**(SMOOTHLY | dict(training__accumulate=2) | options))
 
 
 def sliced(rank: int, folder: Path) -> dict[str, Any]:
     """Everything that a run does: training, validation with uneven shares of the seeds, gradient norms, checkpoints."""
-    module = make(memory=Memory(checkpointing="both"))
+    module = make(memory=MemoryOptions(checkpointing="both"))
     grid = SampleGrid(count=3, scale=1, shots_on_top=False)
     keep = ModelCheckpoint(folder / "sliced", "{step}", every_n_train_steps=2, save_top_k=-1)
-    trainer = train(module, STEPS, keep, grid, LossBalance(every_n_steps=2), default_root_dir=folder / "run",
+    trainer = train(module, STEPS, keep, grid, LossBalance(every_n_iterations=2), default_root_dir=folder / "run",
                     enable_checkpointing=True, limit_val_batches=1.0, val_check_interval=2,
                     check_val_every_n_epoch=None)  # fmt: skip
     trainer.test(module, Pictures(Path(os.environ["PICTURES"]), 4), ckpt_path=folder / "sliced" / "step=2.ckpt")
@@ -60,7 +62,9 @@ def sliced(rank: int, folder: Path) -> dict[str, Any]:
     return {
         "own": {name: local_shard(p).numel() for name, p in parameters.items()},
         "all": {name: p.numel() for name, p in parameters.items()},
-        "moments": sum(local_shard(v).numel() for o in trainer.optimizers for s in o.state.values() for v in s.values()),
+        "moments": sum(
+            local_shard(v).numel() for o in trainer.optimizers for s in o.state.values() for v in s.values()
+        ),
     }
 
 
@@ -73,7 +77,7 @@ def resumed(rank: int, folder: Path) -> dict[str, Any]:
 
 
 def nan(rank: int, folder: Path) -> dict[str, Any]:
-    module = make(kind=NaN, student_every=1, accumulate=1)
+    module = make(kind=NaN, student__update_every=1, training__accumulate=1)
     trainer = train(module, 4)
     finite = all(bool(local_shard(p).isfinite().all()) for p in module.parameters())
     steps = [int(next(iter(o.state.values()))["step"]) for o in trainer.optimizers]
@@ -81,7 +85,9 @@ def nan(rank: int, folder: Path) -> dict[str, Any]:
 
 
 def exported(rank: int, folder: Path) -> dict[str, Any]:
-    module = Diffusion(tiny_unet(), optimization=SMOOTH, ema_decay=0.5, export_to=str(folder / "exported"))
+    module = Diffusion(
+        tiny_unet(), **groups(optimizer=SMOOTH, training__ema_decay=0.5, export=ExportOptions(str(folder / "exported")))
+    )
     trainer = train(module, 2, precision="bf16-mixed")
     trainer.save_checkpoint(folder / "diffusion.ckpt")
     return {}
@@ -91,8 +97,10 @@ def alone(folder: Path) -> None:
     """One process with the batch of both; and on from the sliced run's checkpoint."""
     data = Pictures(Path(os.environ["PICTURES"]), 8)
     keep = ModelCheckpoint(folder / "whole", "{step}", every_n_train_steps=2, save_top_k=-1)
-    train_whole(make(accumulate=4), STEPS, keep, ranks=1, data=data, enable_checkpointing=True)
-    trainer = train_whole(make(accumulate=4), STEPS, ranks=1, data=data, ckpt_path=folder / "sliced" / "step=2.ckpt")
+    train_whole(make(training__accumulate=4), STEPS, keep, ranks=1, data=data, enable_checkpointing=True)
+    trainer = train_whole(
+        make(training__accumulate=4), STEPS, ranks=1, data=data, ckpt_path=folder / "sliced" / "step=2.ckpt"
+    )
     trainer.save_checkpoint(folder / "unsliced.ckpt")
 
 

@@ -14,9 +14,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from unidad_pl.backbones import NewUNet
+from unidad_pl.data import Augmentation, Evaluation, Prior, PromptOptions, Reference
 from unidad_pl.data.batch import Batch
-from unidad_pl.data.few_shot import ShotStream
+from unidad_pl.data.stream import ShotStream
 from unidad_pl.denoiser import Denoiser, DenoiserSource, Prediction
+from unidad_pl.modules import (
+    AdaptationOptions,
+    DenoisingOptions,
+    FakeScoreOptions,
+    GANOptions,
+    MatchingOptions,
+    StudentOptions,
+    TargetTeacherOptions,
+)
+from unidad_pl.training import MemoryOptions, TrainingOptions
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
@@ -58,6 +69,38 @@ class Gaussian(DenoiserSource):
 
     def build(self) -> Denoiser:
         return self.kind(self.mu)
+
+
+KINDS: dict[str, Any] = dict(
+    student=StudentOptions, fake_score=FakeScoreOptions, target_teacher=TargetTeacherOptions, matching=MatchingOptions,
+    denoising=DenoisingOptions, gan=GANOptions, training=TrainingOptions, memory=MemoryOptions,
+    adaptation=AdaptationOptions, augmentation=Augmentation, reference=Reference, evaluation=Evaluation,
+    prompts=PromptOptions, prior=Prior,
+)  # fmt: skip
+
+
+def groups(**flat: Any) -> dict[str, Any]:
+    """Option groups from flat names: ``groups(student__num_steps=2)`` is ``{"student": StudentOptions(num_steps=2)}``.
+
+    A group that is given itself, such as ``target_teacher=None``, stands against its parts.
+    """
+    whole = {name: value for name, value in flat.items() if "__" not in name}
+    return whole | {name: KINDS[name](**groups(**options)) for name, options in _parts(flat).items()}
+
+
+def nested(**flat: Any) -> dict[str, Any]:
+    """The same as in YAML: ``{"student": {"num_steps": 2}}``."""
+    whole = {name: value for name, value in flat.items() if "__" not in name}
+    return whole | {name: nested(**options) for name, options in _parts(flat).items()}
+
+
+def _parts(flat: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    parts: dict[str, dict[str, Any]] = {}
+    for name, value in flat.items():
+        group, _, option = name.partition("__")
+        if option and group not in flat:
+            parts.setdefault(group, {})[option] = value
+    return parts
 
 
 def tiny_unet(**overrides: Any) -> NewUNet:

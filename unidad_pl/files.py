@@ -14,7 +14,7 @@ from uuid import uuid4
 def replacing(path: Path) -> Iterator[Path]:
     """A place beside ``path`` for a file or a folder, which takes the place of ``path`` when the block ends well.
 
-    Its folder is made. An older folder is moved aside first and deleted last, so that old or new is there at any moment.
+    Its folder is made. An older folder is moved aside first and deleted last: old or new is there at any moment.
 
         >>> with replacing(Path("out.txt")) as part:
         ...     _ = part.write_text("all of it")

@@ -14,7 +14,8 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from unidad_pl.backbones import ADMConfig, ADMSource, ADMStateDictAdapter
-from unidad_pl.backbones.adm import adm_denoiser, read_checkpoint
+from unidad_pl.backbones.adm import adm_denoiser
+from unidad_pl.backbones.weights import read_weights
 from unidad_pl.backbones.adm_config import unet2d_config
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "adm_tiny"
@@ -71,7 +72,7 @@ def test_taps_are_those_of_the_original_network() -> None:
 
 
 def test_denoiser_reads_the_network_as_epsilon() -> None:
-    denoiser = adm_denoiser(TINY, read_checkpoint(CHECKPOINT)).double()
+    denoiser = adm_denoiser(TINY, read_weights(CHECKPOINT)).double()
     sigma = torch.tensor([0.02, 0.7, 3.0, 20.0, 80.0], dtype=torch.float64)
     x = IO["x"].double() * sigma.view(-1, 1, 1, 1)
     with torch.no_grad():
@@ -98,7 +99,7 @@ def test_round_trip_is_bit_identical(adm: ADMConfig) -> None:
 
 
 def test_round_trip_of_the_checkpoint() -> None:
-    adapter, state = ADMStateDictAdapter(TINY), read_checkpoint(CHECKPOINT)
+    adapter, state = ADMStateDictAdapter(TINY), read_weights(CHECKPOINT)
     back = adapter.from_diffusers(adapter.to_diffusers(state))
     assert set(back) == set(state)
     assert all(torch.equal(back[name], value) for name, value in state.items())
@@ -109,7 +110,7 @@ def test_rows_of_qkv(new_order: bool) -> None:
     """Row by row, as the two attention modules of guided-diffusion read them."""
     adapter = ADMStateDictAdapter(replace(TINY, use_new_attention_order=new_order))
     name, width, head = "input_blocks.3.1.qkv.bias", 64, 16
-    state = read_checkpoint(CHECKPOINT)
+    state = read_weights(CHECKPOINT)
     state[name] = torch.arange(3.0 * width)
     mapped = adapter.to_diffusers(state)
     for part, letter in enumerate("qkv"):
@@ -181,7 +182,7 @@ def test_spec_follows_the_flags() -> None:
 def test_wrapped_checkpoint_is_taken_out_and_reported(
     wrapper: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    state = read_checkpoint(CHECKPOINT)
+    state = read_weights(CHECKPOINT)
     torch.save({wrapper: {k: v.half() for k, v in state.items()}, "step": 3}, tmp_path / "w.pt")
     with caplog.at_level(logging.WARNING):
         denoiser = ADMSource(str(tmp_path / "w.pt"), str(CONFIG)).build()
@@ -194,14 +195,14 @@ def test_wrapped_checkpoint_is_taken_out_and_reported(
 def test_safetensors_checkpoint(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    save_file(read_checkpoint(CHECKPOINT), tmp_path / "w.safetensors")
+    save_file(read_weights(CHECKPOINT), tmp_path / "w.safetensors")
     ours = ADMSource(str(tmp_path / "w.safetensors"), str(CONFIG)).build().state_dict()
     expected = ADMSource(str(CHECKPOINT), str(CONFIG)).build().state_dict()
     assert all(torch.equal(ours[name], value) for name, value in expected.items())
 
 
 def test_missing_unexpected_and_misshapen_weights_are_named(tmp_path: Path) -> None:
-    state = read_checkpoint(CHECKPOINT)
+    state = read_weights(CHECKPOINT)
     del state["out.2.bias"]
     state["head.weight"] = torch.zeros(3)
     with pytest.raises(ValueError, match=r"1 keys missing \[out.2.bias\], 1 unexpected \[head.weight\]"):
@@ -210,25 +211,25 @@ def test_missing_unexpected_and_misshapen_weights_are_named(tmp_path: Path) -> N
     del theirs["conv_out.bias"]
     with pytest.raises(ValueError, match=r"UNet2DModel weights.*\[conv_out.bias\], 1 unexpected \[head.weight\]"):
         ADMStateDictAdapter(TINY).from_diffusers(theirs)
-    wrong = read_checkpoint(CHECKPOINT) | {"out.2.bias": torch.zeros(3)}
+    wrong = read_weights(CHECKPOINT) | {"out.2.bias": torch.zeros(3)}
     torch.save(wrong, tmp_path / "w.pt")
     with pytest.raises(ValueError, match=r"1 wrong shapes \[out.2.bias has \(3,\) instead of \(6,\)\]"):
         ADMSource(str(tmp_path / "w.pt"), str(CONFIG)).build()
     with pytest.raises(ValueError, match=r"middle_block.1.qkv.bias has 40 rows, not a multiple of .* = 48"):
         ADMStateDictAdapter(TINY).to_diffusers(
-            read_checkpoint(CHECKPOINT) | {"middle_block.1.qkv.bias": torch.ones(40)}
+            read_weights(CHECKPOINT) | {"middle_block.1.qkv.bias": torch.ones(40)}
         )
 
 
 def test_unreadable_checkpoints_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere.pt"):
-        read_checkpoint(tmp_path / "nowhere.pt")
+        read_weights(tmp_path / "nowhere.pt")
     (tmp_path / "text.pt").write_text("not a checkpoint")
     (tmp_path / "text.safetensors").write_text("not a checkpoint")
     torch.save({"step": 3}, tmp_path / "other.pt")
     for name in ("text.pt", "text.safetensors", "other.pt"):
         with pytest.raises(ValueError, match=name):
-            read_checkpoint(tmp_path / name)
+            read_weights(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 
 from tests.backbones.test_adm import CHECKPOINT, CONFIG, IO, VARIANTS, random_state
 from unidad_pl.backbones import ADMConfig, ADMStateDictAdapter, PretrainedUNet
-from unidad_pl.backbones.adm import read_checkpoint
+from unidad_pl.backbones.weights import read_weights
 from unidad_pl.cli.main import main
 
 
@@ -48,16 +48,16 @@ def test_there_and_back_is_bit_equal(name: str, suffix: str, tmp_path: Path) -> 
     paths = ("--checkpoint", tmp_path / "first.pt", "--config", tmp_path / "flags.json", "--out", tmp_path / "folder")
     unidad("import", "adm", *paths)
     unidad("restore", "adm", "--folder", tmp_path / "folder", "--out", tmp_path / f"second{suffix}")
-    restored = read_checkpoint(tmp_path / f"second{suffix}")
+    restored = read_weights(tmp_path / f"second{suffix}")
     assert set(restored) == set(original)
     assert all(torch.equal(restored[key], value) for key, value in original.items())
 
 
 @pytest.mark.parametrize("prefix", ["module.", "unet.", "module.unet."])
 def test_prefixes_of_the_released_code_are_taken_off(prefix: str, tmp_path: Path) -> None:
-    state = read_checkpoint(CHECKPOINT)
+    state = read_weights(CHECKPOINT)
     torch.save({prefix + name: value for name, value in state.items()}, tmp_path / "pytorch_model.bin")
-    seen = read_checkpoint(tmp_path / "pytorch_model.bin")
+    seen = read_weights(tmp_path / "pytorch_model.bin")
     assert all(torch.equal(seen[name], value) for name, value in state.items())
     assert set(seen) == set(state)
     torch.save(

@@ -14,19 +14,20 @@ from diffusers import DiffusionPipeline, LCMScheduler
 from torch.optim.swa_utils import AveragedModel
 
 from tests.tiny_sd import WIDTH, save_tiny, save_unet
+from tests.worlds import groups
+from unidad_pl import MemoryOptions, OptimizerOptions, UniDAD
 from unidad_pl.backbones import LoRA, StableDiffusion, StableDiffusionUNet
 from unidad_pl.backbones.lora import merged
-from unidad_pl.data.pictures import as_uint8
 from unidad_pl.data import SubjectDataModule
-from unidad_pl.discriminator import Critic
-from unidad_pl.export.student import export, load_export, model_card
-from unidad_pl.modules import UniDAD
-from unidad_pl.training.networks import Memory
-from unidad_pl.training.optimization import Optimization, content_hash
+from unidad_pl.data.pictures import as_uint8
+from unidad_pl.export.card import model_card
+from unidad_pl.export.student import export_student as export
+from unidad_pl.export.student import load_export
 from unidad_pl.runs.student import load_student
 from unidad_pl.sampling import seeded_noise
+from unidad_pl.training.networks import content_hash
 
-FAST = Optimization(lr=2e-2, warmup=0)
+FAST = OptimizerOptions(lr=2e-2, warmup=0)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["1.x", "xl"])
@@ -41,12 +42,13 @@ def unet_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def module(folder: Path, lora: LoRA | None = LoRA(rank=2), **options: Any) -> UniDAD:  # noqa: B008
     defaults: dict[str, Any] = dict(
-        source=StableDiffusion(str(folder), lora=lora), steps=2, student_every=2, target_update="every",
-        target_weight=0.75, noise_table="model", normalizer="noisy", weighting="eps", guidance_scale=3.0,
-        critic=Critic(noise="shared"), ema_decay=0.5,
-        student_optimization=FAST, fake_optimization=FAST, target_optimization=FAST,
+        source=StableDiffusion(str(folder), lora=lora), student__num_steps=2, student__update_every=2,
+        target_teacher__adaptation__update="every", target_teacher__weight=0.75, matching__noise_table="model",
+        matching__normalizer="noisy", denoising__weighting="eps", matching__guidance_scale=3.0, gan__noise="shared",
+        training__ema_decay=0.5,
+        student__optimizer=FAST, fake_score__optimizer=FAST, target_teacher__adaptation__optimizer=FAST,
     )  # fmt: skip
-    return UniDAD(**{**defaults, **options})
+    return UniDAD(**groups(**{**defaults, **options}))
 
 
 def fit(
@@ -168,8 +170,8 @@ def test_the_extra_is_named_where_peft_is_missing(unet_only: Path, monkeypatch: 
         StableDiffusion(str(unet_only), lora=LoRA()).build()
 
 
-@pytest.mark.parametrize("memory", [Memory(teacher_dtype="bfloat16"), Memory(ema_device="cpu")])
-def test_a_shared_base_is_stored_in_one_way(unet_only: Path, memory: Memory) -> None:
+@pytest.mark.parametrize("memory", [MemoryOptions(teacher_dtype="bfloat16"), MemoryOptions(ema_device="cpu")])
+def test_a_shared_base_is_stored_in_one_way(unet_only: Path, memory: MemoryOptions) -> None:
     with pytest.raises(ValueError, match="share one base"):
         module(unet_only, memory=memory).configure_model()
 
@@ -197,7 +199,7 @@ def run(folder: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) ->
     source:
       class_path: unidad_pl.backbones.StableDiffusion
       init_args: {{path: {folder}, lora: {{rank: 2, alpha: 3}}}}
-    steps: 2
+    student: {{num_steps: 2}}
 """
     )
     model = module(folder, OVER)
@@ -218,7 +220,7 @@ def test_training_moves_adapters_only(run: Run, folder: Path) -> None:
             assert torch.equal(weight, plain.get_parameter(name.replace(".base_layer", "")))
     assert len({content_hash(network) for network in (*networks.values(), run.model.source_teacher)}) == 4
     stored = torch.load(run.place / "last.ckpt", weights_only=True)["state_dict"]
-    assert {n.split(".")[0] for n in stored} == {*networks, "discriminator", "ema", "iteration"}
+    assert {n.split(".")[0] for n in stored} == {*networks, "discriminator", "ema"}
     assert all(".lora_" in n for n in stored if ".unet." in n)
 
 
@@ -233,7 +235,7 @@ def test_resume_equals_an_undisturbed_run(run: Run, folder: Path, photos: Path, 
 @small
 def test_checkpointed_blocks_give_the_same_weights(run: Run, folder: Path, photos: Path, tmp_path: Path) -> None:
     """A recomputed block that used another network's adapters would not."""
-    model = module(folder, OVER, memory=Memory(checkpointing="both"))
+    model = module(folder, OVER, memory=MemoryOptions(checkpointing="both"))
     fit(model, photos, ITERATIONS, tmp_path)
     for name in ("student", "fake_score", "target_teacher", "discriminator"):
         assert content_hash(getattr(model, name)) == content_hash(getattr(run.model, name)), name
@@ -242,7 +244,7 @@ def test_checkpointed_blocks_give_the_same_weights(run: Run, folder: Path, photo
 @small
 def test_autocast_trains_every_adapter_as_float32_does(folder: Path, photos: Path, tmp_path: Path) -> None:
     """Older versions of torch reuse casts made without a graph: those adapters would stay where they were."""
-    mixed, exact = (module(folder, OVER, student_every=1) for _ in range(2))
+    mixed, exact = (module(folder, OVER, student__update_every=1) for _ in range(2))
     fit(mixed, photos, 1, tmp_path, precision="bf16-mixed")
     fit(exact, photos, 1, tmp_path)
     for name in ("student", "fake_score", "target_teacher"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from unidad_pl.backbones import NewUNet, PretrainedUNet, UNetDenoiser, UNetSpec
-from unidad_pl.denoiser import PREDICTION_TYPES, Parameterization, PredictionType
+from unidad_pl.denoiser import Parameterization, PredictionType
 from unidad_pl.schedules import sigma_from_abar
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -112,7 +112,7 @@ def test_taps_center_the_input_where_the_model_does() -> None:
 # -- predictions ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+@pytest.mark.parametrize("kind", get_args(PredictionType))
 def test_x_is_x0_plus_sigma_eps(kind: PredictionType) -> None:
     denoiser = small(prediction=kind).double()
     x, sigma = images(denoiser, dtype=torch.float64), SIGMA.double()

@@ -23,10 +23,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from tests.worlds import Stream, fit, random_images, tiny_unet
+from tests.worlds import Stream, fit, groups, random_images, tiny_unet
+from unidad_pl import UniDAD
 from unidad_pl.callbacks import Preemption
 from unidad_pl.runs.checkpoints import DurableCheckpointIO
-from unidad_pl.modules import UniDAD
 
 
 class Watch(pl.Callback):
@@ -62,7 +62,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
         fit(
-            UniDAD(tiny_unet(), student_every=2, target_weight=0.5, ema_decay=0.99),
+            UniDAD(
+                tiny_unet(), **groups(student__update_every=2, target_teacher__weight=0.5, training__ema_decay=0.99)
+            ),
             iterations,
             Stream(random_images(), batch_size=1),
             callbacks=[watch, ModelCheckpoint(folder, every_n_train_steps=max(1, iterations // 50)), Preemption()],

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unidad_pl.cartoons import world
-from unidad_pl.data.cartoon_labels import VALIDATION_START
-from unidad_pl.cartoons.world import visible
 from unidad_pl.cartoons.features import ASSETS, CartoonFeatures, FactorNetwork
+from unidad_pl.cartoons.world import visible
+from unidad_pl.data.cartoon_labels import VALIDATION_START
+from unidad_pl.metrics import frechet_distance
 from unidad_pl.modules.factors import gaussian_blur
 
 HELD_OUT = range(VALIDATION_START + 10_000, VALIDATION_START + 10_300)
@@ -27,7 +28,7 @@ def judge() -> CartoonFeatures:
 
 @pytest.fixture(scope="module")
 def renders() -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
-    return {d: (cartoons.render(HELD_OUT, d), cartoons.factors(HELD_OUT, d)) for d in cartoons.DOMAINS}
+    return {d: (world.render(HELD_OUT, d), world.factors(HELD_OUT, d)) for d in world.DOMAINS}
 
 
 def _tiny(**changes: object) -> FactorNetwork:
@@ -39,25 +40,17 @@ def _noisy(images: Tensor, std: float) -> Tensor:
     return (images + std * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
 
 
-def _frechet(a: Tensor, b: Tensor) -> float:
-    """|mean difference|^2 + tr(A + B - 2 (AB)^1/2), the last term as the nuclear norm of the centred products."""
-    a, b = a.double(), b.double()
-    ca, cb = (a - a.mean(0)) / (len(a) - 1) ** 0.5, (b - b.mean(0)) / (len(b) - 1) ** 0.5
-    shared = torch.linalg.matrix_norm(ca @ cb.T, "nuc")
-    return float((a.mean(0) - b.mean(0)).pow(2).sum() + ca.pow(2).sum() + cb.pow(2).sum() - 2 * shared)
-
-
 def test_asset_is_small_and_knows_the_cartoon_world(judge: CartoonFeatures) -> None:
     folder = ASSETS / "cartoon_features"
     assert (folder / "model.safetensors").stat().st_size <= 2**20
     assert all(t.dtype == torch.float16 for t in load_file(folder / "model.safetensors").values())
-    assert judge.categories == {name: list(values) for name, values in cartoons.CATEGORIES.items()}
+    assert judge.categories == {name: list(values) for name, values in world.CATEGORIES.items()}
     network = judge.load()
     assert not any(p.requires_grad or p.dtype != torch.float32 for p in network.parameters())
-    assert {name: network.ranges[name] for name in cartoons.RANGES} == cartoons.RANGES
+    assert {name: network.ranges[name] for name in world.RANGES} == world.RANGES
 
 
-@pytest.mark.parametrize("domain", cartoons.DOMAINS)
+@pytest.mark.parametrize("domain", world.DOMAINS)
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_factors_of_held_out_renders(judge: CartoonFeatures, renders: dict, domain: str, noise: float) -> None:
     images, labels = renders[domain]
@@ -78,11 +71,11 @@ def _bar(name: str, noise: float) -> float:
     return 0.92 if noise else 0.95
 
 
-@pytest.mark.parametrize("domain", cartoons.DOMAINS)
+@pytest.mark.parametrize("domain", world.DOMAINS)
 def test_continuous_factors_of_held_out_renders(judge: CartoonFeatures, renders: dict, domain: str) -> None:
     images, labels = renders[domain]
     found, shown = judge.load().estimate(images), visible(labels)
-    for name, (low, high) in cartoons.RANGES.items():
+    for name, (low, high) in world.RANGES.items():
         if shown[name].any():
             error = float((found[name] - labels[name])[shown[name]].abs().mean())
             assert error < 0.1 * (high - low), f"{name} in {domain}: {error:.4f} of {high - low:.2f}"
@@ -90,37 +83,37 @@ def test_continuous_factors_of_held_out_renders(judge: CartoonFeatures, renders:
 
 @pytest.mark.parametrize("resolution", [48, 64])
 def test_other_resolutions_show_the_same(judge: CartoonFeatures, resolution: int) -> None:
-    for domain in cartoons.DOMAINS:
-        found = judge.predict(cartoons.render(HELD_OUT[:60], domain, resolution))
+    for domain in world.DOMAINS:
+        found = judge.predict(world.render(HELD_OUT[:60], domain, resolution))
         assert (found["glasses"] == int(domain == "sunglasses")).all()
         assert (found["species"] == int(domain == "cats")).all()
 
 
 def test_frechet_distance_orders_noise_and_domains(judge: CartoonFeatures, renders: dict) -> None:
     faces = renders["faces"][0]
-    real, other = judge(cartoons.render(range(300), "faces")), judge(faces)
-    noise = [_frechet(judge(_noisy(faces, std)), real) for std in (0.05, 0.1, 0.2)]
-    sunglasses, cats = (_frechet(judge(renders[d][0]), real) for d in ("sunglasses", "cats"))
-    floor = _frechet(other, real)
+    real, other = judge(world.render(range(300), "faces")), judge(faces)
+    noise = [frechet_distance(judge(_noisy(faces, std)), real) for std in (0.05, 0.1, 0.2)]
+    sunglasses, cats = (frechet_distance(judge(renders[d][0]), real) for d in ("sunglasses", "cats"))
+    floor = frechet_distance(other, real)
     assert floor < noise[0] < noise[1] < noise[2]
     assert 3 * floor < sunglasses < cats
 
 
 def test_pooled_features_are_standardised_and_tell_how_bad_an_image_is(renders: dict) -> None:
     judge = CartoonFeatures(layer="pooled")
-    real = {d: judge(cartoons.render(range(300), d)) for d in cartoons.DOMAINS}
+    real = {d: judge(world.render(range(300), d)) for d in world.DOMAINS}
     everything = torch.cat(list(real.values()))
     assert everything.shape == (900, judge.num_features)
     torch.testing.assert_close(everything.mean(0), torch.zeros(judge.num_features), atol=0.2, rtol=0)
     torch.testing.assert_close(everything.std(0), torch.ones(judge.num_features), atol=0.2, rtol=0)
     faces, soft = renders["faces"][0], lambda std: gaussian_blur(renders["faces"][0], torch.full((300,), std))
-    floor = _frechet(judge(faces), real["faces"])
-    noise = [_frechet(judge(_noisy(faces, std)), real["faces"]) for std in (0.05, 0.1, 0.2)]
-    blur = [_frechet(judge(soft(std)), real["faces"]) for std in (0.45, 0.6, 0.9)]
+    floor = frechet_distance(judge(faces), real["faces"])
+    noise = [frechet_distance(judge(_noisy(faces, std)), real["faces"]) for std in (0.05, 0.1, 0.2)]
+    blur = [frechet_distance(judge(soft(std)), real["faces"]) for std in (0.45, 0.6, 0.9)]
     # no saturation: twice the damage, over twice the distance
     assert 3 * floor < noise[0] < noise[1] / 2 < noise[2] / 4
     assert 3 * floor < blur[0] < blur[1] / 2 < blur[2] / 4
-    domains = [_frechet(judge(renders[d][0]), real["faces"]) for d in ("sunglasses", "cats")]
+    domains = [frechet_distance(judge(renders[d][0]), real["faces"]) for d in ("sunglasses", "cats")]
     assert 3 * floor < domains[0] < domains[1]
 
 

@@ -5,26 +5,27 @@ from __future__ import annotations
 import pytest
 import torch
 
-from unidad_pl.data import FewShotDataModule, cartoons
-from unidad_pl.denoiser import to_uint8
+from unidad_pl.cartoons import world
 from unidad_pl.cartoons.shots import choose_shots
+from unidad_pl.data import FewShotDataModule
+from unidad_pl.denoiser import to_uint8
 
 
-@pytest.mark.parametrize("domain", cartoons.DOMAINS)
+@pytest.mark.parametrize("domain", world.DOMAINS)
 @pytest.mark.parametrize("seed", [0, 5])
 def test_ten_shots_show_the_whole_domain(domain: str, seed: int) -> None:
     chosen = choose_shots(domain, 10, seed)
     assert len(set(chosen)) == 10
     assert chosen[0] == (seed + 1) * 1_000_000
-    labels, everyone = cartoons.factors(chosen, domain), cartoons.factors(range(5000), domain)
-    seen = cartoons.visible(labels)
-    for name, values in cartoons.CATEGORIES.items():
+    labels, everyone = world.factors(chosen, domain), world.factors(range(5000), domain)
+    seen = world.visible(labels)
+    for name, values in world.CATEGORIES.items():
         if seen[name].all():
             share = torch.bincount(labels[name], minlength=len(values)) / 10
             truth = torch.bincount(everyone[name], minlength=len(values)) / 5000
             # No ten images can match better than a tenth for each value; ten at random are .25 off on average.
             assert (share - truth).abs().max() <= 0.2, name
-    for name in cartoons.RANGES:
+    for name in world.RANGES:
         if seen[name].all():
             off = (labels[name].mean() - everyone[name].mean()).abs() / everyone[name].std()
             assert off < 0.25, name  # of ten at random it is .25 on average
@@ -33,8 +34,8 @@ def test_ten_shots_show_the_whole_domain(domain: str, seed: int) -> None:
 def test_shots_of_a_seed_are_a_prefix_of_more_and_reach_the_data_module() -> None:
     assert choose_shots("cats", 4, 3) == choose_shots("cats", 10, 3)[:4]
     assert set(choose_shots("cats", 10, 3)).isdisjoint(choose_shots("cats", 10, 4))
-    data = FewShotDataModule(domain="cats", shots=4, seed=3, resolution=16)
-    assert torch.equal(to_uint8(data.shots), to_uint8(cartoons.render(choose_shots("cats", 4, 3), "cats", 16)))
+    data = FewShotDataModule("builtin:cats", shots=4, seed=3, resolution=16)
+    assert torch.equal(to_uint8(data.shots), to_uint8(world.render(choose_shots("cats", 4, 3), "cats", 16)))
     assert data.shot_names == [f"cats[{i}]" for i in choose_shots("cats", 4, 3)]
 
 

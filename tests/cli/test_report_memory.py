@@ -16,18 +16,17 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
 from tests.tiny_sd import WIDTH, save_unet
-from tests.worlds import Stream, fit, random_images, tiny_unet
+from tests.worlds import Stream, fit, groups, random_images, tiny_unet
+from unidad_pl import Diffusion, MemoryOptions, OptimizerOptions, UniDAD
 from unidad_pl.backbones import ADMSource, LoRA, NewUNet, StableDiffusion
 from unidad_pl.cli.main import main
+from unidad_pl.cli.report_memory import predict_memory, report_memory
 from unidad_pl.data.batch import Batch
 from unidad_pl.denoiser import Codec
-from unidad_pl.cli.report_memory import predict_memory, report_memory
-from unidad_pl.modules import Critic, Diffusion, Memory, Optimization, UniDAD
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SOURCE = dict(resolution=32, channels=(32, 64), attention_levels=(1,), layers=1, head_channels=16, patch_size=1)
 FLAT = SOURCE | dict(channels=(64,), attention_levels=())  # storage-less operations are slow: fewer, with more bytes
-NONE = Critic(student_weight=0.0, critic_weight=0.0)
 
 
 class Watch(pl.Callback):
@@ -65,7 +64,7 @@ class Text(StableDiffusion):
         return Latents()
 
 
-def told(batch: Batch) -> Batch:
+def prompted(batch: Batch) -> Batch:
     return dataclasses.replace(batch, prompts=["a prt dog"] * len(batch.images))
 
 
@@ -73,9 +72,9 @@ def measured(module: Any, batch: int, precision: Any) -> int:
     watch = Watch()
     data = Stream(random_images(batch, 32), batch_size=batch)
     if isinstance(module.source, Text):
-        untold = data.train_dataloader
+        plain = data.train_dataloader
         data.train_dataloader = lambda: DataLoader(  # type: ignore[method-assign]
-            untold().dataset, batch_size=None, collate_fn=told
+            plain().dataset, batch_size=None, collate_fn=prompted
         )
     trainer = fit(module, 2, data, precision=precision, callbacks=[watch])
     states = sum(
@@ -90,21 +89,23 @@ def measured(module: Any, batch: int, precision: Any) -> int:
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": dict(source=SOURCE),
-    "both": dict(memory=Memory(checkpointing="both")),
-    "one step, no target teacher": dict(steps=1, target_weight=0.0),
-    "half teachers": dict(memory=Memory("steps", "bfloat16"), target_weight=0.0),
-    "average, parts": dict(ema_decay=0.9, accumulate=2),
-    "the target teacher first": dict(adapt_first=1, target_update="every"),
-    "mixed, both": dict(precision="bf16-mixed", memory=Memory(checkpointing="both")),
+    "both": dict(memory=MemoryOptions(checkpointing="both")),
+    "one step, no target teacher": dict(student__num_steps=1, target_teacher=None),
+    "half teachers": dict(memory=MemoryOptions("steps", "bfloat16"), target_teacher=None),
+    "average, parts": dict(training__ema_decay=0.9, training__accumulate=2),
+    "the target teacher first": dict(
+        target_teacher__adaptation__pretrain=1, target_teacher__adaptation__update="every"
+    ),
+    "mixed, both": dict(precision="bf16-mixed", memory=MemoryOptions(checkpointing="both")),
 }
 
 
 @pytest.mark.parametrize("case", list(CASES))
 def test_prediction_and_measurement_differ_by_less_than_15_percent(case: str) -> None:
-    options = dict(student_every=1, target_weight=0.5, steps=2) | CASES[case]
+    options = dict(student__update_every=1, target_teacher__weight=0.5, student__num_steps=2) | CASES[case]
     precision = options.pop("precision", "32-true")
     source = options.pop("source", FLAT)
-    make = lambda: UniDAD(NewUNet(**source), **options)  # type: ignore[arg-type]  # noqa: E731
+    make = lambda: UniDAD(NewUNet(**source), **groups(**options))  # type: ignore[arg-type]  # noqa: E731
     seen = measured(make(), 2, precision)
     report = predict_memory(make(), 2, precision)
     assert report.peak == pytest.approx(seen, rel=0.15)
@@ -115,9 +116,10 @@ def test_adapters_as_predicted_and_less_than_45_percent_of_full(tmp_path: Path) 
     folder = str(save_unet(tmp_path, channels=(32, 64), size=32))
 
     def make(lora: LoRA | None) -> UniDAD:
-        memory = Memory(checkpointing="both")
-        return UniDAD(Text(folder, lora=lora), student_every=1, target_weight=0.5, steps=1, guidance_scale=2.0,
-                      noise_table="model", weighting="eps", memory=memory)  # fmt: skip
+        memory = MemoryOptions(checkpointing="both")
+        return UniDAD(Text(folder, lora=lora), **groups(student__update_every=1, target_teacher__weight=0.5,
+                      student__num_steps=1, matching__guidance_scale=2.0, matching__noise_table="model",
+                      denoising__weighting="eps", memory=memory))  # fmt: skip
 
     seen = measured(make(LoRA(rank=4)), 1, "32-true")
     report = predict_memory(make(LoRA(rank=4)), 1)
@@ -128,17 +130,24 @@ def test_adapters_as_predicted_and_less_than_45_percent_of_full(tmp_path: Path) 
 
 def test_every_option_is_seen() -> None:
     def peak(batch: int = 4, precision: str = "32-true", **options: Any) -> int:
-        settings = dict(student_every=1, target_weight=0.0, ema_decay=0.5, steps=2, critic=NONE) | options
+        settings = (
+            dict(student__update_every=1, target_teacher=None, training__ema_decay=0.5, student__num_steps=2, gan=None)
+            | options
+        )
         source = tiny_unet(channels=(16,), attention_levels=())
-        return predict_memory(UniDAD(source, **settings), batch, precision).peak  # type: ignore[arg-type]
+        return predict_memory(UniDAD(source, **groups(**settings)), batch, precision).peak  # type: ignore[arg-type]
 
     plain = peak()
-    assert peak(8) > plain > peak(memory=Memory("steps")) > peak(memory=Memory("both"))
+    assert peak(8) > plain > peak(memory=MemoryOptions("steps")) > peak(memory=MemoryOptions("both"))
     assert peak(precision="64-true") > 1.8 * plain
-    for memory in (Memory(teacher_dtype="bfloat16"), Memory(teacher_device="cpu"), Memory(ema_device="cpu")):
+    for memory in (
+        MemoryOptions(teacher_dtype="bfloat16"),
+        MemoryOptions(teacher_device="cpu"),
+        MemoryOptions(ema_device="cpu"),
+    ):
         assert peak(memory=memory) < plain
-    small = Optimization(optimizer="bitsandbytes.optim.AdamW8bit")
-    assert peak(fake_optimization=small) < plain
+    small = OptimizerOptions(algorithm="bitsandbytes.optim.AdamW8bit")
+    assert peak(fake_score__optimizer=small) < plain
     report = predict_memory(Diffusion(tiny_unet(channels=(16,), attention_levels=())), 2)
     assert set(report.weights) == {"denoiser"}
     assert report.peak >= sum(report.weights.values()) + report.optimizers + report.gradients
@@ -153,7 +162,7 @@ def test_the_ffhq_model_needs_no_weights() -> None:
 
 
 def test_the_command_merges_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    less = {"steps": 1, "target_weight": 0.0, "adapt_first": 0, "critic": {"student_weight": 0.0, "critic_weight": 0.0}}
+    less = {"student": {"num_steps": 1}, "target_teacher": None, "gan": None}
     (tmp_path / "less.yaml").write_text(yaml.safe_dump({"model": {"init_args": less}}))
     main(["report", "memory", "--config", str(CONFIGS / "quickstart.yaml"), "--config", str(tmp_path / "less.yaml"),
           "--precision", "bf16-mixed"])  # fmt: skip

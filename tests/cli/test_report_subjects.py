@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from unidad_pl.cli.main import main
-from unidad_pl.data.prompts import read_dreambooth
 from unidad_pl.cli.report_subjects import report_subjects
+from unidad_pl.data.prompts import read_dreambooth
 
-SCRIPT = Path(__file__).resolve().parents[1] / "configs" / "sdp_dreambooth.sbatch"
+SCRIPT = Path(__file__).resolve().parents[2] / "configs" / "sdp_dreambooth.sbatch"
 LIST = "\ufeffsubject_name,class\ncan,can\ncat2, cat\n\nduck_toy,toy\n\nPrompts, and more\n\n" + 2 * (
     "prompt_list = [\n'a red {0} {1}'.format(unique_token, class_token)\n]\n"
 )

@@ -11,10 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from unidad_pl.data import FewShotDataModule
-from unidad_pl.denoiser import to_float, to_uint8
-from unidad_pl.data.few_shot import ShotStream
+from tests.worlds import groups
+from unidad_pl.data import Augmentation, Evaluation, FewShotDataModule, Reference
+from unidad_pl.data.image_sets import open_images
 from unidad_pl.data.images import load_image
+from unidad_pl.data.stream import ShotStream
+from unidad_pl.denoiser import to_float, to_uint8
 
 
 def picture(path: Path, size: tuple[int, int] = (40, 30), colour: tuple[int, int, int] = (200, 50, 10)) -> Path:
@@ -104,55 +106,52 @@ def test_missing_empty_and_small_folders_are_named(tmp_path: Path, folder: Path)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "exactly one of root and domain"),
-        ({"root": "a", "domain": "cats"}, "exactly one of root and domain"),
-        ({"domain": "dogs"}, r"'dogs'.*faces, sunglasses, cats"),
-        ({"domain": "cats", "shots": None}, "endless"),
-        ({"domain": "cats", "shots": 0}, "shots must be at least 1"),
-        ({"domain": "cats", "batch_size": 0}, "batch_size"),
+        ({"root": "builtin:dogs"}, r"'dogs'.*faces, sunglasses, cats"),
+        ({"shots": None}, "endless"),
+        ({"shots": 0}, "shots must be at least 1"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"evaluation__val_samples": 0}, "val_samples"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        FewShotDataModule(**options)
+        FewShotDataModule(**groups(**({"root": "builtin:cats"} | options)))
 
 
 def test_cartoon_shots_are_not_in_the_reference_set() -> None:
-    data = FewShotDataModule(domain="cats", shots=10, reference_size=50)
+    data = FewShotDataModule("builtin:cats", reference=Reference("builtin:cats:50"))
     assert data.reference.shape == (50, 3, 32, 32)
     gap = (to_uint8(data.shots)[:, None].int() - data.reference[None].int()).abs().flatten(2).max(-1).values
     assert gap.min() > 0
 
 
 def first_batch(**options: Any) -> torch.Tensor:
-    settings: dict[str, Any] = dict(domain="faces", shots=10, batch_size=10)
-    return next(iter(FewShotDataModule(**(settings | options)).train_dataloader())).images
+    settings: dict[str, Any] = dict(root="builtin:faces", shots=10, batch_size=10)
+    return next(iter(FewShotDataModule(**groups(**(settings | options))).train_dataloader())).images
 
 
 def test_every_argument_acts(folder: Path) -> None:
     base = first_batch()
-    changes: dict[str, dict[str, Any]] = {
-        "domain": dict(domain="cats"), "shots": dict(shots=5), "resolution": dict(resolution=16),
-        "batch_size": dict(batch_size=4), "flip": dict(flip=False), "seed": dict(seed=1), "shift": dict(shift=1),
-        "root": dict(domain=None, root=str(folder), shots=5),
-    }  # fmt: skip
-    for options in changes.values():
-        other = first_batch(**options)
-        assert other.shape != base.shape or not torch.equal(other, base), options
-    data = FewShotDataModule(
-        domain="faces", reference=str(folder), val_samples=7, test_samples=8, predict_samples=9, eval_batch_size=4,
-        first_seed=100,
+    changes: dict[str, Any] = dict(
+        root="builtin:cats", shots=5, resolution=16, batch_size=4, augmentation__flip=False, seed=1,
+        augmentation__shift=1,
     )  # fmt: skip
+    for name, value in changes.items():
+        other = first_batch(**{name: value})
+        assert other.shape != base.shape or not torch.equal(other, base), name
+    assert first_batch(root=str(folder), shots=5).shape == base.shape
+    evaluation = Evaluation(val_samples=7, test_samples=8, predict_samples=9, batch_size=4, first_seed=100)
+    data = FewShotDataModule("builtin:faces", reference=Reference(str(folder)), evaluation=evaluation)
     assert len(data.reference) == 6
-    assert len(FewShotDataModule(domain="faces", reference_size=3).reference) == 3
+    assert len(FewShotDataModule("builtin:faces").reference) == 1000
+    assert torch.equal(open_images("builtin:faces:3").load(32), FewShotDataModule("builtin:faces").reference[:3])
+    with pytest.raises(ValueError, match="whole number above 0, got '-3'"):
+        open_images("builtin:faces:-3")
     loaders = {"val": data.val_dataloader(), "test": data.test_dataloader(), "predict": data.predict_dataloader()}
     seeds = {k: torch.cat([b["seeds"] for b in loader]).tolist() for k, loader in loaders.items()}
     assert seeds == {k: list(range(100, 100 + n)) for k, n in (("val", 7), ("test", 8), ("predict", 9))}
     assert [len(b["seeds"]) for b in loaders["predict"]] == [4, 4, 1]
-    tested = set(changes) | {
-        "reference", "reference_size", "val_samples", "test_samples", "predict_samples", "eval_batch_size",
-        "first_seed", "labels", "exclude_shots",  # the last two: test_image_sets.py
-    }  # fmt: skip
+    tested = {name.split("__")[0] for name in changes} | {"reference", "evaluation", "labels"}  # test_image_sets.py
     assert tested == set(inspect.signature(FewShotDataModule.__init__).parameters) - {"self"}
 
 
@@ -211,5 +210,5 @@ def test_shifts_move_whole_pixels_and_repeat_the_edge() -> None:
                     found[position] = (down, right)
     assert len(found) == 200  # each is one of the 25 windows of the edge-padded image
     assert set(found.values()) == {(down, right) for down in range(-2, 3) for right in range(-2, 3)}
-    with pytest.raises(ValueError, match="shift must be at least 0 and below the resolution of 32 pixels, got 32"):
-        FewShotDataModule(domain="faces", shift=32)
+    with pytest.raises(ValueError, match="shift must be below the resolution of 32 pixels, got 32"):
+        FewShotDataModule("builtin:faces", augmentation=Augmentation(shift=32))

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from unidad_pl.callbacks import SampleGrid
-from unidad_pl.data import FewShotDataModule
+from unidad_pl.data import Augmentation, FewShotDataModule, Reference
 from unidad_pl.data.image_sets import open_images
 from unidad_pl.data.images import load_image
 
@@ -101,7 +101,8 @@ def test_all_places_hold_the_same_pictures(folder: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("make", [write_lmdb, saved_dataset])
 def test_labels_travel_with_their_images(make: Any, tmp_path: Path) -> None:
     place = make(tmp_path / "place")
-    data = FewShotDataModule(root=str(place), shots=4, resolution=SIZE, batch_size=4, labels=True, flip=False)
+    data = FewShotDataModule(root=str(place), shots=4, resolution=SIZE, batch_size=4, labels=True,
+                             augmentation=Augmentation(flip=False))  # fmt: skip
     batch = next(iter(data.train_dataloader()))
     kinds = {PIXELS[i].numpy().tobytes(): i % 3 for i in range(6)}
     seen = ((batch.images + 1) * 127.5).round().byte()
@@ -112,8 +113,8 @@ def test_labels_travel_with_their_images(make: Any, tmp_path: Path) -> None:
 def test_labels_that_are_not_there_are_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="without class labels"):
         FewShotDataModule(root=str(folder), shots=4, resolution=SIZE, labels=True).setup()
-    with pytest.raises(ValueError, match="cartoon domain has none"):
-        FewShotDataModule(domain="cats", labels=True)
+    with pytest.raises(ValueError, match="without class labels"):
+        FewShotDataModule("builtin:cats", labels=True).setup()
 
 
 def test_shots_are_left_out_of_the_reference_by_content(folder: Path, tmp_path: Path) -> None:
@@ -121,14 +122,14 @@ def test_shots_are_left_out_of_the_reference_by_content(folder: Path, tmp_path: 
     shots.mkdir()
     for i in range(2):
         Image.fromarray(picture(i)).save(shots / f"renamed{i}.bmp")
-    options: dict[str, Any] = dict(root=str(shots), shots=2, resolution=SIZE, reference=str(folder))
-    data = FewShotDataModule(**options)
+    options: dict[str, Any] = dict(root=str(shots), shots=2, resolution=SIZE)
+    data = FewShotDataModule(**options, reference=Reference(str(folder)))
     assert by_value(data.reference) == by_value(PIXELS[2:])
     assert data.excluded == 2
-    assert len(FewShotDataModule(**options, exclude_shots=False).reference) == 6
-    assert len(FewShotDataModule(root=str(folder), shots=4, resolution=SIZE, exclude_shots=False).reference) == 6
+    assert len(FewShotDataModule(**options, reference=Reference(str(folder), exclude_shots=False)).reference) == 6
+    assert len(FewShotDataModule(str(folder), 4, SIZE, reference=Reference(exclude_shots=False)).reference) == 6
     for place, error in ((str(shots), "nothing but the shots"), (str(tmp_path / "none"), "none' does not exist")):
-        data = FewShotDataModule(**options | {"reference": place})
+        data = FewShotDataModule(**options, reference=Reference(place))
         assert len(data.shots) == 2  # a run without metrics needs no reference
         with pytest.raises((ValueError, FileNotFoundError), match=error):
             data.reference  # noqa: B018

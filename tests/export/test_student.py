@@ -17,13 +17,14 @@ from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 from torch import Tensor
 
-from tests.worlds import Stream, fit, random_images
+from tests.worlds import Stream, fit, groups, nested, random_images
+from unidad_pl import UniDAD
 from unidad_pl.backbones import PretrainedUNet
 from unidad_pl.cli.main import main
-from unidad_pl.export.student import export, load_export
-from unidad_pl.modules import UniDAD
-from unidad_pl.runs.student import load_student
 from unidad_pl.cli.sample import sample
+from unidad_pl.export import export_student as export
+from unidad_pl.export import load_export
+from unidad_pl.runs.student import load_student
 
 ALONE = """
 import json, sys
@@ -87,12 +88,14 @@ def train(folder: Path, kind: str = "ddpm", **options: Any) -> Path:
     else:
         like_google_ddpm(folder / "m", **SOURCES[kind])
     setting = {"lr": 1.0e-3, "warmup": 0}
-    options = {"source": source, "student_every": 1, "student_optimization": setting, "ema_decay": 0.5} | options
+    options = nested(
+        **(dict(source=source, student__update_every=1, student__optimizer=setting, training__ema_decay=0.5) | options)
+    )
     config = {"seed_everything": 0, "model": {"class_path": "unidad_pl.modules.UniDAD", "init_args": options},
               "data": {"class_path": "x", "init_args": {"root": "photos/dogs", "shots": 10}}}  # fmt: skip
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    from unidad_pl.runs.student import load_module
+    from unidad_pl.runs.config import load_module
 
     trainer = fit(load_module(folder / "config.yaml"), 2, Stream(random_images(4, 16)))
     trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
@@ -132,7 +135,7 @@ def test_a_process_without_unidad_pl_draws_the_same_images(kind: str, drawn_alon
     for images, (seeds, steps, _) in zip(made, KINDS[kind], strict=True):
         for model, batch in ((here / "out", 2), (here / "run" / "checkpoints" / "last.ckpt", 5)):
             folder = tmp_path / f"{model.name}{steps}{len(seeds)}"
-            sample(str(model), len(seeds), str(folder), seed=seeds[0], steps=steps, batch_size=batch)
+            sample(str(model), len(seeds), str(folder), seed=seeds[0], num_steps=steps, batch_size=batch)
             assert (images * 255 - pixels(folder, seeds)).abs().max() <= 1.0
     torch.testing.assert_close(made[0][1:2], made[-1], rtol=0, atol=1e-4)  # image 4 is the same in any batch
 
@@ -155,11 +158,11 @@ def test_an_exported_student_starts_another_run(tmp_path: Path) -> None:
     x, sigma = torch.randn(2, 3, 16, 16), torch.tensor([80.0, 0.5])
     torch.testing.assert_close(again(x, sigma), student(x, sigma), rtol=0, atol=0)
     source = PretrainedUNet(str(tmp_path / "out"))
-    fit(UniDAD(source, student_source=source), 1, Stream(random_images(4, 16)))
+    fit(UniDAD(source, **groups(student__init_from=source)), 1, Stream(random_images(4, 16)))
 
 
 def test_the_model_card_has_what_a_reader_needs(tmp_path: Path) -> None:
-    checkpoint = train(tmp_path / "run", steps=2)
+    checkpoint = train(tmp_path / "run", student__num_steps=2)
     record = {
         "metric": "FID",
         "values": {"fid": 12.5},
@@ -172,7 +175,7 @@ def test_the_model_card_has_what_a_reader_needs(tmp_path: Path) -> None:
     main(["export", "--ckpt_path", str(checkpoint), "--out", str(tmp_path / "out")])
     card = (tmp_path / "out" / "README.md").read_text()
     for text in ("license:", "# dogs", "2-step", "| fid | 12.5 | test | 2 | 7 | inception |", "iteration 2, ema",
-                 "seed: 0", f"torch {torch.__version__.split('+')[0]}", "student_every: 1", "80, 0.5"):  # fmt: skip
+                 "seed: 0", f"torch {torch.__version__.split('+')[0]}", "update_every: 1", "80, 0.5"):  # fmt: skip
         assert text in card, text
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "diffusers"
 
@@ -187,11 +190,11 @@ def test_sampling_resumes_and_never_mixes(tmp_path: Path, capsys: pytest.Capture
     assert (out / "000002.png").stat().st_mtime_ns == first
     assert sorted(p.name for p in out.glob("0*.png")) == [f"{i:06d}.png" for i in range(5)]
     assert Image.open(out / "grid.png").size == (32, 32)
-    with pytest.raises(ValueError, match="steps 3 there, 2 now"):
-        sample(str(checkpoint), 3, str(out), steps=2)
+    with pytest.raises(ValueError, match="num_steps 3 there, 2 now"):
+        sample(str(checkpoint), 3, str(out), num_steps=2)
     with pytest.raises(ValueError, match="weights_sha256"):
         sample(str(checkpoint), 3, str(out), weights="raw")
-    sample(str(checkpoint), 1, str(tmp_path / "more"), steps=5, device="cpu")
+    sample(str(checkpoint), 1, str(tmp_path / "more"), num_steps=5, device="cpu")
     assert "trained for 3 steps; 5" in capsys.readouterr().err
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "000000.png").write_bytes(b"")
@@ -204,7 +207,7 @@ def test_sampling_resumes_and_never_mixes(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_class_labels_are_taken_in_turn(tmp_path: Path) -> None:
-    checkpoint = train(tmp_path / "run", "classes", classes=[0, 2])
+    checkpoint = train(tmp_path / "run", "classes", training__classes=[0, 2])
     main(["sample", "--model", str(checkpoint), "--num", "3", "--out", str(tmp_path / "own"), "--grid"])
     sample(str(checkpoint), 3, str(tmp_path / "same"), class_labels=[0, 2])
     sample(str(checkpoint), 3, str(tmp_path / "other"), class_labels=[1])
@@ -215,7 +218,7 @@ def test_class_labels_are_taken_in_turn(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_exported_is_refused_with_its_name(tmp_path: Path) -> None:
-    checkpoint = train(tmp_path / "run", ema_decay=0.0)
+    checkpoint = train(tmp_path / "run", training__ema_decay=0.0)
     out = str(tmp_path / "out")
     with pytest.raises(ValueError, match="no average of the weights"):
         export(str(checkpoint), out, "ema")

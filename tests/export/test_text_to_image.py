@@ -16,12 +16,14 @@ from PIL import Image
 from tests.tiny_sd import save_tiny
 from unidad_pl.backbones import StableDiffusion
 from unidad_pl.cli.main import main
-from unidad_pl.export.student import export, load_export, model_card
-from unidad_pl.training.optimization import content_hash
-from unidad_pl.runs.student import load_student
 from unidad_pl.cli.sample import sample
+from unidad_pl.export import export_student as export
+from unidad_pl.export import load_export
+from unidad_pl.export.card import model_card
+from unidad_pl.runs.student import load_student
+from unidad_pl.training.networks import content_hash
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NO_METRICS = CONFIGS / "trainer" / "no_metrics.yaml"
 PROMPT = "a prt dog"
 
@@ -40,11 +42,11 @@ def fit(place: Path, name: str, *options: str, config: str = "sdp_dreambooth.yam
     """Two iterations of the config on tiny files; the last checkpoint."""
     main([
         "fit", "--config", str(CONFIGS / config), "--config", str(NO_METRICS),
-        "--data.dreambooth", "null", "--data.class_word", "dog", "--model.source.init_args.path", str(place / "sd"),
-        "--data.root", str(place / "dog6"), "--data.resolution", "16", "--data.samples_per_prompt", "2",
+        "--data.prompts.dreambooth", "null", "--data.class_word", "dog", "--model.source.init_args.path", str(place / "sd"),
+        "--data.root", str(place / "dog6"), "--data.resolution", "16", "--data.evaluation.samples_per_prompt", "2",
         "--trainer.accelerator", "cpu", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2",
         "--trainer.logger.init_args.save_dir", str(place / name), "--trainer.enable_progress_bar", "false",
-        "--model.student_optimization.lr", "0.01", "--model.student_optimization.warmup", "0", *options,
+        "--model.student.optimizer.lr", "0.01", "--model.student.optimizer.warmup", "0", *options,
     ])  # fmt: skip
     (found,) = (place / name).rglob("last.ckpt")
     return found
@@ -56,7 +58,7 @@ def as_float(picture: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 def test_plain_diffusers_draws_what_sample_draws(place: Path, steps: int) -> None:
-    checkpoint = fit(place, f"k{steps}", "--model.steps", str(steps), "--model.ema_decay", "0.9")
+    checkpoint = fit(place, f"k{steps}", "--model.student.num_steps", str(steps), "--model.ema_decay", "0.9")
     out = export(str(checkpoint), str(place / f"export{steps}"))
     student = load_student(checkpoint)
     assert content_hash(student.network) == content_hash(load_export(out).network)
@@ -111,10 +113,10 @@ def test_fit_test_and_pictures_of_the_config(place: Path) -> None:
 
 def test_an_exported_student_starts_another_run(place: Path) -> None:
     out = export(str(fit(place, "first")), str(place / "start"))
-    where = "--model.student_source"
+    where = "--model.student.init_from"
     again = fit(
         place, "second", where, "unidad_pl.backbones.StableDiffusion", f"{where}.init_args.path", str(out),
-        "--model.student_optimization.lr", "1e-12",
+        "--model.student.optimizer.lr", "1e-12",
     )  # fmt: skip
     first, second = load_export(out).network.state_dict(), load_student(again).network.state_dict()
     for name, weight in first.items():
@@ -123,7 +125,7 @@ def test_an_exported_student_starts_another_run(place: Path) -> None:
 
 def test_steps_between_the_timesteps_are_kept_but_not_exported(place: Path) -> None:
     spacing = ("--model.source.init_args.spacing", "log_linear")
-    checkpoint = fit(place, "loglin", "--model.steps", "2", "--model.sigma_max", "14.6146", *spacing)
+    checkpoint = fit(place, "loglin", "--model.student.num_steps", "2", "--model.student.sigma_max", "14.6146", *spacing)
     assert load_student(checkpoint).sampler.sigmas == pytest.approx([14.6146, 0.5], rel=0.01)
     with pytest.raises(ValueError, match="evenly spaced timesteps only"):
         export(str(checkpoint), str(place / "no"))
@@ -157,7 +159,7 @@ def test_a_config_without_its_files_says_which_go_where(
     assert path in (CONFIGS / config).read_text().split("unidad fit")[0]
     with pytest.raises(FileNotFoundError, match=rf"'{path}'.*--model.source.init_args.path.*hf download"):
         main(["fit", "--config", str(CONFIGS / config), "--config", str(NO_METRICS), "--trainer.accelerator", "cpu",
-              "--data.root", "dog6", "--data.dreambooth", "null", "--data.class_word", "dog"])  # fmt: skip
+              "--data.root", "dog6", "--data.prompts.dreambooth", "null", "--data.class_word", "dog"])  # fmt: skip
 
 
 def test_the_configs_of_adapters_train_and_export_them(place: Path) -> None:

@@ -9,65 +9,61 @@ from typing import Any
 import pytest
 import torch
 
-from tests.worlds import Gaussian, Stream, fit, random_images, tiny_unet, weights_sha
+from tests.worlds import Gaussian, Stream, fit, groups, random_images, tiny_unet, weights_sha
+from unidad_pl import Diffusion, ExportOptions, LogNormal, OptimizerOptions, SamplingOptions
 from unidad_pl.backbones import PretrainedUNet
-from unidad_pl.modules import Diffusion, Optimization
 
-FAST = Optimization(lr=1e-3, warmup=0)
+FAST = OptimizerOptions(lr=1e-3, warmup=0)
 
 
 def train_sha(**options: Any) -> str:
-    settings: dict[str, Any] = dict(source=tiny_unet(), optimization=FAST, ema_decay=0.5)
-    module = Diffusion(**(settings | options))
+    settings: dict[str, Any] = dict(source=tiny_unet(), optimizer=FAST, training__ema_decay=0.5)
+    module = Diffusion(**groups(**(settings | options)))
     fit(module, 3)
     return weights_sha(module)
 
 
-CHANGES: dict[str, dict[str, Any]] = {
-    "source": dict(source=tiny_unet(layers=2)),
-    "optimization": dict(optimization=Optimization(lr=2e-3, warmup=0)),
-    "weighting": dict(weighting="eps"),
-    "sigma_data": dict(sigma_data=1.0),
-    "noise": dict(noise="lognormal"),
-    "ema_decay": dict(ema_decay=0.1),
-    "seed": dict(seed=1),
-    "accumulate": dict(accumulate=2),
+CHANGES: dict[str, Any] = {
+    "source": tiny_unet(layers=2),
+    "optimizer": OptimizerOptions(lr=2e-3, warmup=0),
+    "denoising__weighting": "eps",
+    "denoising__sigma_data": 1.0,
+    "lognormal": LogNormal(),
+    "training__ema_decay": 0.1,
+    "training__seed": 1,
+    "training__accumulate": 2,
 }
-LOGNORMAL = {"lognormal_mean": dict(lognormal_mean=0.0), "lognormal_std": dict(lognormal_std=0.5)}
+ELSEWHERE = {"sampling", "export", "memory"}  # and training.classes and max_skipped
 
 
 def test_every_training_argument_changes_the_weights() -> None:
-    plain, lognormal = train_sha(), train_sha(noise="lognormal")
-    assert all(train_sha(**options) != plain for options in CHANGES.values())
-    assert all(train_sha(noise="lognormal", **options) != lognormal for options in LOGNORMAL.values())
+    plain = train_sha()
+    assert all(train_sha(**{name: value}) != plain for name, value in CHANGES.items())
+    assert len({train_sha(lognormal=noise) for noise in (LogNormal(), LogNormal(mean=0.0), LogNormal(std=0.5))}) == 3
     conditional = tiny_unet(attention_levels=(), num_classes=2)
-    assert train_sha(source=conditional, classes=[0]) != train_sha(source=conditional)
-    tested = (
-        set(CHANGES)
-        | set(LOGNORMAL)
-        | {"classes", "memory", "sampler", "steps", "max_skipped", "export_to", "export_half"}
-    )
+    assert train_sha(source=conditional, training__classes=[0]) != train_sha(source=conditional)
+    tested = {name.split("__")[0] for name in CHANGES} | ELSEWHERE
     assert tested == set(inspect.signature(Diffusion.__init__).parameters) - {"self"}
 
 
 def test_every_sampling_argument_changes_the_samples() -> None:
-    base = Diffusion(tiny_unet(), steps=4).sample([3])
-    for options in ({"steps": 5}, {"sampler": "ddim"}, {"sampler": "few_step"}):
-        assert not torch.equal(Diffusion(tiny_unet(), **({"steps": 4} | options)).sample([3]), base)
+    base = Diffusion(tiny_unet(), sampling=SamplingOptions(num_steps=4)).sample([3])
+    for options in (SamplingOptions(num_steps=5), SamplingOptions("ddim", 4), SamplingOptions("few_step", 4)):
+        assert not torch.equal(Diffusion(tiny_unet(), sampling=options).sample([3]), base)
 
 
 def test_it_learns_the_mean_of_the_data() -> None:
     """Images of value v everywhere: the exact denoiser's mean must become v."""
     images = torch.full((4, 1, 8, 8), 204, dtype=torch.uint8)  # 0.6 in [-1, 1]
-    setting = Optimization(lr=0.05, warmup=0, weight_decay=0.0, decay_to=0.02)
-    module = Diffusion(Gaussian(-1.0), optimization=setting)
+    setting = OptimizerOptions(lr=0.05, warmup=0, decay_to=0.02, arguments={"weight_decay": 0.0})
+    module = Diffusion(Gaussian(-1.0), **groups(optimizer=setting))
     fit(module, 150, Stream(images))
     assert float(module.denoiser.mu) == pytest.approx(0.6, abs=0.02)
 
 
 @pytest.mark.parametrize(("sampler", "steps"), [("heun", 40), ("ddim", 150)])  # DDIM is of first order only
 def test_samplers_draw_from_an_exact_gaussian(sampler: Any, steps: int) -> None:
-    module = Diffusion(Gaussian(0.2), sampler=sampler, steps=steps)
+    module = Diffusion(Gaussian(0.2), sampling=SamplingOptions(sampler, steps))
     module.configure_model()
     raw = module.generate(module.denoiser, torch.arange(256), None)
     assert float(raw.mean()) == pytest.approx(0.2, abs=0.05)
@@ -76,7 +72,7 @@ def test_samplers_draw_from_an_exact_gaussian(sampler: Any, steps: int) -> None:
 
 def test_the_schedule_can_be_extended_before_its_decay_begins() -> None:
     """A run planned for 40 steps and one planned for 80 are the same until the decay of the shorter one begins."""
-    setting = Optimization(lr=1e-3, warmup=5, decay_to=0.1, decay_from=0.5)
+    setting = OptimizerOptions(lr=1e-3, warmup=5, decay_to=0.1, decay_from=0.5)
     rates = [[setting.factor(step, total) for step in range(20)] for total in (40, 80)]
     assert rates[0] == rates[1]
     assert setting.factor(0, 40) == pytest.approx(1 / 5)
@@ -85,22 +81,23 @@ def test_the_schedule_can_be_extended_before_its_decay_begins() -> None:
 
 
 def test_every_optimisation_setting_acts() -> None:
-    plain = train_sha(optimization=Optimization(lr=1e-3, warmup=0))
+    plain = train_sha(optimizer=OptimizerOptions(lr=1e-3, warmup=0))
     for changed in (
-        Optimization(lr=1e-3, warmup=5), Optimization(lr=1e-3, warmup=0, betas=(0.5, 0.9)),
-        Optimization(lr=1e-3, warmup=0, weight_decay=0.5), Optimization(lr=1e-3, warmup=0, decay_to=0.1),
-        Optimization(lr=1e-3, warmup=0, clip=1e-3), Optimization(lr=1e-3, warmup=0, optimizer="torch.optim.NAdam"),
-        Optimization(lr=1e-3, warmup=0, options={"amsgrad": True}),
-        Optimization(lr=1e-3, warmup=0, decay_to=0.1, decay_from=0.9),
+        OptimizerOptions(lr=1e-3, warmup=5), OptimizerOptions(lr=1e-3, warmup=0, arguments={"betas": (0.5, 0.9)}),
+        OptimizerOptions(lr=1e-3, warmup=0, arguments={"weight_decay": 0.5}),
+        OptimizerOptions(lr=1e-3, warmup=0, decay_to=0.1), OptimizerOptions(lr=1e-3, warmup=0, clip=1e-3),
+        OptimizerOptions(lr=1e-3, warmup=0, algorithm="torch.optim.SGD", arguments={"momentum": 0.9}),
+        OptimizerOptions(lr=1e-3, warmup=0, arguments={"amsgrad": True}),
+        OptimizerOptions(lr=1e-3, warmup=0, decay_to=0.1, decay_from=0.9),
     ):  # fmt: skip
-        assert train_sha(optimization=changed) != plain or changed.decay_from, changed
-    late = Optimization(lr=1e-3, warmup=0, decay_to=0.1, decay_from=0.9)
-    early = Optimization(lr=1e-3, warmup=0, decay_to=0.1)
-    assert train_sha(optimization=late) != train_sha(optimization=early)
+        assert train_sha(optimizer=changed) != plain or changed.decay_from, changed
+    late = OptimizerOptions(lr=1e-3, warmup=0, decay_to=0.1, decay_from=0.9)
+    early = OptimizerOptions(lr=1e-3, warmup=0, decay_to=0.1)
+    assert train_sha(optimizer=late) != train_sha(optimizer=early)
 
 
 def test_fine_tuning_changes_only_what_it_should() -> None:
-    module = Diffusion(tiny_unet(), optimization=Optimization(lr=0.0, weight_decay=0.0))
+    module = Diffusion(tiny_unet(), **groups(optimizer=OptimizerOptions(lr=0.0, arguments={"weight_decay": 0.0})))
     module.configure_model()
     before = weights_sha(module.denoiser)
     fit(module, 2, Stream(random_images()))
@@ -108,11 +105,13 @@ def test_fine_tuning_changes_only_what_it_should() -> None:
 
 
 def test_the_average_is_exported_in_the_form_sources_are_read(tmp_path: Path) -> None:
-    module = Diffusion(tiny_unet(), optimization=FAST, ema_decay=0.5, export_to=str(tmp_path / "full"))
+    module = Diffusion(
+        tiny_unet(), **groups(optimizer=FAST, training__ema_decay=0.5, export=ExportOptions(str(tmp_path / "full")))
+    )
     fit(module, 3)
     assert module.ema is not None
     assert weights_sha(PretrainedUNet(str(tmp_path / "full")).build()) == weights_sha(module.ema.module)
-    module.export_to, module.export_half = str(tmp_path / "half"), True
+    module.export = ExportOptions(str(tmp_path / "half"), half=True)
     module.on_fit_end()
     sizes = [(tmp_path / n / "diffusion_pytorch_model.safetensors").stat().st_size for n in ("full", "half")]
     assert sizes[1] < 0.6 * sizes[0]
@@ -120,8 +119,14 @@ def test_the_average_is_exported_in_the_form_sources_are_read(tmp_path: Path) ->
 
 def test_bad_optimisation_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="clip=-1"):
-        Optimization(clip=-1.0)
+        OptimizerOptions(clip=-1.0)
+    with pytest.raises(ValueError, match="numbers >= 0"):
+        OptimizerOptions(lr=float("inf"))
+    with pytest.raises(ValueError, match="numbers >= 0"):
+        OptimizerOptions(decay_to=float("nan"))
+    with pytest.raises(ValueError, match=r"torch\.optim\.SGD has no argument betas, only params, lr, momentum"):
+        OptimizerOptions(algorithm="torch.optim.SGD", arguments={"betas": (0.5, 0.9)}).build([], 1)
     with pytest.raises(ValueError, match="full class path"):
-        Optimization(optimizer="AdamW")
+        OptimizerOptions(algorithm="AdamW")
     with pytest.raises(ValueError, match="sampler must be one of heun, ddim, few_step"):
-        Diffusion(tiny_unet(), sampler="euler")  # type: ignore[arg-type]
+        Diffusion(tiny_unet(), sampling=SamplingOptions("euler"))  # type: ignore[arg-type]

@@ -11,19 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from unidad_pl import OptimizerOptions
 from unidad_pl.cartoons import world
+from unidad_pl.cartoons.features import CartoonFeatures, FactorNetwork
+from unidad_pl.cartoons.world import visible
 from unidad_pl.data.cartoon_labels import (
     TRAIN_START,
     VALIDATION_START,
     CartoonDataModule,
     LabelledBatch,
 )
-from unidad_pl.cartoons.world import visible
-from unidad_pl.cartoons.features import CartoonFeatures, FactorNetwork
 from unidad_pl.modules.factors import FactorTraining, gaussian_blur
-from unidad_pl.training.optimization import Optimization
 
-TINY = {"channels": (8, 8, 8), "features": 8, "optimization": Optimization(lr=1e-2, warmup=0)}
+TINY = {"channels": (8, 8, 8), "features": 8, "optimizer": OptimizerOptions(lr=1e-2, warmup=0)}
 DATA = {"pool_size": 24, "val_size": 8, "batch_size": 6, "eval_batch_size": 8}
 
 
@@ -67,8 +67,8 @@ def test_two_steps_export_a_network_that_loads(trained: tuple[FactorTraining, pl
     module, trainer, root = trained
     assert trainer.global_step == 2
     network = FactorNetwork.from_pretrained(root / "cartoon_features")
-    assert network.categories == {name: list(values) for name, values in cartoons.CATEGORIES.items()}
-    assert network.ranges == cartoons.RANGES | {"noise": (0.0, 0.15), "blur": (0.0, 0.7)}
+    assert network.categories == {name: list(values) for name, values in world.CATEGORIES.items()}
+    assert network.ranges == world.RANGES | {"noise": (0.0, 0.15), "blur": (0.0, 0.7)}
     for name, tensor in module.network.state_dict().items():
         assert torch.equal(network.state_dict()[name], tensor.half().float())
     assert CartoonFeatures(str(root / "cartoon_features"))(torch.zeros(1, 3, 32, 32)).shape == (1, 8)
@@ -86,7 +86,7 @@ def test_curve_and_logged_metrics(trained: tuple[FactorTraining, pl.Trainer, Pat
 
 
 def test_training_learns(tmp_path: Path) -> None:
-    module = _module(optimization=Optimization(lr=1e-2, warmup=0))
+    module = _module(optimizer=OptimizerOptions(lr=1e-2, warmup=0))
     _trainer(tmp_path, 30, val_check_interval=15).fit(module, _data())
     assert module.curve[1][1] < module.curve[0][1]
 
@@ -107,8 +107,8 @@ def test_same_seed_same_weights_and_resume_continues(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"optimization": Optimization(lr=1e-3, warmup=0)},
-        {"optimization": Optimization(lr=1e-2, warmup=0, clip=1e-6, options={"eps": 1.0})},
+        {"optimizer": OptimizerOptions(lr=1e-3, warmup=0)},
+        {"optimizer": OptimizerOptions(lr=1e-2, warmup=0, clip=1e-6, arguments={"eps": 1.0})},
         {"channels": (8, 8)},
         {"features": 6},
         {"value_weight": 1.0},
@@ -148,8 +148,8 @@ def test_hidden_factors_get_no_gradient() -> None:
         "sunglasses": ("eye_colour",),
     }.items():
         module.zero_grad()
-        labels = cartoons.factors(range(6), domain)
-        output = module.network(cartoons.render(range(6), domain))
+        labels = world.factors(range(6), domain)
+        output = module.network(world.render(range(6), domain))
         module.loss(output, labels | {"noise": torch.zeros(6), "blur": torch.zeros(6)}).backward()
         for name, head in module.network.heads.items():
             gradient = next(head.parameters()).grad
@@ -162,7 +162,7 @@ def test_hidden_factors_get_no_gradient() -> None:
 
 
 def test_damage_is_bounded_and_reported() -> None:
-    module, images = _module(jitter=0.0), cartoons.render(range(200), "faces")
+    module, images = _module(jitter=0.0), world.render(range(200), "faces")
     damaged, amounts = module.damaged(images, torch.Generator().manual_seed(0))
     assert damaged.abs().max() <= 1
     for name, largest in (("noise", 0.15), ("blur", 0.7)):
@@ -194,10 +194,10 @@ def _rows(data: CartoonDataModule, count: int = 2) -> list[LabelledBatch]:
 def test_labels_belong_to_the_images() -> None:
     data = _data()
     batch = _rows(data)[0]
-    pools = {d: cartoons.render(range(TRAIN_START, TRAIN_START + 24), d) for d in cartoons.DOMAINS}
-    truth = {d: cartoons.factors(range(TRAIN_START, TRAIN_START + 24), d) for d in cartoons.DOMAINS}
+    pools = {d: world.render(range(TRAIN_START, TRAIN_START + 24), d) for d in world.DOMAINS}
+    truth = {d: world.factors(range(TRAIN_START, TRAIN_START + 24), d) for d in world.DOMAINS}
     for row, image in enumerate(batch.images):
-        domain = cartoons.DOMAINS[int(batch.domain[row])]
+        domain = world.DOMAINS[int(batch.domain[row])]
         index = int((pools[domain] - image).abs().flatten(1).mean(1).argmin())
         assert (pools[domain][index] - image).abs().max() <= 1 / 255 + 1e-6
         assert all(truth[domain][name][index] == batch.labels[name][row] for name in truth[domain])
@@ -206,7 +206,7 @@ def test_labels_belong_to_the_images() -> None:
 def test_validation_batches_are_held_out_and_of_one_domain() -> None:
     batches = list(_data().val_dataloader())
     assert [set(b.domain.tolist()) for b in batches] == [{0}, {1}, {2}]
-    held_out = cartoons.render(range(VALIDATION_START, VALIDATION_START + 8), "cats")
+    held_out = world.render(range(VALIDATION_START, VALIDATION_START + 8), "cats")
     assert (batches[2].images - held_out).abs().max() <= 1 / 255 + 1e-6
 
 
@@ -248,7 +248,7 @@ def test_impossible_data_is_refused(changes: dict[str, object], message: str) ->
 
 
 def test_glasses_hide_eyes_and_open_mouths_the_sign_of_a_smile() -> None:
-    labels = cartoons.factors(range(50), "sunglasses")
+    labels = world.factors(range(50), "sunglasses")
     shown = visible(labels)
     assert not shown["eye_colour"].any()
     assert torch.equal(shown["smile"], labels["mouth"] == 0)

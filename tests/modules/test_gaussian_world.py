@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.worlds import AffineStudent, Gaussian, Stream, fit
-from unidad_pl.modules import Critic, Optimization, UniDAD
+from tests.worlds import AffineStudent, Gaussian, Stream, fit, groups
+from unidad_pl import OptimizerOptions, UniDAD
 from unidad_pl.schedules import karras
 
 SOURCE, TARGET = -2.0, 2.0
@@ -17,13 +17,13 @@ SOURCE, TARGET = -2.0, 2.0
 
 def train(steps: int = 350, **options: object) -> UniDAD:
     # F must follow G closely, or the pair circles around the fixed point.
-    slow = Optimization(lr=0.02, betas=(0.0, 0.95), weight_decay=0.0, warmup=0, decay_to=0.02)
-    fast = Optimization(lr=0.1, betas=(0.5, 0.9), weight_decay=0.0, warmup=0, decay_to=0.02)
-    target = {} if options.get("target_weight") == 0 else {"target_source": Gaussian(TARGET), "target": "frozen"}
+    slow = OptimizerOptions(lr=0.02, warmup=0, decay_to=0.02, arguments={"betas": (0.0, 0.95), "weight_decay": 0.0})
+    fast = OptimizerOptions(lr=0.1, warmup=0, decay_to=0.02, arguments={"betas": (0.5, 0.9), "weight_decay": 0.0})
+    target = dict(target_teacher__init_from=Gaussian(TARGET), target_teacher__adaptation=None)
     module = UniDAD(
-        Gaussian(SOURCE), student_source=Gaussian(0.5, AffineStudent), **target,
-        steps=1, student_every=1, critic=Critic(student_weight=0, critic_weight=0), weighting="edm", sigma_data=1.0,
-        student_optimization=slow, fake_optimization=fast, **options,
+        Gaussian(SOURCE), **groups(student__init_from=Gaussian(0.5, AffineStudent), **target,
+        student__num_steps=1, student__update_every=1, gan=None, denoising__weighting="edm", denoising__sigma_data=1.0,
+        student__optimizer=slow, fake_score__optimizer=fast, **options),
     )  # fmt: skip
     images = torch.zeros(8, 1, 8, 8, dtype=torch.uint8)
     fit(module, steps, Stream(images, batch_size=32))
@@ -55,7 +55,7 @@ def fixed_point(w_source: float, w_target: float, sigma: Tensor) -> float:
 
 @pytest.mark.parametrize(("a", "expected"), [(0.0, SOURCE), (1.0, TARGET)])
 def test_one_teacher_is_reached(a: float, expected: float) -> None:
-    module = train(target_weight=a)
+    module = train(**(dict(target_teacher__weight=a) if a else dict(target_teacher=None)))
     assert float(module.student.mu) == pytest.approx(expected, abs=0.05)
     assert float(module.fake_score.mu) == pytest.approx(expected, abs=0.1)
     assert hasattr(module, "target_teacher") == (a > 0)
@@ -64,7 +64,7 @@ def test_one_teacher_is_reached(a: float, expected: float) -> None:
 
 @pytest.mark.parametrize("weights", [(0.5, 0.5), (0.55, 0.45), (1.2, 1.0)])
 def test_between_two_teachers_the_student_settles_at_the_closed_form_point(weights: tuple[float, float]) -> None:
-    module = train(dmd_weights=weights)
+    module = train(matching__source_weight=weights[0], target_teacher__weight=weights[1])
     table = karras().double()[20:981]
     assert float(module.student.mu) == pytest.approx(fixed_point(*weights, table), abs=0.05)
 

@@ -17,19 +17,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tests.modules.test_gaussian_world import fixed_point
-from tests.worlds import GaussianDenoiser, fit
+from tests.worlds import GaussianDenoiser, fit, groups
+from unidad_pl import AdaptationOptions, OptimizerOptions, UniDAD
 from unidad_pl.data.batch import Batch
-from unidad_pl.data.few_shot import SeedBatches
+from unidad_pl.data.stream import SeedBatches
 from unidad_pl.denoiser import Codec, Denoiser, DenoiserSource, Prediction
-from unidad_pl.modules import Critic, Optimization, UniDAD
 from unidad_pl.schedules import karras
 
 SUBJECT, CLASS = "a prt dog", "a dog"
 OTHER = "a cat"
 CLASS_MEAN, SUBJECT_MEAN, UNTAUGHT = -2.0, 2.0, 6.0
 WORDS = ["a", "prt", "dog", "cat"]
-STEADY = Optimization(lr=0.02, betas=(0.0, 0.95), weight_decay=0.0, warmup=0, decay_to=0.02)
-QUICK = Optimization(lr=0.1, betas=(0.5, 0.9), weight_decay=0.0, warmup=0, decay_to=0.02)
+STEADY = OptimizerOptions(lr=0.02, warmup=0, decay_to=0.02, arguments={"betas": (0.0, 0.95), "weight_decay": 0.0})
+QUICK = OptimizerOptions(lr=0.1, warmup=0, decay_to=0.02, arguments={"betas": (0.5, 0.9), "weight_decay": 0.0})
 
 
 class Texts(Codec):
@@ -99,14 +99,15 @@ class Photos(pl.LightningDataModule):
         return DataLoader(SeedBatches([batch] * 1000), batch_size=None)  # type: ignore[list-item]
 
 
-def personalise(a: float, target: Any = "train") -> UniDAD:
+def personalise(a: float, adapted: bool = False) -> UniDAD:
     means = [UNTAUGHT, CLASS_MEAN, 0.5]
-    taught = {"target_source": World([SUBJECT_MEAN, CLASS_MEAN, 0.5])} if target == "frozen" else {}
+    target = dict(target_teacher__init_from=World([SUBJECT_MEAN, CLASS_MEAN, 0.5]), target_teacher__adaptation=None)
+    if not adapted:
+        target = dict(target_teacher__adaptation=AdaptationOptions(update="every", optimizer=QUICK))
     module = UniDAD(
-        World(means), student_source=World([0.5, CLASS_MEAN, 0.5], OneStep), target=target,
-        target_weight=a, target_update="every", steps=1, student_every=1, sigma_data=1.0,
-        critic=Critic(student_weight=0, critic_weight=0),
-        student_optimization=STEADY, fake_optimization=QUICK, target_optimization=QUICK, **taught,
+        World(means), **groups(student__init_from=World([0.5, CLASS_MEAN, 0.5], OneStep), target_teacher__weight=a,
+        student__num_steps=1, student__update_every=1, denoising__sigma_data=1.0, gan=None,
+        student__optimizer=STEADY, fake_score__optimizer=QUICK, **target),
     )  # fmt: skip
     fit(module, 350, Photos())
     return module
@@ -137,7 +138,7 @@ def test_the_subjects_prompt_moves_and_the_class_stays() -> None:
 
 def test_the_source_pulls_the_subject_towards_its_class_by_the_closed_form() -> None:
     """Told the subject's prompt, S would pull to UNTAUGHT, on the other side of the subject."""
-    module = personalise(0.45, target="frozen")
+    module = personalise(0.45, adapted=True)
     want = fixed_point(0.55, 0.45, karras().double()[20:981])
     assert CLASS_MEAN < want < SUBJECT_MEAN
     assert mean_of(module.student, SUBJECT) == pytest.approx(want, abs=0.07)
@@ -148,9 +149,10 @@ def teach(prior: float | None) -> Any:
     """T where prompts share their words: "a prt dog" begins at the class's mean, as "prt" means nothing yet."""
     world = World([-1.0, 0.0, -1.0, 1.5], shared_words=True)
     module = UniDAD(
-        world, student_source=World([-1.0, 0.0, -1.0, 1.5], OneStep, True), target_weight=1.0, target_update="every",
-        steps=1, student_every=1000, critic=Critic(student_weight=0, critic_weight=0), sigma_data=1.0,
-        student_optimization=STEADY, fake_optimization=QUICK, target_optimization=QUICK,
+        world, **groups(student__init_from=World([-1.0, 0.0, -1.0, 1.5], OneStep, True), target_teacher__weight=1.0,
+        target_teacher__adaptation__update="every", student__num_steps=1, student__update_every=1000, gan=None,
+        denoising__sigma_data=1.0,
+        student__optimizer=STEADY, fake_score__optimizer=QUICK, target_teacher__adaptation__optimizer=QUICK),
     )  # fmt: skip
     fit(module, 300, Photos(prior))
     return module.target_teacher
@@ -168,7 +170,9 @@ def test_where_words_are_shared_pictures_of_the_class_keep_it_in_place() -> None
 
 def test_the_weight_of_the_prior_scales_its_gradient() -> None:
     def gradient(weight: float | None) -> Tensor:
-        module = UniDAD(World([-1.0, 0.0, -1.0, 1.5], shared_words=True), target_weight=1.0, critic=Critic(0, 0))
+        module = UniDAD(
+            World([-1.0, 0.0, -1.0, 1.5], shared_words=True), **groups(target_teacher__weight=1.0, gan=None)
+        )
         module.configure_model()
         module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
         batch = next(iter(Photos(weight).train_dataloader()))

@@ -13,14 +13,14 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from tests.tiny_sd import save_tiny
+from tests.worlds import groups
+from unidad_pl import OptimizerOptions, UniDAD
 from unidad_pl.backbones import NewUNet, StableDiffusion
 from unidad_pl.backbones.latents import LatentCodec
 from unidad_pl.data import SubjectDataModule
-from unidad_pl.discriminator import Critic
-from unidad_pl.modules import UniDAD
-from unidad_pl.training.optimization import Optimization, content_hash
+from unidad_pl.training.networks import content_hash
 
-FAST = Optimization(lr=1e-3, warmup=0)
+FAST = OptimizerOptions(lr=1e-3, warmup=0)
 
 
 @pytest.fixture(scope="module", params=["1.x", "xl"])
@@ -30,11 +30,12 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def module(folder: Path, **options: Any) -> UniDAD:
     defaults: dict[str, Any] = dict(
-        source=StableDiffusion(str(folder)), steps=2, student_every=2, target_update="every", target_weight=0.75,
-        noise_table="model", normalizer="noisy", weighting="eps", guidance_scale=7.5, critic=Critic(noise="shared"),
-        student_optimization=FAST, fake_optimization=FAST, target_optimization=FAST,
+        source=StableDiffusion(str(folder)), student__num_steps=2, student__update_every=2,
+        target_teacher__adaptation__update="every", target_teacher__weight=0.75, matching__noise_table="model",
+        matching__normalizer="noisy", denoising__weighting="eps", matching__guidance_scale=7.5, gan__noise="shared",
+        student__optimizer=FAST, fake_score__optimizer=FAST, target_teacher__adaptation__optimizer=FAST,
     )  # fmt: skip
-    return UniDAD(**{**defaults, **options})
+    return UniDAD(**groups(**{**defaults, **options}))
 
 
 def data(photos: Path, **options: Any) -> SubjectDataModule:
@@ -53,7 +54,7 @@ def fit(
 
 
 def test_every_network_is_told_its_own_prompt(folder: Path, photos: Path, tmp_path: Path) -> None:
-    model = module(folder, negative_prompt="a cat")
+    model = module(folder, matching__negative_prompt="a cat")
     model.configure_model()
     told: dict[str, set[str]] = {}
     rows = {text: model.codec.embed([text])[0] for text in ("a prt dog", "a dog", "a cat", "")}
@@ -90,21 +91,21 @@ def test_guidance_and_its_negative_prompt_change_the_direction(folder: Path) -> 
         x = torch.randn(1, 4, 8, 8, requires_grad=True)
         cond, source = model.codec.embed(["a prt dog"]), model.codec.embed(["a dog"])
         model._log_loss = lambda *args, **kwargs: None  # type: ignore[method-assign]
-        losses = model.dmd_terms(x, cond, source)
+        losses = model.matching_losses(x, cond, source)
         return torch.autograd.grad(torch.stack(list(losses.values())).sum(), x)[0]
 
     plain = terms()
     assert torch.equal(plain, terms())
-    assert not torch.allclose(plain, terms(guidance_scale=2.0))
-    assert not torch.allclose(plain, terms(negative_prompt="cat"))
-    with pytest.raises(ValueError, match=r"guidance_scale >= 1, got .*0\.75 and 0\.5"):
-        module(folder, guidance_scale=0.5)
+    assert not torch.allclose(plain, terms(matching__guidance_scale=2.0))
+    assert not torch.allclose(plain, terms(matching__negative_prompt="cat"))
+    with pytest.raises(ValueError, match=r"guidance_scale must be at least 1, got 0\.5"):
+        module(folder, matching__guidance_scale=0.5)
 
 
 def test_training_moves_what_it_should_and_keeps_codec_and_source_out(
     folder: Path, photos: Path, tmp_path: Path
 ) -> None:
-    model = module(folder, ema_decay=0.5)
+    model = module(folder, training__ema_decay=0.5)
     model.configure_model()
     before = {name: content_hash(getattr(model, name)) for name, _ in model.named_children() if name != "ema"}
     trainer = fit(model, photos, 3, tmp_path)
@@ -112,7 +113,7 @@ def test_training_moves_what_it_should_and_keeps_codec_and_source_out(
     assert {name for name in before if before[name] == after[name]} == {"source_teacher"}
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     keys = torch.load(tmp_path / "one.ckpt", weights_only=True)["state_dict"]
-    networks = {"student", "fake_score", "target_teacher", "discriminator", "ema", "iteration"}
+    networks = {"student", "fake_score", "target_teacher", "discriminator", "ema"}
     assert {key.split(".")[0] for key in keys} == networks
 
 
@@ -132,7 +133,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(folder: Path, photos: Path, tmp_
 def test_any_number_of_steps_trains_and_samples(
     folder: Path, photos: Path, tmp_path: Path, steps: int, gradient: Any
 ) -> None:
-    model = module(folder, steps=steps, gradient=gradient, sigma_max=14.6146)
+    model = module(folder, student__num_steps=steps, student__gradient=gradient)
     fit(model, photos, 1, tmp_path)
     images = model.sample([0, 1], prompts=["a prt dog"] * 2)
     assert images.shape == (2, 3, 16, 16)
@@ -140,7 +141,7 @@ def test_any_number_of_steps_trains_and_samples(
 
 
 def test_one_step_from_the_last_timestep_is_the_formula(folder: Path) -> None:
-    model = module(folder, steps=1)
+    model = module(folder, student__num_steps=1)
     model.configure_model()
     cond = model.codec.embed(["a dog"])
     noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(3))[None]
@@ -151,6 +152,13 @@ def test_one_step_from_the_last_timestep_is_the_formula(folder: Path) -> None:
         x0 = (noise - (1 - abar).sqrt() * eps) / abar.sqrt()
         want = model.codec.decode(x0).clamp(-1, 1)
     torch.testing.assert_close(model.sample([3], prompts=["a dog"]), want, atol=2e-5, rtol=1e-4)
+
+
+def test_sigmas_that_even_spacing_ignores_are_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="sigma_min do nothing where the steps lie at even timesteps"):
+        module(folder, student__sigma_max=10.0).configure_model()
+    free = StableDiffusion(str(folder), spacing="log_linear")
+    module(folder, source=free, student__sigma_max=10.0).configure_model()
 
 
 def test_an_image_depends_on_its_seed_and_prompt_alone(folder: Path) -> None:
@@ -246,7 +254,7 @@ def test_a_folder_without_a_text_encoder_is_named(folder: Path, tmp_path: Path) 
 
 
 def test_v_prediction_trains_and_its_single_step_is_diffusers_ddim(photos: Path, tmp_path: Path) -> None:
-    model = module(save_tiny(tmp_path / "sd", prediction="v_prediction"), steps=1, student_every=1)
+    model = module(save_tiny(tmp_path / "sd", prediction="v_prediction"), student__num_steps=1, student__update_every=1)
     fit(model, photos, 1, tmp_path)
     cond = model.codec.embed(["a dog"])
     noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(3))[None]

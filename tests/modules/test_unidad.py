@@ -10,20 +10,20 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from tests.worlds import Stream, fit, random_images, tiny_unet, weights_sha
+from tests.worlds import Stream, fit, groups, random_images, tiny_unet, weights_sha
+from unidad_pl import AdaptationOptions, GenerativeModule, MemoryOptions, OptimizerOptions, TargetTeacherOptions, UniDAD
 from unidad_pl.backbones import NewUNet
-from unidad_pl.modules import Critic, GenerativeModule, Optimization, UniDAD
-from unidad_pl.training.optimization import frozen
+from unidad_pl.training.networks import frozen
 
-FAST = Optimization(lr=1e-3, warmup=0)
+FAST = OptimizerOptions(lr=1e-3, warmup=0)
 
 
 def unidad(source: NewUNet | None = None, **options: Any) -> UniDAD:
     settings: dict[str, Any] = dict(
-        student_every=2, target_weight=0.5, ema_decay=0.9,
-        student_optimization=FAST, fake_optimization=FAST, target_optimization=FAST,
+        student__update_every=2, target_teacher__weight=0.5, training__ema_decay=0.9,
+        student__optimizer=FAST, fake_score__optimizer=FAST, target_teacher__adaptation__optimizer=FAST,
     )  # fmt: skip
-    return UniDAD(source or tiny_unet(), **(settings | options))
+    return UniDAD(source or tiny_unet(), **groups(**(settings | options)))
 
 
 NETWORKS = ("source_teacher", "target_teacher", "fake_score", "student", "discriminator")
@@ -110,7 +110,7 @@ class Counting(UniDAD):
 
 
 def run_counting(**options: Any) -> list[tuple[int, str]]:
-    module = Counting(tiny_unet(), student_every=3, target_weight=0.5, **options)
+    module = Counting(tiny_unet(), **groups(student__update_every=3, target_teacher__weight=0.5, **options))
     trainer = fit(module, 6)
     assert trainer.global_step == 6
     assert int(module.iteration) == 6
@@ -122,20 +122,22 @@ def test_who_steps_when() -> None:
     assert [i for i, g in seen if g == "fake"] == list(range(6))
     assert [i for i, g in seen if g == "student"] == [0, 3]
     assert [i for i, g in seen if g == "target"] == [0, 3]
-    seen = run_counting(target_update="every")
+    seen = run_counting(target_teacher__adaptation__update="every")
     assert [i for i, g in seen if g == "target"] == list(range(6))
-    seen = run_counting(target_update="every", target_iterations=2)
+    seen = run_counting(target_teacher__adaptation__update="every", target_teacher__adaptation__until=2)
     assert [i for i, g in seen if g == "target"] == [0, 1]
 
 
 def test_adapting_first_moves_t_alone_and_starts_the_others_from_it() -> None:
-    still = Optimization(lr=0.0, warmup=0)
-    options = dict(adapt_first=3, target_update="every", target_iterations=3, ema_decay=0.5, student_every=1,
-                   target_optimization=FAST, student_optimization=still, fake_optimization=still)  # fmt: skip
+    still = OptimizerOptions(lr=0.0, warmup=0)
+    adaptation = AdaptationOptions(pretrain=3, until=3, update="every", optimizer=FAST)
     for steps in (3, 5):
-        module = UniDAD(tiny_unet(), target_weight=0.5, **options)  # type: ignore[arg-type]
+        module = unidad(
+            target_teacher=TargetTeacherOptions(0.5, adaptation=adaptation), training__ema_decay=0.5,
+            student__update_every=1, student__optimizer=still, fake_score__optimizer=still,
+        )  # fmt: skip
         module.configure_model()
-        source, first = weights_sha(module.source_teacher), module.steps_of("target", steps)
+        source, first = weights_sha(module.source_teacher), module.updates_of("target", steps)
         trainer = fit(module, steps)
         assert (trainer.global_step, int(module.iteration), first) == (steps, steps, 3)
         target = weights_sha(module.target_teacher)
@@ -146,7 +148,7 @@ def test_adapting_first_moves_t_alone_and_starts_the_others_from_it() -> None:
 
 
 def test_networks_that_a_run_is_too_short_for_are_named(recwarn: pytest.WarningsRecorder) -> None:
-    module = UniDAD(tiny_unet(), adapt_first=3, target_iterations=3)
+    module = UniDAD(tiny_unet(), **groups(target_teacher__adaptation__pretrain=3, target_teacher__adaptation__until=3))
     fit(module, 3)
     with pytest.warns(UserWarning, match="student and fake: not trained in the 3 iterations"):
         module.configure_optimizers()
@@ -158,7 +160,15 @@ def test_networks_that_a_run_is_too_short_for_are_named(recwarn: pytest.Warnings
 
 def test_a_run_resumed_where_the_others_start_goes_on_the_same(tmp_path: Path) -> None:
     def make() -> UniDAD:
-        return UniDAD(tiny_unet(), target_weight=0.5, adapt_first=2, target_update="every", student_every=1)
+        return UniDAD(
+            tiny_unet(),
+            **groups(
+                target_teacher__weight=0.5,
+                target_teacher__adaptation__pretrain=2,
+                target_teacher__adaptation__update="every",
+                student__update_every=1,
+            ),
+        )
 
     whole, half, rest = make(), make(), make()
     fit(whole, 4)
@@ -168,108 +178,104 @@ def test_a_run_resumed_where_the_others_start_goes_on_the_same(tmp_path: Path) -
 
 
 def test_the_optimisers_count_their_own_steps() -> None:
-    module = unidad(student_every=3, student_optimization=Optimization(lr=1.0, warmup=4))
+    module = unidad(student__update_every=3, student__optimizer=OptimizerOptions(lr=1.0, warmup=4))
     trainer = fit(module, 6)
     student, fake, target = trainer.optimizers
     assert [int(next(iter(o.state.values()))["step"]) for o in (student, fake, target)] == [2, 6, 2]
     assert student.param_groups[0]["lr"] == pytest.approx(3 / 4)  # two steps done: the third would use 3/4
 
 
-def train_sha(steps: int = 3, **options: Any) -> str:
+def train_sha(iterations: int = 3, **options: Any) -> str:
     source = options.pop("source", None) or tiny_unet()
     settings: dict[str, Any] = dict(
-        student_every=2, target_weight=0.5, student_optimization=FAST, fake_optimization=FAST,
-        target_optimization=FAST, ema_decay=0.5,
+        student__update_every=2, target_teacher__weight=0.5, student__optimizer=FAST, fake_score__optimizer=FAST,
+        target_teacher__adaptation__optimizer=FAST, training__ema_decay=0.5,
     )  # fmt: skip
-    module = UniDAD(source, **(settings | options))
-    fit(module, steps, Stream(random_images(), batch_size=4))
+    module = UniDAD(source, **groups(**(settings | options)))
+    fit(module, iterations, Stream(random_images(), batch_size=4))
     return weights_sha(module)
 
 
-EXACT = {
-    "source": dict(source=tiny_unet(layers=2)),
-    "student_source": dict(student_source=tiny_unet(sigma_data=0.7)),
-    "fake_source": dict(fake_source=tiny_unet(sigma_data=0.7)),
-    "target_source": dict(target_source=tiny_unet(sigma_data=0.7)),
-    "target": dict(target_source=tiny_unet(sigma_data=0.7), target="frozen"),
-    "target_update": dict(target_update="every"),
-    "target_iterations": dict(target_iterations=1),
-    "adapt_first": dict(adapt_first=1),
-    "target_steps": dict(target_steps=2),
-    "target_fine": dict(target_fine=0.5),
-    "steps": dict(steps=2),
-    "sigma_max": dict(sigma_max=40.0),
-    "sigma_end": dict(sigma_end=1.0),
-    "gradient": dict(gradient="last"),
-    "gradient: backward_simulation": dict(gradient="backward_simulation"),
-    "student_every": dict(student_every=1),
-    "target_weight": dict(target_weight=0.75),
-    "dmd_weights": dict(dmd_weights=(0.5, 1.0)),
-    "dmd_range": dict(dmd_range=(0.3, 0.5)),
-    "normalizer": dict(normalizer="noisy"),
-    "weighting": dict(weighting="eps"),
-    "sigma_data": dict(sigma_data=1.0),
-    "student_optimization": dict(student_optimization=Optimization(lr=2e-3, warmup=0)),
-    "fake_optimization": dict(fake_optimization=Optimization(lr=2e-3, warmup=0)),
-    "target_optimization": dict(target_optimization=Optimization(lr=2e-3, warmup=0)),
-    "ema_decay": dict(ema_decay=0.1),
-    "seed": dict(seed=1),
-    "accumulate": dict(accumulate=2),
-    **{
-        f"critic.{name}: {value}": dict(critic=Critic(**({"student_weight": 0.1, "critic_weight": 0.2} | {name: value})))  # noqa: E501
-        for name, value in [
-            ("student_weight", 0.3), ("critic_weight", 0.5), ("taps", ["in1", "mid"]), ("kind", "patch"),
-            ("reduction", "per_head"), ("loss", "hinge"), ("loss", "lsgan"), ("loss", "wgan"), ("noise", "shared"),
-            ("sigma_max", 5.0), ("r1", 1.0), ("gradient_penalty", 1.0), ("lr", 1e-2),
-        ]
-    },
+OTHER, FASTER = tiny_unet(sigma_data=0.7), OptimizerOptions(lr=2e-3, warmup=0)
+EXACT: list[tuple[str, Any]] = [
+    ("source", tiny_unet(layers=2)),
+    ("student__num_steps", 2), ("student__sigma_max", 40.0), ("student__sigma_min", 1.0),
+    ("student__gradient", "last"), ("student__gradient", "backward_simulation"), ("student__update_every", 1),
+    ("student__init_from", OTHER), ("student__optimizer", FASTER),
+    ("fake_score__init_from", OTHER), ("fake_score__optimizer", FASTER),
+    ("target_teacher", None), ("target_teacher__weight", 0.75), ("target_teacher__init_from", OTHER),
+    ("target_teacher__adaptation", None), ("target_teacher__adaptation__pretrain", 1),
+    ("target_teacher__adaptation__until", 1), ("target_teacher__adaptation__update", "every"),
+    ("target_teacher__adaptation__updates", 2), ("target_teacher__adaptation__low_noise_share", 0.5),
+    ("target_teacher__adaptation__optimizer", FASTER),
+    ("matching", None), ("matching__source_weight", 1.0), ("matching__range", (0.3, 0.5)),
+    ("matching__normalizer", "noisy"),
+    ("denoising__weighting", "eps"), ("denoising__sigma_data", 1.0),
+    ("gan", None), ("gan__student_weight", 0.3), ("gan__critic_weight", 0.5), ("gan__taps", ["in1", "mid"]),
+    ("gan__kind", "patch"), ("gan__reduction", "per_head"), ("gan__loss", "hinge"), ("gan__loss", "lsgan"),
+    ("gan__loss", "wgan"), ("gan__noise", "shared"), ("gan__sigma_max", 5.0), ("gan__r1", 1.0),
+    ("gan__gradient_penalty", 1.0), ("gan__lr", 1e-2),
+    ("training__seed", 1), ("training__accumulate", 2), ("training__ema_decay", 0.1),
+]  # fmt: skip
+ELSEWHERE = {
+    "matching__noise_table", "training__max_skipped", "training__classes",  # below
+    "matching__guidance_scale", "matching__negative_prompt",  # test_text_to_image.py
+    "memory",  # training/test_networks.py
 }  # fmt: skip
+STRONG = dict(gan__student_weight=0.1, gan__critic_weight=0.2)
+FROM_OTHER = dict(target_teacher__init_from=OTHER)
+
+
+def base_of(name: str) -> dict[str, Any]:
+    """What a run with the option is compared with, where the defaults do not show it."""
+    if name == "target_teacher__adaptation":
+        return FROM_OTHER
+    return dict(target_teacher=None) if name == "matching" else STRONG if name.startswith("gan__") else {}
 
 
 @pytest.fixture(scope="module")
 def base_shas() -> dict[str, str]:
-    return {
-        "plain": train_sha(),
-        "critic": train_sha(critic=Critic(student_weight=0.1, critic_weight=0.2)),
-        "target_source": train_sha(target_source=tiny_unet(sigma_data=0.7)),
-    }
+    return {str(base): train_sha(**base) for base in ({}, STRONG, FROM_OTHER, dict(target_teacher=None))}
 
 
 def test_every_constructor_argument_is_tested() -> None:
     import dataclasses
     import inspect
 
-    tested = {name.split(":")[0] for name in EXACT} | {"critic", "noise_table", "max_skipped", "classes"}
-    tested |= {"memory"}  # tests/modules/test_frozen.py
-    tested |= {"guidance_scale", "negative_prompt"}  # tests/modules/test_text_to_image.py
-    wanted = set(inspect.signature(UniDAD.__init__).parameters) - {"self"}
-    wanted |= {f"critic.{f.name}" for f in dataclasses.fields(Critic)}
-    assert wanted == tested
+    def names(prefix: str, options: Any) -> set[str]:
+        if not dataclasses.is_dataclass(options) or isinstance(options, (OptimizerOptions, MemoryOptions)):
+            return {prefix}
+        fields = [names(f"{prefix}__{f.name}", getattr(options, f.name)) for f in dataclasses.fields(options)]
+        return set().union(*fields)
+
+    arguments = list(inspect.signature(UniDAD.__init__).parameters.values())[1:]
+    wanted = set().union(*(names(argument.name, argument.default) for argument in arguments))
+    tested = {name for name, _ in EXACT}
+    assert wanted <= tested | ELSEWHERE
+    assert tested - wanted == {"target_teacher", "target_teacher__adaptation", "matching", "gan"}  # null, too
 
 
-@pytest.mark.parametrize("name", list(EXACT))
-def test_every_argument_changes_what_is_trained(name: str, base_shas: dict[str, str]) -> None:
-    options = EXACT[name]
-    base = "critic" if "critic" in options else "target_source" if options.get("target") else "plain"
-    changed = train_sha(**copy.deepcopy(options))
-    assert changed != base_shas[base]
+@pytest.mark.parametrize(("name", "value"), EXACT, ids=lambda v: v if isinstance(v, str) else "")
+def test_every_argument_changes_what_is_trained(name: str, value: Any, base_shas: dict[str, str]) -> None:
+    base = base_of(name)
+    assert train_sha(**copy.deepcopy(base | {name: value})) != base_shas[str(base)]
 
 
 def test_noise_table_of_the_model() -> None:
     vp = tiny_unet(prediction="epsilon")
-    module = UniDAD(vp, noise_table="model")
+    module = UniDAD(vp, **groups(matching__noise_table="model"))
     module.configure_model()
     assert module.sigmas.shape == (1000,)
     assert float(module.sigmas[999]) == pytest.approx(157.4, rel=1e-3)
-    assert train_sha(source=vp, noise_table="model") != train_sha(source=vp)
+    assert train_sha(source=vp, matching__noise_table="model") != train_sha(source=vp)
     with pytest.raises(ValueError, match="karras"):
-        UniDAD(tiny_unet(), noise_table="model").configure_model()
+        UniDAD(tiny_unet(), **groups(matching__noise_table="model")).configure_model()
 
 
 def test_training_is_deterministic_whatever_random_state_it_starts_in() -> None:
-    first = train_sha(steps=2)
+    first = train_sha(2)
     torch.manual_seed(123)
-    assert train_sha(steps=2) == first
+    assert train_sha(2) == first
 
 
 class Broken(UniDAD):
@@ -285,13 +291,18 @@ class Broken(UniDAD):
 
 
 def test_a_non_finite_gradient_skips_only_its_own_step_and_finally_stops_the_run() -> None:
-    module = Broken(tiny_unet(), student_every=1, target_weight=0.5, fake_optimization=FAST, max_skipped=3)
+    module = Broken(
+        tiny_unet(),
+        **groups(
+            student__update_every=1, target_teacher__weight=0.5, fake_score__optimizer=FAST, training__max_skipped=3
+        ),
+    )
     module.until = 4
     trainer = fit(module, 6)
     assert trainer.global_step == 6
     assert all(bool(torch.isfinite(p).all()) for p in module.parameters())
     assert int(next(iter(trainer.optimizers[0].state.values()))["step"]) == 4
-    module = Broken(tiny_unet(), student_every=1, max_skipped=3)
+    module = Broken(tiny_unet(), **groups(student__update_every=1, training__max_skipped=3))
     with pytest.raises(RuntimeError, match=r"3 iterations in a row had a non-finite loss or gradient for 'student'"):
         fit(module, 8)
 
@@ -304,7 +315,7 @@ def test_non_finite_images_do_not_poison_any_weight() -> None:
             x = super().draw_student_images(batch, cond)
             return x * float("inf") if int(self.iteration) == 1 else x
 
-    module = Poisoned(tiny_unet(), student_every=1, ema_decay=0.5)
+    module = Poisoned(tiny_unet(), **groups(student__update_every=1, training__ema_decay=0.5))
     trainer = fit(module, 3, Stream(images))
     assert trainer.global_step == 3
     assert all(bool(torch.isfinite(t).all()) for t in module.state_dict().values())
@@ -319,7 +330,7 @@ def test_sample_17_is_the_same_in_any_batch() -> None:
     assert alone.abs().max() <= 1
     assert not torch.equal(module.sample([17], weights="raw"), module.sample([17], weights="ema"))
     with pytest.raises(ValueError, match="ema_decay"):
-        unidad(ema_decay=0.0).sample([1], weights="ema")
+        unidad(training__ema_decay=0.0).sample([1], weights="ema")
 
 
 def test_image_gradients_of_the_loss_terms_add_up(ready: UniDAD) -> None:
@@ -334,28 +345,32 @@ def test_image_gradients_of_the_loss_terms_add_up(ready: UniDAD) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target_weight": 1.5}, r"target_weight.*1\.5"),
-        ({"student_every": 0}, "student_every"),
-        ({"dmd_weights": (0.0, 0.0)}, "dmd_weights"),
-        ({"dmd_range": (0.5, 0.1)}, r"dmd_range .*\[0\.5, 0\.1\]"),
-        ({"target": "frozen"}, "target_source"),
-        ({"target": "Frozen"}, r"target must be one of train, frozen, got 'Frozen'"),
-        ({"target_update": "evry"}, "target_update must be one of student, every"),
-        ({"noise_table": "ddpm"}, "noise_table"),
-        ({"normalizer": "x"}, "normalizer"),
-        ({"weighting": "x"}, "weighting"),
-        ({"target_source": tiny_unet(), "target_weight": 0.0}, "target_source does nothing"),
-        ({"target_iterations": 0}, "target_iterations"),
-        ({"target_fine": 1.5}, "target_fine"),
-        ({"target_steps": 0}, "target_steps"),
-        ({"adapt_first": -1}, "adapt_first"),
-        ({"adapt_first": 2, "target_weight": 0.0}, "adapt_first"),
-        ({"adapt_first": 3, "target_iterations": 2}, "target_iterations to 3 or more"),
-        ({"target_steps": 2, "accumulate": 2}, "accumulate: 1"),
-        ({"steps": 0}, "at least 1 step"),
-        ({"gradient": "lats"}, "lats"),
-        ({"accumulate": 0}, "accumulate"),
-        ({"ema_decay": 1.0}, "ema_decay"),
+        ({"target_teacher__weight": 1.5}, r"target_teacher\.weight.*1\.5"),
+        ({"target_teacher__weight": 0.0}, "target_teacher: null is 0"),
+        ({"student__update_every": 0}, "update_every"),
+        ({"matching__source_weight": 0.0, "target_teacher": None}, "source_weight is 0 and target_teacher null"),
+        ({"matching__range": (0.5, 0.1)}, r"range .*\[0\.5, 0\.1\]"),
+        ({"target_teacher__adaptation": None}, "init_from"),
+        ({"target_teacher__adaptation__update": "evry"}, "update must be one of student, every"),
+        ({"matching__noise_table": "ddpm"}, "noise_table"),
+        ({"matching__normalizer": "x"}, "normalizer"),
+        ({"matching__negative_prompt": "blurred"}, "negative_prompt 'blurred' does nothing without guidance"),
+        ({"denoising__weighting": "x"}, "weighting"),
+        ({"target_teacher__init_from": tiny_unet(), "matching": None}, "target_teacher does nothing"),
+        ({"matching": None, "target_teacher": None, "gan": None}, "the student has no loss"),
+        ({"gan__critic_weight": 0.0}, "gan: null is no discriminator"),
+        ({"target_teacher__adaptation__until": 0}, "until"),
+        ({"target_teacher__adaptation__low_noise_share": 1.5}, "low_noise_share"),
+        ({"target_teacher__adaptation__updates": 0}, "updates"),
+        ({"target_teacher__adaptation__pretrain": -1}, "pretrain"),
+        ({"target_teacher__adaptation__pretrain": 2, "student__init_from": tiny_unet()}, "pretrain"),
+        ({"target_teacher__adaptation__pretrain": 3, "target_teacher__adaptation__until": 2}, "until to 3 or more"),
+        ({"target_teacher__adaptation__updates": 2, "training__accumulate": 2}, "accumulate: 1"),
+        ({"student__num_steps": 0}, "num_steps must be at least 1"),
+        ({"student__gradient": "lats"}, "lats"),
+        ({"training__accumulate": 0}, "accumulate"),
+        ({"training__ema_decay": 1.0}, "ema_decay"),
+        ({"training__ema_decay": 0.0, "memory__ema_device": "cpu"}, "does nothing without an average"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(options: dict[str, Any], message: str) -> None:
@@ -365,7 +380,7 @@ def test_bad_arguments_are_refused_by_name(options: dict[str, Any], message: str
 
 def test_unknown_tap_names_the_taps_there_are() -> None:
     with pytest.raises(ValueError, match=r"in9.*in0, in1"):
-        unidad(critic=Critic(taps=["in9"])).configure_model()
+        unidad(gan__taps=["in9"]).configure_model()
 
 
 def test_images_of_another_size_are_refused() -> None:
@@ -375,7 +390,7 @@ def test_images_of_another_size_are_refused() -> None:
 
 def test_an_uneven_micro_batch_is_refused() -> None:
     with pytest.raises(ValueError, match=r"batch of 4.*accumulate=3"):
-        fit(unidad(accumulate=3), 1)
+        fit(unidad(training__accumulate=3), 1)
 
 
 def save_resume(tmp_path: Path, resumed: GenerativeModule) -> None:
@@ -404,7 +419,7 @@ def test_another_teacher_is_refused_on_resume(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_set_of_frozen_networks_is_refused(tmp_path: Path) -> None:
     fit(unidad(), 1).save_checkpoint(tmp_path / "one.ckpt")
-    other = unidad(target="frozen", target_source=tiny_unet(sigma_data=0.7))
+    other = unidad(target_teacher__adaptation=None, target_teacher__init_from=tiny_unet(sigma_data=0.7))
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
     with pytest.raises(RuntimeError, match=r"\['source_teacher'\].*\['source_teacher', 'target_teacher'\]"):
         trainer.test(other, Stream(random_images()), ckpt_path=tmp_path / "one.ckpt")
@@ -413,7 +428,7 @@ def test_a_checkpoint_of_another_set_of_frozen_networks_is_refused(tmp_path: Pat
 @pytest.mark.parametrize("gradient", ["unroll", "last"])
 def test_autocast_loses_no_gradient(gradient: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights cast under no_grad first must not come out of autocast's cache without a graph."""
-    module = unidad(student_every=1, gradient=gradient)
+    module = unidad(student__update_every=1, student__gradient=gradient)
     seen: dict[str, int] = {}
     real_step = UniDAD.step
 
@@ -458,7 +473,7 @@ def test_class_conditional_models_take_labels() -> None:
 
 def test_all_networks_see_the_same_labels_of_the_chosen_classes() -> None:
     seen: dict[str, list[int]] = {}
-    module = unidad(tiny_unet(attention_levels=(), num_classes=4), classes=[1, 3], target_weight=0.5)
+    module = unidad(tiny_unet(attention_levels=(), num_classes=4), training__classes=[1, 3], target_teacher__weight=0.5)
     module.configure_model()
     for name in ("student", "fake_score", "source_teacher", "target_teacher"):
         network = getattr(module, name)
@@ -479,6 +494,6 @@ def test_all_networks_see_the_same_labels_of_the_chosen_classes() -> None:
     [([4], True, r"some of 0\.\.3, got \[4\]"), ([], True, "some of"), ([0], False, "the model is unconditional")],
 )
 def test_wrong_classes_are_refused(classes: list[int], conditional: bool, message: str) -> None:
-    module = unidad(tiny_unet(attention_levels=(), num_classes=4 if conditional else None), classes=classes)
+    module = unidad(tiny_unet(attention_levels=(), num_classes=4 if conditional else None), training__classes=classes)
     with pytest.raises(ValueError, match=message):
         module.configure_model()

@@ -128,7 +128,7 @@ def test_what_cannot_be_pickled_leaves_nothing(saved: Path) -> None:
 
 
 def test_leftovers_of_killed_runs_go(saved: Path) -> None:
-    old, young = (saved.with_name(f".one.ckpt.{name}.tmp") for name in ("0000dead", "0000beef"))
+    old, young = (saved.with_name(f".one.ckpt.{name}.part") for name in ("0000dead", "0000beef"))
     old.touch()
     young.touch()
     long_ago = time.time() - ABANDONED - 10

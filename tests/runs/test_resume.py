@@ -17,10 +17,10 @@ import pytest
 import torch
 import yaml
 
-from tests.worlds import weights_sha
+from tests.worlds import nested, weights_sha
+from unidad_pl.cli.lightning import UnidadCLI, run
 from unidad_pl.cli.main import main
 from unidad_pl.strategies import ManualDDPStrategy
-from unidad_pl.cli.lightning import UnidadCLI, run
 
 CONFIG: dict[str, Any] = {
     "model": {
@@ -29,11 +29,12 @@ CONFIG: dict[str, Any] = {
             "source": {"class_path": "unidad_pl.backbones.NewUNet", "init_args": {
                 "resolution": 16, "channels": [16, 24], "layers": 1, "attention_levels": [1], "head_channels": 8,
                 "norm_groups": 4, "patch_size": 2}},
-            "student_every": 2, "target_weight": 0.5, "ema_decay": 0.9,
+            **nested(student__update_every=2, target_teacher__weight=0.5, training__ema_decay=0.9),
         },
     },
     "data": {"class_path": "unidad_pl.data.FewShotDataModule",
-             "init_args": {"domain": "sunglasses", "resolution": 16, "batch_size": 2, "val_samples": 2}},
+             "init_args": {"root": "builtin:sunglasses", "resolution": 16, "batch_size": 2,
+                           "evaluation": {"val_samples": 2}}},
     "trainer": {
         "accelerator": "cpu", "max_epochs": -1, "limit_val_batches": 0, "log_every_n_steps": 1,
         "enable_progress_bar": False, "enable_model_summary": False,
@@ -47,7 +48,7 @@ CONFIG: dict[str, Any] = {
                        "init_args": {"every_n_train_steps": 2, "save_top_k": -1, "filename": "{step}"}}],
     },
 }  # fmt: skip
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path("runs/tiny/version_0/checkpoints")
 
 
@@ -105,10 +106,10 @@ def test_last_passes_over_damaged_checkpoints_and_says_so(four: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--data.shift", "1"), "shift was 0 and is now 1"),
-        (("--data.flip", "false"), "flip was True and is now False"),
-        (("--data.domain", "cats"), "shots was '.*' and is now '.*'"),
-        (("--model.steps", "2"), "steps was 3 and is now 2"),
+        (("--data.augmentation.shift", "1"), "shift was 0 and is now 1"),
+        (("--data.augmentation.flip", "false"), "flip was True and is now False"),
+        (("--data.root", "builtin:cats"), "shots was '.*' and is now '.*'"),
+        (("--model.student.num_steps", "2"), "num_steps was 3 and is now 2"),
     ],
 )
 def test_other_data_and_other_options_are_refused(four: Path, options: tuple[str, str], message: str) -> None:
@@ -149,7 +150,7 @@ def test_a_signal_saves_and_exits_and_last_goes_on(
     assert leaving.value.code == 85
     assert signal.getsignal(number) == before
     saved = torch.load(FOLDER / "preempted.ckpt", weights_only=True)
-    assert saved["global_step"] == int(saved["state_dict"]["iteration"]) == 4
+    assert saved["global_step"] == saved["unidad_pl"]["iteration"] == 4
     resumed = fit(5, "--ckpt_path", "last")
     assert resumed.config_init["fit"]["ckpt_path"] == str(FOLDER / "preempted.ckpt")
     assert os.listdir("runs/tiny") == ["version_0"]
@@ -200,7 +201,7 @@ def test_a_signal_before_the_loops_exits_at_once(monkeypatch: pytest.MonkeyPatch
 
 
 def test_last_for_the_other_commands(four: Path) -> None:
-    main(["predict", "--config", "config.yaml", "--ckpt_path", "last", "--data.predict_samples", "1"])
+    main(["predict", "--config", "config.yaml", "--ckpt_path", "last", "--data.evaluation.predict_samples", "1"])
     assert len(list(Path("runs").rglob("predictions/*.png"))) == 1
 
 

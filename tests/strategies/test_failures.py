@@ -13,8 +13,8 @@ import torch
 
 from tests.processes import LAUNCHER, ROOT
 from tests.worlds import fit, tiny_unet
-from unidad_pl.modules import UniDAD
-from unidad_pl.training.optimization import average_gradients
+from unidad_pl import UniDAD
+from unidad_pl.training.stepping import average_gradients
 
 
 def test_a_wrapping_strategy_is_refused() -> None:
@@ -41,8 +41,8 @@ def test_the_command_line_on_two_processes(tmp_path: Path) -> None:
         sys.executable, "-m", "unidad_pl.cli", "fit", "--config", str(ROOT / "configs" / "quickstart.yaml"),
         "--threads", "1",
         "--trainer.strategy", "unidad_ddp", "--trainer.devices", "2", "--trainer.max_steps", "2",
-        "--trainer.val_check_interval", "2", "--data.val_samples", "12", "--data.eval_batch_size", "4",
-        "--data.reference_size", "12", "--model.adapt_first", "1",
+        "--trainer.val_check_interval", "2", "--data.evaluation.val_samples", "12", "--data.evaluation.batch_size", "4",
+        "--data.reference.root", "builtin:sunglasses:12", "--model.target_teacher.adaptation.pretrain", "1",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

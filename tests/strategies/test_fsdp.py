@@ -16,12 +16,12 @@ from torch import nn
 from tests import sharding_script
 from tests.fault_script import unidad
 from tests.processes import run_apart
-from tests.worlds import Stream, fit, random_images, tiny_unet
+from tests.worlds import Stream, fit, groups, random_images, tiny_unet
+from unidad_pl import UniDAD
 from unidad_pl.backbones import NewUNet
-from unidad_pl.runs.checkpoints import read_checkpoint
 from unidad_pl.denoiser import Denoiser
-from unidad_pl.modules import Critic, Memory, UniDAD
-from unidad_pl.strategies.fsdp import ShardedStrategy, _blocks, sliced, full
+from unidad_pl.runs.checkpoints import read_checkpoint
+from unidad_pl.strategies.fsdp import ShardedStrategy, _blocks, full, shard_like
 
 
 @pytest.fixture(scope="module")
@@ -121,15 +121,15 @@ def test_tensors_that_are_not_sliced_stay_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("options", "trainer", "reason"),
     [
-        ({"critic": Critic(r1=1.0)}, {}, "critic.r1"),
-        ({"critic": Critic(gradient_penalty=1.0)}, {}, "gradient_penalty"),
-        ({"memory": Memory(ema_device="cpu")}, {}, "ema_device"),
-        ({"memory": Memory(teacher_dtype="bfloat16")}, {}, "teacher_dtype"),
+        ({"gan__r1": 1.0}, {}, "gan.r1"),
+        ({"gan__gradient_penalty": 1.0}, {}, "gradient_penalty"),
+        ({"memory__ema_device": "cpu", "training__ema_decay": 0.5}, {}, "ema_device"),
+        ({"memory__teacher_dtype": "bfloat16"}, {}, "teacher_dtype"),
         ({}, {"precision": "16-mixed"}, "bf16-mixed"),
     ],
 )
 def test_what_cannot_be_sliced_is_refused(options: dict[str, Any], trainer: dict[str, Any], reason: str) -> None:
-    refused(UniDAD(tiny_unet(), **options), reason, **trainer)
+    refused(UniDAD(tiny_unet(), **groups(**options)), reason, **trainer)
 
 
 def refused(module: UniDAD, reason: str, precision: str = "32-true") -> None:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from tests.modules.test_text_to_image import data, fit, module
 from tests.tiny_sd import save_tiny
+from unidad_pl.data import Prior, PromptOptions
 from unidad_pl.data.batch import Batch
 from unidad_pl.denoiser import Codec
-from unidad_pl.training._prompts import check_prompts, encode_prior
+from unidad_pl.training.conditions import check_prompts, encode_prior
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_call_of_every_network_is_told_its_role(folder: Path, photos: Path, tmp_path: Path) -> None:
     """Row by row: S sees the template T, F and G see, with the class word; T alone also the class's own pictures."""
-    model = module(folder, student_every=1)
+    model = module(folder, student__update_every=1)
     model.configure_model()
     texts = ["a prt dog", "red prt dog", "a dog", "red dog", "photo of dog", ""]
     known = {text: model.codec.embed([text])[0] for text in texts}
@@ -41,7 +42,7 @@ def test_every_call_of_every_network_is_told_its_role(folder: Path, photos: Path
 
     for name in ("student", "fake_score", "target_teacher", "source_teacher"):
         spy(name, getattr(model, name), "predict")
-    served = data(photos, prompts=["a {}", "red {}"], seed=0, class_images=str(photos), class_template="photo of {}")
+    served = data(photos, seed=0, prompts=PromptOptions(["a {}", "red {}"]), prior=Prior(str(photos), "photo of {}"))
     batch = next(iter(served.train_dataloader()))
     told, source = batch.prompts, batch.source_prompts
     assert sorted(told) == ["a prt dog", "red prt dog"]  # of seed 0: both templates in one batch
@@ -59,7 +60,7 @@ def test_every_call_of_every_network_is_told_its_role(folder: Path, photos: Path
 def test_a_prompt_that_is_too_long_ends_the_run_before_training(folder: Path, photos: Path, tmp_path: Path) -> None:
     model = module(folder)
     with pytest.raises(ValueError, match=r"the prompt 'a prt dog x x.* has \d+ tokens, 77 can be read"):
-        fit(model, photos, 1, tmp_path, served=data(photos, eval_prompts="a {} " + "x " * 90))
+        fit(model, photos, 1, tmp_path, served=data(photos, prompts=PromptOptions(evaluation="a {} " + "x " * 90)))
     assert int(model.iteration) == 0
 
 
@@ -81,15 +82,15 @@ def test_a_token_of_many_pieces_is_warned_of(folder: Path, recwarn: pytest.Warni
 
 
 def test_a_prior_needs_prompts() -> None:
-    assert encode_prior(None, slice(0, 1), Codec(), True) is None
+    assert encode_prior(None, slice(0, 1), Codec()) is None
     with pytest.raises(ValueError, match="need prompts that say what they show"):
-        encode_prior(Batch(torch.zeros(1, 3, 8, 8)), slice(0, 1), Codec(), True)
+        encode_prior(Batch(torch.zeros(1, 3, 8, 8)), slice(0, 1), Codec())
 
 
 def test_pictures_of_the_class_that_nothing_learns_from_are_refused(folder: Path, photos: Path, tmp_path: Path) -> None:
-    served = data(photos, class_images=str(photos), class_template="photo of {}")
+    served = data(photos, prior=Prior(str(photos), "photo of {}"))
     served.setup("fit")
-    model = module(folder, target_weight=0.0)
+    model = module(folder, target_teacher=None)
     model.configure_model()
-    with pytest.raises(ValueError, match="class_images out"):
+    with pytest.raises(ValueError, match="leave the data's prior out"):
         list(model.micro_batches(next(iter(served.train_dataloader()))))

@@ -1,4 +1,4 @@
-"""A run goes on with the method it began with: another one is refused by name, another trainer is told of."""
+"""A run goes on with the method it began with: another one is refused by name, another trainer is logged."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from tests.worlds import Stream, fit, random_images, tiny_unet
-from unidad_pl.modules import Critic, Diffusion, Memory, Optimization, UniDAD
-from unidad_pl.training.hparams import KEY, differences
+from tests.worlds import Stream, fit, groups, random_images, tiny_unet
+from unidad_pl import Diffusion, LogNormal, MemoryOptions, OptimizerOptions, SamplingOptions, UniDAD
+from unidad_pl.training.hparams import differences
+from unidad_pl.training.module import RECORD
 
-FAST = Optimization(lr=1e-3, warmup=0)
+FAST = OptimizerOptions(lr=1e-3, warmup=0)
 
 
 def unidad(**options: Any) -> UniDAD:
-    settings: dict[str, Any] = dict(student_every=1, target_weight=0.5, fake_optimization=FAST)
-    return UniDAD(options.pop("source", None) or tiny_unet(), **(settings | options))
+    settings: dict[str, Any] = dict(student__update_every=1, target_teacher__weight=0.5, fake_score__optimizer=FAST)
+    return UniDAD(options.pop("source", None) or tiny_unet(), **groups(**(settings | options)))
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +33,22 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 2}, r"steps was 3 and is now 2"),
-        ({"student_every": 3}, r"student_every was 1 and is now 3"),
-        ({"gradient": "last"}, r"gradient was 'unroll' and is now 'last'"),
-        ({"critic": Critic(loss="hinge")}, r"critic.loss was 'bce' and is now 'hinge'"),
-        ({"dmd_range": (0.1, 0.9)}, r"dmd_range was \[0.02, 0.98\] and is now \[0.1, 0.9\]"),
-        ({"fake_optimization": Optimization(lr=5e-3, warmup=0)}, r"fake_optimization.lr was 0.001 and is now 0.005"),
-        ({"seed": 3}, r"seed was None and is now 3"),
+        ({"student__num_steps": 2}, r"student.num_steps was 3 and is now 2"),
+        ({"student__update_every": 3}, r"student.update_every was 1 and is now 3"),
+        ({"student__gradient": "last"}, r"student.gradient was 'unroll' and is now 'last'"),
+        ({"gan__loss": "hinge"}, r"gan.loss was 'bce' and is now 'hinge'"),
+        ({"matching__range": (0.1, 0.9)}, r"matching.range was \[0.02, 0.98\] and is now \[0.1, 0.9\]"),
+        (
+            {"fake_score__optimizer": OptimizerOptions(lr=5e-3, warmup=0)},
+            r"fake_score.optimizer.lr was 0.001 and is now 0.005",
+        ),
+        ({"training__seed": 3}, r"training.seed was None and is now 3"),
         ({"source": tiny_unet(resolution=32)}, r"source.config.sample_size was 8 and is now 16"),
         ({"source": tiny_unet(sigma_data=0.7)}, r"source.spec.sigma_data was 0.5 and is now 0.7"),
-        ({"student_source": tiny_unet()}, r"student_source was None and is now 'unidad_pl.backbones.unet.NewUNet'"),
+        (
+            {"student__init_from": tiny_unet()},
+            r"student.init_from was None and is now 'unidad_pl.backbones.unet.NewUNet'",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -59,25 +66,29 @@ def test_another_resolution_is_refused_whatever_the_source_is_called(saved: Path
 
 
 def test_other_trainer_options_are_allowed_and_logged(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
-    module = unidad(accumulate=2, max_skipped=4, memory=Memory(checkpointing="steps"))
+    module = unidad(training__accumulate=2, training__max_skipped=4, memory=MemoryOptions(checkpointing="steps"))
     with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
         trainer = fit(module, 4, ckpt_path=saved, precision="bf16-mixed")
     assert trainer.global_step == 4
-    for line in ("precision bf16-mixed; the checkpoint was written with 32-true", "accumulate 2;", "max_skipped 4;",
+    for line in ("precision 'bf16-mixed'; the checkpoint was written with '32-true'", "accumulate 2;", "max_skipped 4;",
                  "memory.checkpointing 'steps'; the checkpoint was written with 'none'", "max_steps 4;"):  # fmt: skip
         assert line in caplog.text
 
 
 def test_weights_may_be_used_with_other_options(saved: Path) -> None:
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer.test(unidad(steps=2), Stream(random_images()), ckpt_path=saved, verbose=False)
+    trainer.test(unidad(student__num_steps=2), Stream(random_images()), ckpt_path=saved, verbose=False)
 
 
 def test_how_a_plain_model_is_sampled_may_change(tmp_path: Path) -> None:
-    fit(Diffusion(tiny_unet(), optimization=FAST), 1).save_checkpoint(tmp_path / "one.ckpt")
-    fit(Diffusion(tiny_unet(), optimization=FAST, steps=3, sampler="ddim"), 2, ckpt_path=tmp_path / "one.ckpt")
-    with pytest.raises(RuntimeError, match="noise was 'karras' and is now 'lognormal'"):
-        fit(Diffusion(tiny_unet(), optimization=FAST, noise="lognormal"), 2, ckpt_path=tmp_path / "one.ckpt")
+    fit(Diffusion(tiny_unet(), FAST), 1).save_checkpoint(tmp_path / "one.ckpt")
+    fit(
+        Diffusion(tiny_unet(), FAST, sampling=SamplingOptions("ddim", 3)),
+        2,
+        ckpt_path=tmp_path / "one.ckpt",
+    )
+    with pytest.raises(RuntimeError, match=r"lognormal.mean was '<not there>' and is now -1.2"):
+        fit(Diffusion(tiny_unet(), optimizer=FAST, lognormal=LogNormal()), 2, ckpt_path=tmp_path / "one.ckpt")
 
 
 def test_the_row_of_skipped_steps_goes_on(saved: Path, tmp_path: Path) -> None:
@@ -86,7 +97,12 @@ def test_the_row_of_skipped_steps_goes_on(saved: Path, tmp_path: Path) -> None:
             return super().student_loss(x, *cond) * float("nan")
 
     def broken() -> Broken:
-        return Broken(tiny_unet(), student_every=1, target_weight=0.5, fake_optimization=FAST, max_skipped=3)
+        return Broken(
+            tiny_unet(),
+            **groups(
+                student__update_every=1, target_teacher__weight=0.5, fake_score__optimizer=FAST, training__max_skipped=3
+            ),
+        )
 
     fit(broken(), 2).save_checkpoint(tmp_path / "two.ckpt")
     with pytest.raises(RuntimeError, match=r"3 iterations in a row .* for 'student' \(now at iteration 2\)"):
@@ -94,8 +110,8 @@ def test_the_row_of_skipped_steps_goes_on(saved: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_stored_is_plain(saved: Path) -> None:
-    stored = torch.load(saved, weights_only=True)[KEY]
-    assert stored["options"]["critic.reduction"] == "mean_logit"
+    stored = torch.load(saved, weights_only=True)[RECORD]
+    assert stored["options"]["gan.reduction"] == "mean_logit"
     assert stored["image_shape"] == [3, 16, 16]
     assert stored["trainer"] == {"devices": 1, "precision": "32-true", "max_steps": 2}
     assert differences({"a": 1, "b": 2}, {"b": 3, "c": 4}) == {

@@ -9,20 +9,21 @@ from typing import Any
 import pytest
 import torch
 
-from tests.worlds import Gaussian, Stream, fit, random_images, tiny_unet
+from tests.worlds import Gaussian, Stream, fit, groups, random_images, tiny_unet
+from unidad_pl import Diffusion, MemoryOptions, OptimizerOptions, UniDAD
 from unidad_pl.denoiser import Prediction
-from unidad_pl.modules import Critic, Diffusion, Memory, Optimization, UniDAD
-from unidad_pl.training.networks import predict_where_it_is
+from unidad_pl.training.networks import predict_on_own_device
 
-FAST = Optimization(lr=1e-3, warmup=0)
+FAST = OptimizerOptions(lr=1e-3, warmup=0)
 
 
-def trained(memory: Memory, iterations: int = 2, precision: Any = "64-true", **options: Any) -> UniDAD:
+def trained(memory: MemoryOptions, iterations: int = 2, precision: Any = "64-true", **options: Any) -> UniDAD:
     settings: dict[str, Any] = dict(
-        student_every=1, target_weight=0.5, ema_decay=0.5, critic=Critic(student_weight=0.5, critic_weight=0.5),
-        student_optimization=FAST, fake_optimization=FAST, target_optimization=FAST,
+        student__update_every=1, target_teacher__weight=0.5, training__ema_decay=0.5,
+        gan__student_weight=0.5, gan__critic_weight=0.5,
+        student__optimizer=FAST, fake_score__optimizer=FAST, target_teacher__adaptation__optimizer=FAST,
     )  # fmt: skip
-    module = UniDAD(tiny_unet(), memory=memory, **(settings | options))
+    module = UniDAD(tiny_unet(), **groups(memory=memory, **(settings | options)))
     fit(module, iterations, Stream(random_images(4, 16)), precision=precision)
     return module
 
@@ -35,19 +36,21 @@ def difference(one: torch.nn.Module, two: torch.nn.Module) -> float:
 @pytest.mark.parametrize("gradient", ["unroll", "last", "backward_simulation"])
 @pytest.mark.parametrize("kind", ["steps", "blocks", "both"])
 def test_checkpointing_changes_no_gradient(kind: Any, gradient: Any) -> None:
-    plain, saving = (trained(Memory(checkpointing=k), gradient=gradient) for k in ("none", kind))
+    plain, saving = (trained(MemoryOptions(checkpointing=k), student__gradient=gradient) for k in ("none", kind))
     for name in ("student", "fake_score", "target_teacher", "discriminator"):
         assert difference(getattr(plain, name), getattr(saving, name)) < 1e-9, name
 
 
 def test_checkpointing_under_autocast() -> None:
-    plain, saving = (trained(Memory(checkpointing=k), precision="bf16-mixed", iterations=1) for k in ("none", "both"))
+    plain, saving = (
+        trained(MemoryOptions(checkpointing=k), precision="bf16-mixed", iterations=1) for k in ("none", "both")
+    )
     assert difference(plain.student, saving.student) < 1e-4  # Adam's first step is +-1e-3 per weight
 
 
 @pytest.mark.parametrize(("kind", "calls"), [("none", 3), ("steps", 6), ("both", 6)])
 def test_checkpointing_computes_the_student_twice(kind: Any, calls: int) -> None:
-    module = UniDAD(tiny_unet(), memory=Memory(checkpointing=kind), student_every=1)
+    module = UniDAD(tiny_unet(), **groups(memory=MemoryOptions(checkpointing=kind), student__update_every=1))
     module.configure_model()
     seen: list[int] = []
     module.student.unet.conv_in.register_forward_pre_hook(lambda *_: seen.append(1))
@@ -57,7 +60,7 @@ def test_checkpointing_computes_the_student_twice(kind: Any, calls: int) -> None
 
 def test_blocks_are_computed_twice() -> None:
     for kind, calls in (("none", 3), ("blocks", 6)):
-        module = UniDAD(tiny_unet(), memory=Memory(checkpointing=kind), student_every=1)  # type: ignore[arg-type]
+        module = UniDAD(tiny_unet(), **groups(memory=MemoryOptions(checkpointing=kind), student__update_every=1))  # type: ignore[arg-type]
         module.configure_model()
         seen: list[int] = []
         module.student.unet.down_blocks[0].resnets[0].register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
@@ -67,8 +70,8 @@ def test_blocks_are_computed_twice() -> None:
 
 
 def test_teachers_in_bfloat16(tmp_path: Path) -> None:
-    options: dict[str, Any] = dict(target_weight=0.0, precision="32-true")
-    plain, half = trained(Memory(), **options), trained(Memory(teacher_dtype="bfloat16"), **options)
+    options: dict[str, Any] = dict(target_teacher=None, precision="32-true")
+    plain, half = trained(MemoryOptions(), **options), trained(MemoryOptions(teacher_dtype="bfloat16"), **options)
     unet = half.source_teacher.unet
     assert unet.down_blocks[0].resnets[0].conv1.weight.dtype == torch.bfloat16
     assert unet.conv_out.weight.dtype == torch.float32
@@ -82,15 +85,18 @@ def test_teachers_in_bfloat16(tmp_path: Path) -> None:
     # the hash is that of the source's weights, so a run may change this option when it is resumed
     half.trainer.save_checkpoint(tmp_path / "half.ckpt")
     settings = dict(
-        critic=half.critic, ema_decay=0.5, target_weight=0.0, student_every=1,
-        student_optimization=FAST, fake_optimization=FAST, target_optimization=FAST,
+        gan=half.gan, training__ema_decay=0.5, target_teacher=None, student__update_every=1,
+        student__optimizer=FAST, fake_score__optimizer=FAST, target_teacher__adaptation__optimizer=FAST,
     )  # fmt: skip
-    fit(UniDAD(tiny_unet(), **settings), 3, Stream(random_images(4, 16)), ckpt_path=tmp_path / "half.ckpt")
+    fit(UniDAD(tiny_unet(), **groups(**settings)), 3, Stream(random_images(4, 16)), ckpt_path=tmp_path / "half.ckpt")
 
 
 def test_networks_with_a_place_of_their_own_stay_there() -> None:
     module = UniDAD(
-        tiny_unet(), target_weight=0.0, ema_decay=0.5, memory=Memory(teacher_device="cpu", ema_device="cpu")
+        tiny_unet(),
+        **groups(
+            target_teacher=None, training__ema_decay=0.5, memory=MemoryOptions(teacher_device="cpu", ema_device="cpu")
+        ),
     )
     module.configure_model()
     module.to("meta")  # as Lightning moves a module to its GPU
@@ -99,7 +105,10 @@ def test_networks_with_a_place_of_their_own_stay_there() -> None:
     }
     assert places == {"source_teacher": "cpu", "student": "meta", "ema": "cpu"}
     assert {name.split(".")[0] for name in module.state_dict()} >= {"source_teacher", "ema"}
-    elsewhere = UniDAD(tiny_unet(), target_weight=0.0, ema_decay=0.5, memory=Memory("none", "float32", "meta", "meta"))
+    elsewhere = UniDAD(
+        tiny_unet(),
+        **groups(target_teacher=None, training__ema_decay=0.5, memory=MemoryOptions("none", "float32", "meta", "meta")),
+    )
     elsewhere.configure_model()
     places = {n: next(getattr(elsewhere, n).parameters()).device.type for n in ("source_teacher", "student", "ema")}
     assert places == {"source_teacher": "meta", "student": "cpu", "ema": "meta"}
@@ -113,13 +122,13 @@ def test_arguments_travel_to_the_network_and_the_answer_back() -> None:
 
     network = There(0.3).to("meta")
     here = torch.zeros(2, 1, 8, 8, device="meta")
-    assert predict_where_it_is(network, here, torch.ones(2, device="meta"), None).x0.device.type == "meta"
+    assert predict_on_own_device(network, here, torch.ones(2, device="meta"), None).x0.device.type == "meta"
     with pytest.raises(NotImplementedError, match="meta"):  # it went there; from meta nothing comes back
-        predict_where_it_is(network, torch.zeros(2, 1, 8, 8), torch.ones(2), None)
+        predict_on_own_device(network, torch.zeros(2, 1, 8, 8), torch.ones(2), None)
 
 
 def test_options_are_checked() -> None:
-    assert {f.name for f in dataclasses.fields(Memory)} == {
+    assert {f.name for f in dataclasses.fields(MemoryOptions)} == {
         "checkpointing",
         "teacher_dtype",
         "teacher_device",
@@ -130,26 +139,32 @@ def test_options_are_checked() -> None:
         ({"teacher_dtype": "int8"}, "teacher_dtype must be one of"),
     ):
         with pytest.raises(ValueError, match=message):
-            Memory(**options)  # type: ignore[arg-type]
+            MemoryOptions(**options)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="moon"):
-        Memory(teacher_device="moon")
-    for memory in (Memory(checkpointing="blocks"), Memory(teacher_dtype="bfloat16")):
-        module = UniDAD(Gaussian(0.0), target_weight=0.0, memory=memory)
+        MemoryOptions(teacher_device="moon")
+    for memory in (MemoryOptions(checkpointing="blocks"), MemoryOptions(teacher_dtype="bfloat16")):
+        module = UniDAD(Gaussian(0.0), **groups(target_teacher=None, memory=memory))
         with pytest.raises(ValueError, match="GaussianDenoiser"):
             module.configure_model()
-    module = Diffusion(tiny_unet(), memory=Memory(checkpointing="blocks"))
+    with pytest.raises(ValueError, match="do nothing here: there is no student and no frozen teacher"):
+        Diffusion(tiny_unet(), memory=MemoryOptions(teacher_dtype="bfloat16"))
+    module = Diffusion(tiny_unet(), memory=MemoryOptions(checkpointing="blocks"))
     module.configure_model()
     assert module.denoiser.unet.is_gradient_checkpointing
 
 
 def test_other_optimisers_by_class_path() -> None:
     plain, fused = (
-        trained(Memory(), fake_optimization=Optimization(lr=1e-3, warmup=0, options=options), precision="32-true")
+        trained(
+            MemoryOptions(),
+            fake_score__optimizer=OptimizerOptions(lr=1e-3, warmup=0, arguments=options),
+            precision="32-true",
+        )
         for options in ({}, {"fused": True})
     )
     assert fused.optimizers()[1].defaults["fused"]
     assert difference(plain.fake_score, fused.fake_score) < 1e-5
     with pytest.raises(ValueError, match=r"bitsandbytes\.optim\.AdamW8bit.*pip install bitsandbytes"):
-        trained(Memory(), fake_optimization=Optimization(optimizer="bitsandbytes.optim.AdamW8bit"))
+        trained(MemoryOptions(), fake_score__optimizer=OptimizerOptions(algorithm="bitsandbytes.optim.AdamW8bit"))
     with pytest.raises(ValueError, match=r"torch\.optim\.Nothing"):
-        trained(Memory(), fake_optimization=Optimization(optimizer="torch.optim.Nothing"))
+        trained(MemoryOptions(), fake_score__optimizer=OptimizerOptions(algorithm="torch.optim.Nothing"))

@@ -9,13 +9,17 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 
-from tests.worlds import fit, tiny_unet, weights_sha
-from unidad_pl.modules import Diffusion, Optimization, UniDAD
-from unidad_pl.training.optimization import spoil_gradients
+from tests.worlds import fit, groups, tiny_unet, weights_sha
+from unidad_pl import Diffusion, OptimizerOptions, UniDAD
+from unidad_pl.training.stepping import spoil_gradients
 
-FAST = Optimization(lr=1e-3, warmup=0)
+FAST = OptimizerOptions(lr=1e-3, warmup=0)
 OPTIONS: dict[str, Any] = dict(
-    student_every=1, target_weight=0.5, student_optimization=FAST, fake_optimization=FAST, target_optimization=FAST
+    student__update_every=1,
+    target_teacher__weight=0.5,
+    student__optimizer=FAST,
+    fake_score__optimizer=FAST,
+    target_teacher__adaptation__optimizer=FAST,
 )
 
 
@@ -38,7 +42,7 @@ class InfiniteLoss(UniDAD):
 
 
 def test_an_infinite_loss_with_finite_gradients_is_skipped_too() -> None:
-    trainer = fit(InfiniteLoss(tiny_unet(), **OPTIONS), 3)
+    trainer = fit(InfiniteLoss(tiny_unet(), **groups(**OPTIONS)), 3)
     assert trainer.global_step == 3
     assert steps(trainer) == [2, 3, 3]
     assert trainer.logged_metrics["skipped/student"] == 1
@@ -58,10 +62,9 @@ class Watched(InfiniteLoss):
     """Keeps every logged number, and never moves."""
 
     def __init__(self) -> None:
-        setting = Optimization(lr=0.0, warmup=0, weight_decay=0.0, clip=0.0)
-        super().__init__(
-            tiny_unet(), **(OPTIONS | {f"{g}_optimization": setting for g in ("student", "fake", "target")})
-        )
+        setting = OptimizerOptions(lr=0.0, warmup=0, clip=0.0, arguments={"weight_decay": 0.0})
+        names = ("student__optimizer", "fake_score__optimizer", "target_teacher__adaptation__optimizer")
+        super().__init__(tiny_unet(), **groups(**(OPTIONS | dict.fromkeys(names, setting))))
         self.seen: dict[str, list[float]] = {}
 
     def log(self, name: str, value: Any, **options: Any) -> None:
@@ -82,18 +85,18 @@ def test_every_group_is_unscaled_by_the_scale_its_loss_had() -> None:
 
 
 def test_overflow_counts_as_a_skip_and_halves_the_scale_once_an_iteration() -> None:
-    module = UniDAD(tiny_unet(), **OPTIONS)
+    module = UniDAD(tiny_unet(), **groups(**OPTIONS))
     trainer = fit(module, 2, **half(2.0**126))
     assert trainer.global_step == 2
     assert steps(trainer) == [0, 0, 0]
     assert trainer.precision_plugin.scaler.get_scale() == 2.0**124
     with pytest.raises(RuntimeError, match="2 iterations in a row had a non-finite loss or gradient"):
-        fit(UniDAD(tiny_unet(), **OPTIONS, max_skipped=2), 3, **half(2.0**126))
+        fit(UniDAD(tiny_unet(), **groups(**OPTIONS, training__max_skipped=2)), 3, **half(2.0**126))
 
 
 def test_the_scale_is_resumed(tmp_path: Path) -> None:
     def denoiser() -> Diffusion:
-        return Diffusion(tiny_unet(), optimization=FAST)
+        return Diffusion(tiny_unet(), **groups(optimizer=FAST))
 
     whole, resumed = denoiser(), denoiser()
     trainer = fit(whole, 4, **half(2.0**8))

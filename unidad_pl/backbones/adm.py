@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from unidad_pl.backbones.weights import State, read_weights
 from unidad_pl.denoiser import DenoiserSource
 
 Rule = Literal["same", "conv1d", "qkv"]
+
 
 class ADMStateDictAdapter:
     """Renames and reshapes weights between guided-diffusion and ``UNet2DModel``. The two methods are exact inverses.
@@ -190,7 +191,8 @@ class ADMSource(DenoiserSource):
     """A guided-diffusion checkpoint, such as FFHQ 256x256 of ddpm-segmentation.
 
     Args:
-        checkpoint: a file written by ``torch.save``, or a ``.safetensors`` file; see :func:`~unidad_pl.backbones.weights.read_weights`.
+        checkpoint: a file written by ``torch.save`` or as ``.safetensors``, see
+            :func:`~unidad_pl.backbones.weights.read_weights`.
         config: what the checkpoint's flags were: the path of a JSON file of guided-diffusion flags, a preset
             (``ffhq256``), or the flags themselves.
     """

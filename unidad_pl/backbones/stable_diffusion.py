@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from unidad_pl.backbones.base import DiffusersNetwork
 from unidad_pl.backbones.latents import LatentCodec
 from unidad_pl.backbones.lora import LoRA, add_adapters, base_names
-from unidad_pl.backbones.base import DiffusersNetwork
 from unidad_pl.backbones.sd_files import find_pipeline, weights_of
 from unidad_pl.backbones.spec import UNetSpec, find_scheduler, spec_of_scheduler
 from unidad_pl.backbones.weights import read_weights

@@ -38,7 +38,7 @@ def read_plain(file: str | Path | IO[bytes], shown: str, map_location: Any = "cp
             f"dict alone, with torch.save or as .safetensors, where you trust it. ({str(error).splitlines()[0]})"
         ) from error
     except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{shown!r} cannot be read as a file of plain tensors, it may be cut short: {error}") from error
+        raise ValueError(f"{shown!r} cannot be read as a file of tensors, it may be cut short: {error}") from error
 
 
 def read_weights(path: str | Path) -> State:

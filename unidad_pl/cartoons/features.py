@@ -3,11 +3,6 @@
 Frechet distances, diversity and attribute shares normally need Inception or VGG weights. For the embedded world this
 network of under 0.8 MB takes their place: it was trained to name every factor of a cartoon (species, glasses, hair,
 pose, ...) and how noisy and blurred the image is, so images that differ in any of these differ in its features.
-
-    >>> judge = CartoonFeatures()
-    >>> judge(images)                       # images [N, 3, H, W] in [-1, 1] -> features [N, 96]
-    >>> CartoonFeatures(layer="pooled")(images)    # -> [N, 240], what Frechet distances are taken in
-    >>> judge.predict(images)["glasses"]    # [N] int64, positions in judge.categories["glasses"]
 """
 
 from __future__ import annotations
@@ -250,6 +245,13 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 class CartoonFeatures(nn.Module):
     """The feature extractor of the cartoon world, for any metric that wants features or attributes.
+
+        >>> from unidad_pl.cartoons.world import render
+        >>> judge, images = CartoonFeatures(), render(range(3), "sunglasses")
+        >>> judge(images).shape, CartoonFeatures(layer="pooled")(images).shape
+        (torch.Size([3, 96]), torch.Size([3, 240]))
+        >>> judge.predict(images)["glasses"], judge.categories["glasses"]
+        (tensor([1, 1, 1]), ['none', 'dark'])
 
     Light until used: the network is read from disk at the first call, and follows the images' device. It is frozen,
     float32, and part of no checkpoint: whoever holds this extractor saves and loads the same with and without it read.

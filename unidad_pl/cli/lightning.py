@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import warnings
-from argparse import RawDescriptionHelpFormatter
+from argparse import SUPPRESS, RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from dataclasses import is_dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning.pytorch as pl
 import torch
 import yaml
-from jsonargparse import DefaultHelpFormatter, get_loader, set_loader
+from jsonargparse import ActionConfigFile, DefaultHelpFormatter, get_loader, set_loader
 from jsonargparse.typing import PositiveInt
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -23,11 +25,10 @@ from unidad_pl.callbacks.environment import RunRecord
 from unidad_pl.callbacks.prediction_writer import PredictionWriter
 from unidad_pl.callbacks.preemption import Preemption, leaving_on_signals
 from unidad_pl.callbacks.records import run_folder
+from unidad_pl.cli.summary import fit_summary
 from unidad_pl.runs.checkpoints import DurableCheckpointIO, is_remote, refuse_damaged
 from unidad_pl.runs.resume import WORDS, choose_folder, find_checkpoint
 from unidad_pl.training.module import GenerativeModule
-from unidad_pl.cli.summary import fit_summary
-
 
 DESCRIPTION = """Few-step few-shot image generation: distil a diffusion model to 1-4 steps and adapt it to a new
 domain from about ten images, in one training run (Uni-DAD).
@@ -55,8 +56,33 @@ class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """Keeps the description's example commands one per line."""
 
 
+class Parser(LightningArgumentParser):
+    """Explains groups of options that may be null as it explains the others, where jsonargparse shows one line."""
+
+    def format_help(self) -> str:
+        """The help of a class, its optional groups one after the other at its end."""
+        text = super().format_help()
+        if not getattr(self, "_inner_parser", False):  # not a class's
+            return text
+        for action in self._actions:
+            kinds = () if action.dest.endswith(".help") else get_args(getattr(action, "_typehint", None))
+            for kind in filter(is_dataclass, kinds):
+                group = Parser(usage=SUPPRESS, add_help=False, description=f"{action.dest}, unless it is null:")
+                group.add_class_arguments(kind, action.dest)
+                group._inner_parser = True
+                text += f"\n{group.format_help()}"
+        return text
+
+
 class UnidadCLI(LightningCLI):
     """LightningCLI with one seed for everything, a picture writer for ``predict``, and a summary after ``fit``."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser whose help explains all groups."""
+        kwargs.setdefault("dump_header", [f"unidad_pl=={version('unidad_pl')}, lightning=={pl.__version__}"])
+        parser = Parser(**kwargs)
+        parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file of options; later ones win")
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -86,8 +112,9 @@ class UnidadCLI(LightningCLI):
             if init is not None and "seed" in init and init["seed"] is None:
                 init["seed"] = seed
         trainer = config.trainer
-        if getattr(trainer.logger, "class_path", None) == LOGGER["class_path"] and trainer.logger.init_args.name is None:
-            trainer.logger.init_args.name = Path(str(config.config[0])).stem if config.config else "unidad"
+        logger = trainer.logger
+        if getattr(logger, "class_path", None) == LOGGER["class_path"] and logger.init_args.name is None:
+            logger.init_args.name = Path(str(config.config[0])).stem if config.config else "unidad"
         if trainer.val_check_interval is None and trainer.check_val_every_n_epoch is None:
             trainer.check_val_every_n_epoch = 1
 

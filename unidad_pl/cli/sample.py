@@ -95,7 +95,9 @@ def _path(folder: Path, seed: int) -> Path:
     return folder / f"{seed:06d}.png"
 
 
-def _record(folder: Path, student: TrainedStudent, num_steps: int, classes: list[int], prompts: list[str] | None) -> None:
+def _record(
+    folder: Path, student: TrainedStudent, num_steps: int, classes: list[int], prompts: list[str] | None
+) -> None:
     """Note what the folder's images are drawn with; refuse to mix them with others."""
     now: dict[str, Any] = {"weights_sha256": content_hash(student.network), "num_steps": num_steps, "classes": classes}
     now |= {"prompts": prompts} if prompts else {}

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from unidad_pl.cartoons import world
-from unidad_pl.denoiser import to_float
 from unidad_pl.data.image_sets import CartoonImages
 from unidad_pl.data.stream import PositionStream
+from unidad_pl.denoiser import to_float
 from unidad_pl.seeds import mix_seed
 
 VALIDATION_START = 2_500_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -114,7 +115,7 @@ class FewShotDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        root: str,
+        root: str | Path,
         shots: int | None = 10,
         resolution: int = 32,
         batch_size: int = 1,
@@ -125,6 +126,7 @@ class FewShotDataModule(pl.LightningDataModule):
         evaluation: Evaluation = Evaluation(),  # noqa: B008
     ) -> None:
         super().__init__()
+        root = str(root)
         check_at_least(1, shots=shots, batch_size=batch_size)
         if augmentation.shift >= resolution:
             raise ValueError(f"shift must be below the resolution of {resolution} pixels, got {augmentation.shift}")

@@ -52,7 +52,7 @@ class Prior:
     class for the subject (DreamBooth's prior preservation). As many per iteration as photos.
 
     Attributes:
-        root: pictures made by the source model or found, any place :func:`~unidad_pl.data.image_sets.open_images` knows.
+        root: pictures made by the source model, or found; see :func:`~unidad_pl.data.image_sets.open_images`.
         template: template they go with, filled in with the class word.
         weight: of the loss on them.
     """
@@ -123,7 +123,7 @@ class SubjectDataModule(FewShotDataModule):
 
     def __init__(
         self,
-        root: str,
+        root: str | Path,
         class_word: str | None = None,
         token: str = "prt",
         prompts: PromptOptions = PromptOptions(),  # noqa: B008 (values, never mutated)
@@ -181,7 +181,7 @@ class SubjectDataModule(FewShotDataModule):
         if self.class_images is None or self.prior is None:
             return state | {"prior": None}
         content = image_hash(self.class_images.flatten(0, 1))
-        return state | {"prior": {"images": content, "template": self.class_template, "weight": self.prior.weight}}
+        return state | {"prior": content, "prior.template": self.class_template, "prior.weight": self.prior.weight}
 
     @property
     def every_prompt(self) -> list[str]:

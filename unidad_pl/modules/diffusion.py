@@ -104,8 +104,8 @@ class Diffusion(GenerativeModule):
         super().__init__("denoiser", "denoiser", training, memory)
         if memory.checkpointing in ("steps", "both") or memory.teacher_device or memory.teacher_dtype != "float32":
             raise ValueError(
-                "memory.checkpointing: steps, teacher_device and teacher_dtype do nothing here: there is no student and "
-                "no frozen teacher. Use checkpointing: blocks, or leave them out"
+                "memory.checkpointing: steps, teacher_device and teacher_dtype do nothing here: there is no student "
+                "and no frozen teacher. Use checkpointing: blocks, or leave them out"
             )
         self.source, self.optimizer_options, self.denoising = source, optimizer, denoising
         self.lognormal, self.sampling, self.export = lognormal, sampling, export

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unidad_pl.data.cartoon_labels import LabelledBatch
-from unidad_pl.cartoons.world import CATEGORIES, DOMAINS, RANGES, render, visible
 from unidad_pl.cartoons.features import INPUT_SIZE, FactorNetwork, FactorOutput
-from unidad_pl.training.optimization import OptimizerOptions
+from unidad_pl.cartoons.world import CATEGORIES, DOMAINS, RANGES, render, visible
+from unidad_pl.data.cartoon_labels import LabelledBatch
 from unidad_pl.seeds import mix_seed
+from unidad_pl.training.optimization import OptimizerOptions
 
 CURVE_FILE = "curve.csv"
 _STANDARD = 4_000_000  # first index of the renders that the pooled features are standardised over

@@ -157,9 +157,7 @@ class MatchingOptions:
         check_at_least(0, source_weight=self.source_weight)
         check_at_least(1, guidance_scale=self.guidance_scale)
         if not 0 <= self.range[0] <= self.range[1] <= 1:
-            raise ValueError(
-                f"matching.range must be two fractions 0 <= low <= high <= 1, got {list(self.range)}"
-            )
+            raise ValueError(f"matching.range must be two fractions 0 <= low <= high <= 1, got {list(self.range)}")
         if self.negative_prompt is not None and self.guidance_scale == 1:
             raise ValueError(
                 f"negative_prompt {self.negative_prompt!r} does nothing without guidance: set guidance_scale above 1"

@@ -1,7 +1,7 @@
 """Uni-DAD: distil a diffusion model to a few steps AND adapt it to a new domain, in one run (arXiv 2511.18281).
 
-Four networks of one architecture: the frozen source teacher S, the target teacher T, the fake score F with discriminator
-heads on its encoder, and the student G. ``training_step`` is one iteration; docs/method.md says what it computes.
+Four networks of one architecture: the frozen source teacher S, the target teacher T, the fake score F with
+discriminator heads on its encoder, and the student G. ``training_step`` is one iteration; docs/method.md explains it.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class UniDAD(GenerativeModule):
         if matching is None and gan is None:
             raise ValueError("matching and gan are both null: the student has no loss")
         if self.adaptation and self.adaptation.pretrain and (student.init_from or fake_score.init_from):
-            raise ValueError("pretrain starts G and F from T: leave it 0, or student.init_from and fake_score.init_from")
+            raise ValueError("pretrain starts G and F from T: leave it 0, or their init_from null")
         if self.adaptation and self.adaptation.updates > 1 and training.accumulate > 1:
             raise ValueError(f"adaptation.updates {self.adaptation.updates} needs training.accumulate: 1: use one")
         self.source, self.student_options, self.fake_options = source, student, fake_score

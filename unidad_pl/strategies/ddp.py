@@ -14,7 +14,7 @@ NAME = "unidad_ddp"
 
 
 class ManualDDPStrategy(FailFastStrategy, DDPStrategy):
-    """``ddp`` that leaves the module unwrapped: :class:`~unidad_pl.training.module.GenerativeModule` averages gradients.
+    """``ddp`` that leaves the module unwrapped: ``GenerativeModule`` averages gradients itself.
 
     DistributedDataParallel expects every parameter in every backward pass; with three optimisers each backward has
     its own parameters. Here one flat all-reduce per optimiser step moves that group's gradients and nothing else.

@@ -1,4 +1,4 @@
-"""One failed rank ends the whole job, and every rank says why: the failure is shared through the process group's store."""
+"""One failed rank ends the whole job, and every rank says why: failures are shared through the group's store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options a module was made with, as plain data in its checkpoints: what shapes the method may not change on resume."""
+"""The options a module was made with, as plain data in its checkpoints: a resumed run may not change the method."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def given_arguments(constructor: Any, args: Sequence[Any], kwargs: Mapping[str, 
 def flatten(value: Any, name: str = "", inside: bool = False) -> list[tuple[str, Any]]:
     """(dotted name, plain value) of everything in ``value``; an object appears as its class and its attributes.
 
-        >>> flatten({"student": {"num_steps": 3}, "range": (0.02, 0.98)})
-        [('student.num_steps', 3), ('range', [0.02, 0.98])]
+    >>> flatten({"student": {"num_steps": 3}, "range": (0.02, 0.98)})
+    [('student.num_steps', 3), ('range', [0.02, 0.98])]
     """
     if is_dataclass(value) and not isinstance(value, type):
         parts = {field.name: getattr(value, field.name) for field in fields(value)}
