@@ -1,4 +1,4 @@
-"""The order of the rooms: a file imports only from rooms below its own, there are no circles, and nothing grows large."""
+"""The order of the rooms: a file imports from rooms below its own only, in no circle, and nothing grows large."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from unidad_pl.backbones import ADMConfig, ADMSource, ADMStateDictAdapter
 from unidad_pl.backbones.adm import adm_denoiser
-from unidad_pl.backbones.weights import read_weights
 from unidad_pl.backbones.adm_config import unet2d_config
+from unidad_pl.backbones.weights import read_weights
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "adm_tiny"
 CHECKPOINT, CONFIG = FOLDER / "adm_tiny.pt", FOLDER / "config.json"
@@ -216,9 +216,7 @@ def test_missing_unexpected_and_misshapen_weights_are_named(tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"1 wrong shapes \[out.2.bias has \(3,\) instead of \(6,\)\]"):
         ADMSource(str(tmp_path / "w.pt"), str(CONFIG)).build()
     with pytest.raises(ValueError, match=r"middle_block.1.qkv.bias has 40 rows, not a multiple of .* = 48"):
-        ADMStateDictAdapter(TINY).to_diffusers(
-            read_weights(CHECKPOINT) | {"middle_block.1.qkv.bias": torch.ones(40)}
-        )
+        ADMStateDictAdapter(TINY).to_diffusers(read_weights(CHECKPOINT) | {"middle_block.1.qkv.bias": torch.ones(40)})
 
 
 def test_unreadable_checkpoints_are_named(tmp_path: Path) -> None:

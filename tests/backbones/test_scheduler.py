@@ -10,9 +10,9 @@ import diffusers
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from unidad_pl.backbones.spec import SUPPORTED
 
 from unidad_pl.backbones import PretrainedUNet
+from unidad_pl.backbones.spec import SUPPORTED
 
 
 def google(**changes: Any) -> UNet2DModel:

@@ -16,8 +16,7 @@ from tests.callbacks.toys import REFERENCE, SHOTS, SIZE, Data, Judge, Toy, train
 from tests.metrics.toys import TinyFeatures, images
 from unidad_pl.callbacks import FID, AttributeShare, IntraLPIPS, LossBalance, PredictionWriter, SampleGrid, read_records
 from unidad_pl.callbacks.sample_grid import log_picture
-from unidad_pl.metrics import InceptionFeatures
-from unidad_pl.metrics import IntraLPIPS as IntraLPIPSMetric
+from unidad_pl.metrics import InceptionFeatures, IntraClusterLPIPS
 
 
 def validate(folder: Path, *callbacks: object, module: Toy | None = None, **data: int) -> dict[str, float]:
@@ -68,7 +67,7 @@ def test_fid_refuses_one_image_and_warns_of_few(tmp_path: Path, monkeypatch: pyt
 
 def test_intra_lpips_equals_the_metric(tmp_path: Path) -> None:
     module = Toy()
-    metric = IntraLPIPSMetric(TinyFeatures(), threshold=0.05)
+    metric = IntraClusterLPIPS(TinyFeatures(), threshold=0.05)
     metric.set_shots(SHOTS)
     metric.update(module.sample(torch.arange(24)))
     own = metric.compute()
@@ -253,7 +252,7 @@ class Answering(Toy):
 @pytest.mark.parametrize(("every", "asked"), [(4, [0, 1, 4, 5]), (100, [0, 1])])
 def test_loss_balance(tmp_path: Path, every: int, asked: list[int]) -> None:
     module = Answering()
-    run = trainer(tmp_path, LossBalance(every_n_steps=every), max_steps=7, log_every_n_steps=1)
+    run = trainer(tmp_path, LossBalance(every_n_iterations=every), max_steps=7, log_every_n_steps=1)
     run.fit(module, datamodule=Data())
     assert module.asked == asked
     assert module.image_gradients == {}
@@ -265,17 +264,17 @@ def test_loss_balance(tmp_path: Path, every: int, asked: list[int]) -> None:
 def test_loss_balance_errors(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"keep_image_gradients and image_gradients.*Toy has none"):
         trainer(tmp_path, LossBalance()).fit(Toy(), datamodule=Data())
-    with pytest.raises(ValueError, match="every_n_steps must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="every_n_iterations must be at least 1, got 0"):
         LossBalance(0)
 
 
 def test_loss_balance_of_unidad_changes_no_weight() -> None:
-    from tests.worlds import fit, tiny_unet, weights_sha
+    from tests.worlds import fit, groups, tiny_unet, weights_sha
     from unidad_pl.modules import UniDAD
 
-    modules = [UniDAD(tiny_unet(), student_every=2, target_weight=0.5) for _ in range(2)]
+    modules = [UniDAD(tiny_unet(), **groups(student__update_every=2, target_teacher__weight=0.5)) for _ in range(2)]
     fit(modules[0], 4)
-    logged = fit(modules[1], 4, callbacks=[LossBalance(every_n_steps=3)]).callback_metrics
+    logged = fit(modules[1], 4, callbacks=[LossBalance(every_n_iterations=3)]).callback_metrics
     assert weights_sha(modules[0]) == weights_sha(modules[1])
     shares = [float(value) for name, value in logged.items() if name.endswith("_share")]
     assert len(shares) == 3  # source, target, adversarial

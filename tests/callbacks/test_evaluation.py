@@ -11,20 +11,14 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
+import unidad_pl.callbacks
 from tests.callbacks.toys import REFERENCE, SHOTS, SIZE, Data, Judge, Plain, Toy, trainer
-from tests.metrics.toys import TinyFeatures
-from unidad_pl.callbacks import (
-    FID,
-    AttributeShare,
-    EvaluationCallback,
-    IntraLPIPS,
-    Report,
-    SampleGrid,
-    read_records,
-)
+from tests.metrics.toys import TinyFeatures, cut_off
+from unidad_pl.callbacks import FID, AttributeShare, EvaluationCallback, IntraLPIPS, Report, SampleGrid, read_records
 from unidad_pl.callbacks.records import append_record
 from unidad_pl.metrics import frechet_distance
 from unidad_pl.metrics.features import extract
@@ -132,6 +126,28 @@ def test_stages(tmp_path: Path) -> None:
         Counting(stages=("train",))
 
 
+KINDS = [kind for kind in EvaluationCallback.__subclasses__() if kind.__name__ in unidad_pl.callbacks.__all__]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_common_arguments_come_from_python_and_yaml_and_unknown_ones_are_named(kind: type) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callback", type=EvaluationCallback)
+    own = {"wanted": {"glasses": "dark"}} if kind is AttributeShare else {}
+
+    def from_yaml(**arguments: object) -> EvaluationCallback:
+        config = {"class_path": f"unidad_pl.{kind.__name__}", "init_args": own | arguments}
+        return parser.instantiate_classes(parser.parse_object({"callback": config})).callback
+
+    common = {"key": "pictures", "dataloader_idx": 1, "stages": ["test"]}
+    for made in (kind(**own, **common), from_yaml(**common)):
+        assert (made.key, made.dataloader_idx, made.stages) == ("pictures", 1, ("test",))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'stage'"):
+        kind(**own, stage="val")
+    with pytest.raises(ArgumentError, match="Option 'stage' is not accepted"):
+        from_yaml(stage="val")
+
+
 def test_seeds_default_to_a_running_count_and_repetitions_warn(tmp_path: Path) -> None:
     counting = Counting()
     trainer(tmp_path, counting).validate(Toy(extra=False), datamodule=Data(first=100), verbose=False)
@@ -181,12 +197,7 @@ def test_key_and_grey_images(tmp_path: Path) -> None:
 def test_missing_weights_end_the_run_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type
 ) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise OSError("no network")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    cut_off(monkeypatch, tmp_path)
     module = Toy()
     with pytest.raises(RuntimeError) as raised:
         fit(tmp_path, kind(), module=module)
@@ -199,8 +210,8 @@ def test_missing_weights_end_the_run_before_training(
     ("callback", "message"),
     [
         (FID(TinyFeatures()), "FID needs reference images, and Plain offers none .*: pass reference="),
-        (IntraLPIPS(TinyFeatures()), "IntraLPIPS needs shots images, and Plain offers none .*: pass shots="),
-        (SampleGrid(), r"SampleGrid\(shots_on_top=True\) needs shots images"),
+        (IntraLPIPS(TinyFeatures()), "IntraLPIPS needs shots, and Plain offers none .*: pass shots="),
+        (SampleGrid(), r"SampleGrid\(shots_on_top=True\) needs shots"),
         (
             IntraLPIPS(TinyFeatures(), shots=SHOTS, relative=True),
             r"IntraLPIPS\(relative=True\) needs reference images",

@@ -11,37 +11,30 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
-from tests.callbacks.toys import SHOTS, SIZE, Data, Told, Toy, trainer
+from tests.callbacks.toys import SHOTS, SIZE, Data, Prompted, Toy, trainer
 from tests.metrics.toys import TinyFeatures, WordVectors
 from unidad_pl.callbacks import PromptDiversity, PromptGrid, SubjectSimilarity, read_records
 from unidad_pl.callbacks.prompt_grid import file_name, with_caption
-from unidad_pl.metrics import CLIPImages, CLIPTexts, DINOImages, LPIPSFeatures
-from unidad_pl.metrics import PromptDiversity as DiversityMetric
-from unidad_pl.metrics import SubjectSimilarity as SimilarityMetric
+from unidad_pl.metrics import CLIPImages, CLIPTexts, DINOImages, LPIPSFeatures, PromptLPIPS, SubjectCosines
 
 
 def similarity(**options: Any) -> SubjectSimilarity:
-    toys: dict[str, Any] = {
-        "image_encoder": TinyFeatures(),
-        "text_encoder": WordVectors(),
-        "dino": TinyFeatures(seed=4),
-        "token": "prt",
-    }
-    return SubjectSimilarity(**{**toys, **options})
+    toys = dict(image_encoder=TinyFeatures(), text_encoder=WordVectors(), dino=TinyFeatures(seed=4), token="prt")
+    return SubjectSimilarity(**(toys | options))
 
 
 def evaluate(folder: Path, *callbacks: Any, module: Toy | None = None, data: Data | None = None) -> dict[str, float]:
     run = trainer(folder, *callbacks)
-    run.test(module or Told(), datamodule=data or Data(), verbose=False)
+    run.test(module or Prompted(), datamodule=data or Data(), verbose=False)
     return {name.removeprefix("test/"): float(value) for name, value in run.callback_metrics.items()}
 
 
 def test_both_equal_their_metrics_and_are_recorded(tmp_path: Path) -> None:
-    module, seeds = Told(), torch.arange(24)
+    module, seeds = Prompted(), torch.arange(24)
     samples, prompts = module.sample(seeds), module.prompts(seeds)
-    similar = SimilarityMetric({"clip_i": TinyFeatures(), "dino": TinyFeatures(seed=4)}, WordVectors(), token="prt")
+    similar = SubjectCosines({"clip_i": TinyFeatures(), "dino": TinyFeatures(seed=4)}, WordVectors(), token="prt")
     similar.set_photos(SHOTS)
-    varied = DiversityMetric(TinyFeatures())
+    varied = PromptLPIPS(TinyFeatures())
     for metric in (similar, varied):
         metric.update(samples, prompts, seeds)
     want, diversity = similar.compute(), varied.compute()
@@ -53,7 +46,7 @@ def test_both_equal_their_metrics_and_are_recorded(tmp_path: Path) -> None:
     assert first["subject"] == "fido"
     assert first["token"] == "prt"
     assert first["extractor"] == {"clip_i": "tiny", "clip_t": "words", "dino": "tiny"}
-    assert first["prompts"].keys() == set(Told.PROMPTS)
+    assert first["prompts"].keys() == set(Prompted.PROMPTS)
     assert first["prompts"]["red prt dog"]["dino"] == pytest.approx(want.by_prompt["red prt dog"]["dino"], rel=1e-5)
     assert second["intra_by_prompt"]["red prt dog"] == pytest.approx(
         diversity.by_prompt["red prt dog"]["intra"], rel=1e-5
@@ -61,7 +54,7 @@ def test_both_equal_their_metrics_and_are_recorded(tmp_path: Path) -> None:
 
 
 def test_samples_that_are_the_photo_score_one(tmp_path: Path) -> None:
-    module = Told(scale=0)
+    module = Prompted(scale=0)
     module.mean.data.fill_(0.4)
     photo = module.sample(torch.arange(1))
     found = evaluate(tmp_path, similarity(photos=photo, scores=["clip_i", "dino"]), module=module)
@@ -83,12 +76,14 @@ def test_similarity_arguments(tmp_path: Path) -> None:
     features = TinyFeatures()
     assert evaluate(tmp_path, similarity(image_encoder=features, batch_size=3)) == pytest.approx(base, rel=1e-5)
     assert max(features.batches) == 3
-    for options in ({"scores": []}, {"scores": ["clip"]}, {"batch_size": 0}):
-        with pytest.raises(ValueError, match="scores must be some of clip_i, clip_t, dino and batch_size >= 1"):
-            similarity(**options)
+    for scores in ([], ["clip"]):
+        with pytest.raises(ValueError, match="scores must be some of clip_i, clip_t, dino, got"):
+            similarity(scores=scores)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        similarity(batch_size=0)
     default = SubjectSimilarity()
-    assert [type(e) for e in default._metric.networks().values()] == [CLIPImages, DINOImages, CLIPTexts]
-    assert list(SubjectSimilarity(scores=["dino"])._metric.networks()) == ["dino"]
+    assert [type(e) for e in default.metric.networks().values()] == [CLIPImages, DINOImages, CLIPTexts]
+    assert list(SubjectSimilarity(scores=["dino"]).metric.networks()) == ["dino"]
 
 
 def test_subject_and_token_are_the_datamodules_unless_given(tmp_path: Path) -> None:
@@ -120,7 +115,7 @@ def test_diversity_arguments(tmp_path: Path) -> None:
 
 
 def test_a_grid_per_prompt_with_the_prompt_under_it(tmp_path: Path) -> None:
-    module, seeds = Told(), torch.arange(24)
+    module, seeds = Prompted(), torch.arange(24)
     run = trainer(tmp_path, PromptGrid(count=3, columns=2, scale=5), logger=TensorBoardLogger(tmp_path, version=0))
     run.test(module, datamodule=Data(), verbose=False)
     folder = Path(run.log_dir or "") / "samples" / "test_step00000000"
@@ -162,7 +157,7 @@ def test_grid_arguments_and_default_scale(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("callback", [similarity(), PromptDiversity(TinyFeatures()), PromptGrid()])
-def test_a_step_without_prompts_is_told_what_to_return(tmp_path: Path, callback: Any) -> None:
+def test_a_step_without_prompts_is_explained(tmp_path: Path, callback: Any) -> None:
     with pytest.raises(KeyError, match="return a list of as many strings as samples under 'prompts'"):
         evaluate(tmp_path, callback, module=Toy())
 
@@ -171,4 +166,4 @@ def test_missing_weights_end_the_run_before_training(tmp_path: Path, monkeypatch
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     with pytest.raises(RuntimeError, match="SubjectSimilarity cannot begin: DINOImages needs the weights 'facebook/d"):
-        trainer(tmp_path, similarity(dino=None)).fit(Told(), datamodule=Data())
+        trainer(tmp_path, similarity(dino=None)).fit(Prompted(), datamodule=Data())

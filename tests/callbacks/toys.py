@@ -72,7 +72,7 @@ class Toy(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=0.05)
 
 
-class Told(Toy):
+class Prompted(Toy):
     """A :class:`Toy` that is asked for one of two prompts, in turn."""
 
     PROMPTS = ("a prt dog", "red prt dog")

@@ -125,7 +125,9 @@ def test_an_exported_student_starts_another_run(place: Path) -> None:
 
 def test_steps_between_the_timesteps_are_kept_but_not_exported(place: Path) -> None:
     spacing = ("--model.source.init_args.spacing", "log_linear")
-    checkpoint = fit(place, "loglin", "--model.student.num_steps", "2", "--model.student.sigma_max", "14.6146", *spacing)
+    checkpoint = fit(
+        place, "loglin", "--model.student.num_steps", "2", "--model.student.sigma_max", "14.6146", *spacing
+    )
     assert load_student(checkpoint).sampler.sigmas == pytest.approx([14.6146, 0.5], rel=0.01)
     with pytest.raises(ValueError, match="evenly spaced timesteps only"):
         export(str(checkpoint), str(place / "no"))

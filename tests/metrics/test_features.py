@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import urllib.error
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.metrics.toys import TinyFeatures, images
+from tests.metrics.toys import TinyFeatures, cut_off, images
 from unidad_pl.metrics import FeatureModule, InceptionFeatures, LPIPSFeatures
 from unidad_pl.metrics.features import BACKBONES, INCEPTION_FILE, INCEPTION_URL, extract
-
-
-@pytest.fixture
-def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty hub folder and downloads that fail as they do without a network."""
-
-    def fail(*_: object, **__: object) -> None:
-        raise urllib.error.URLError("no network")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    return tmp_path
 
 
 @pytest.mark.parametrize(
@@ -35,12 +21,15 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
     ids=lambda value: getattr(value, "name", None),
 )
-def test_missing_weights_say_what_to_do(offline: Path, features: FeatureModule, file: str, url: str) -> None:
+def test_missing_weights_say_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, features: FeatureModule, file: str, url: str
+) -> None:
+    cut_off(monkeypatch, tmp_path)
     random = torch.get_rng_state()
     with pytest.raises(RuntimeError) as raised:
         features.load()
     message = str(raised.value)
-    for part in (file, "MB", url, f"{offline}/hub/checkpoints/", "weights_path", "no network"):
+    for part in (file, "MB", url, f"{tmp_path}/hub/checkpoints/", "weights_path", "no network"):
         assert part in message
     assert torch.equal(torch.get_rng_state(), random)
     with pytest.raises(RuntimeError, match=file):  # also at the first use

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.metrics.toys import TinyFeatures, images
-from unidad_pl.metrics import IntraLPIPS, LPIPSFeatures
+from unidad_pl.metrics import IntraClusterLPIPS, LPIPSFeatures
 from unidad_pl.metrics.intra_lpips import first_per_cluster, mean_pairwise_distance
 
 
@@ -64,7 +64,7 @@ def test_equals_the_literal_loops(protocol: str, cap: int | None) -> None:
     official = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()
     shots = textured(4, 64, 3)
     samples = (0.7 * shots[torch.tensor([0, 1, 0, 1, 2, 0, 1, 0])] + 0.3 * textured(8, 64, 4)).clamp(-1, 1)
-    metric = IntraLPIPS(LPIPSFeatures("alex", pnet_rand=True), protocol=protocol, cap=cap, batch_size=3)
+    metric = IntraClusterLPIPS(LPIPSFeatures("alex", pnet_rand=True), protocol=protocol, cap=cap, batch_size=3)
     metric.set_shots(shots)
     metric.update(samples[:5], range(5))
     metric.update(samples[5:], range(5, 8))
@@ -85,7 +85,7 @@ def test_does_not_depend_on_batches_or_order(spatial: bool) -> None:
     shots, samples = images(3, seed=1), images(40, seed=2)
     results = []
     for order, size in ((torch.arange(40), 40), (torch.arange(40).flip(0), 7), (torch.randperm(40), 1)):
-        metric = IntraLPIPS(TinyFeatures(spatial=spatial), cap=4, batch_size=5)
+        metric = IntraClusterLPIPS(TinyFeatures(spatial=spatial), cap=4, batch_size=5)
         metric.set_shots(shots)
         assert metric._keeps_features is not spatial
         for part in order.split(size):
@@ -100,7 +100,7 @@ def test_does_not_depend_on_batches_or_order(spatial: bool) -> None:
 
 def test_repeated_numbers_count_once_and_reset_forgets() -> None:
     shots, samples = images(2, seed=1), images(12, seed=2)
-    metric = IntraLPIPS(TinyFeatures(), cap=3)
+    metric = IntraClusterLPIPS(TinyFeatures(), cap=3)
     metric.set_shots(shots)
     metric.update(samples)
     once = vars(metric.compute()) | {"cluster_means": pytest.approx(metric.compute().cluster_means, nan_ok=True)}
@@ -116,8 +116,8 @@ def test_repeated_numbers_count_once_and_reset_forgets() -> None:
 def test_every_argument_counts() -> None:
     shots, samples = images(3, seed=1), images(120, seed=2)
 
-    def value(**options: object) -> IntraLPIPS:
-        metric = IntraLPIPS(**{"features": TinyFeatures(), **options})
+    def value(**options: object) -> IntraClusterLPIPS:
+        metric = IntraClusterLPIPS(**{"features": TinyFeatures(), **options})
         metric.set_shots(shots)
         metric.update(samples)
         return metric
@@ -132,13 +132,13 @@ def test_every_argument_counts() -> None:
     assert (low.memorised, high.memorised) == (0.0, 1.0)
     batches = value(batch_size=3).features.batches
     assert set(batches[1:]) == {3}
-    assert isinstance(IntraLPIPS().features, LPIPSFeatures)
+    assert isinstance(IntraClusterLPIPS().features, LPIPSFeatures)
 
 
 def test_memorisation_sees_copies() -> None:
     shots = images(4, seed=1)
     samples = torch.cat([shots[:2], images(6, seed=2)])
-    metric = IntraLPIPS(TinyFeatures(), threshold=1e-6)
+    metric = IntraClusterLPIPS(TinyFeatures(), threshold=1e-6)
     metric.set_shots(shots)
     metric.update(samples)
     result = metric.compute()
@@ -163,10 +163,10 @@ def test_first_per_cluster() -> None:
 
 def test_errors() -> None:
     with pytest.raises(ValueError, match="protocol must be 'cdc' or 'crdi', got 'cdd'"):
-        IntraLPIPS(TinyFeatures(), protocol="cdd")
+        IntraClusterLPIPS(TinyFeatures(), protocol="cdd")
     with pytest.raises(ValueError, match="cap must be >= 2"):
-        IntraLPIPS(TinyFeatures(), cap=1)
-    metric = IntraLPIPS(TinyFeatures())
+        IntraClusterLPIPS(TinyFeatures(), cap=1)
+    metric = IntraClusterLPIPS(TinyFeatures())
     with pytest.raises(RuntimeError, match="set_shots"):
         metric.update(images(2))
     with pytest.raises(ValueError, match="shots must be"):

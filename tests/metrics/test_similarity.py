@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.metrics.toys import TinyFeatures, WordVectors, images
-from unidad_pl.metrics import PromptDiversity, SubjectSimilarity
+from unidad_pl.metrics import PromptLPIPS, SubjectCosines
 from unidad_pl.metrics.similarity import mean_cosine, prompt_key, without_token
 
 PROMPTS = ["a prt dog", "a prt dog", "red prt dog", "a prt dog", "red prt dog", "alone"]
@@ -27,7 +27,7 @@ class Flat(nn.Module):
 def test_scores_equal_loops_over_pairs() -> None:
     photos, samples = images(3, seed=1), images(6, seed=2)
     clip, dino, texts = TinyFeatures(), TinyFeatures(seed=4), WordVectors()
-    metric = SubjectSimilarity({"clip_i": clip, "dino": dino}, texts, token="prt", batch_size=2)
+    metric = SubjectCosines({"clip_i": clip, "dino": dino}, texts, token="prt", batch_size=2)
     metric.set_photos(photos)
     metric.update(samples, PROMPTS, torch.arange(6))
     found = metric.compute()
@@ -42,17 +42,17 @@ def test_scores_equal_loops_over_pairs() -> None:
             by_sample = [sum(row) / 3 for row in pairs]
             assert found.means[name] == pytest.approx(sum(by_sample) / 6, rel=1e-5)
             assert found.by_prompt["red prt dog"][name] == pytest.approx((by_sample[2] + by_sample[4]) / 2, rel=1e-5)
-        told = [
+        by_text = [
             cosine(clip(s[None])[0], texts([p.replace("prt ", "")])[0]) for s, p in zip(samples, PROMPTS, strict=True)
         ]
-    assert found.means["clip_t"] == pytest.approx(sum(told) / 6, rel=1e-5)
-    assert found.by_prompt["alone"]["clip_t"] == pytest.approx(told[5], rel=1e-5)
+    assert found.means["clip_t"] == pytest.approx(sum(by_text) / 6, rel=1e-5)
+    assert found.by_prompt["alone"]["clip_t"] == pytest.approx(by_text[5], rel=1e-5)
     assert list(found.by_prompt) == ["a prt dog", "red prt dog", "alone"]
 
 
 def test_the_rare_token_changes_nothing_once_removed() -> None:
     def clip_t(prompt: str, token: str | None) -> float:
-        metric = SubjectSimilarity({"clip_i": TinyFeatures()}, WordVectors(), token=token)
+        metric = SubjectCosines({"clip_i": TinyFeatures()}, WordVectors(), token=token)
         metric.set_photos(images(1))
         metric.update(images(2), [prompt] * 2, torch.arange(2))
         return metric.compute().means["clip_t"]
@@ -69,7 +69,7 @@ def test_closed_forms() -> None:
         flat[0, :2] = torch.tensor(values)
         return flat.view_as(picture)
 
-    metric = SubjectSimilarity({"clip_i": Flat()})
+    metric = SubjectCosines({"clip_i": Flat()})
     metric.set_photos(torch.cat([of(1, 0), of(0, 0.5)]))  # cosines do not know lengths
     samples = torch.cat([of(1, 0), of(-0.1, 0), of(0.6, 0.8)])
     metric.update(samples, ["x", "y", "z"], torch.arange(3))
@@ -85,9 +85,9 @@ def test_neither_order_nor_batches_nor_repetitions_count() -> None:
     samples = images(6, seed=2)
 
     def found(order: list[int], part: int) -> list[dict[str, float]]:
-        similar = SubjectSimilarity({"clip_i": TinyFeatures()}, WordVectors(), token="prt")
+        similar = SubjectCosines({"clip_i": TinyFeatures()}, WordVectors(), token="prt")
         similar.set_photos(images(3, seed=1))
-        varied = PromptDiversity(TinyFeatures(), batch_size=2)
+        varied = PromptLPIPS(TinyFeatures(), batch_size=2)
         for start in range(0, len(order), part):
             rows = order[start : start + part]
             for metric in (similar, varied):
@@ -110,7 +110,7 @@ def test_photos_in_another_order_score_the_same() -> None:
 
 def test_diversity_equals_loops_over_pairs() -> None:
     samples, features = images(6, seed=2), TinyFeatures(spatial=True)
-    metric = PromptDiversity(features, batch_size=2)
+    metric = PromptLPIPS(features, batch_size=2)
     metric.update(samples, PROMPTS, torch.arange(6))
     found = metric.compute()
     features.eval()
@@ -130,7 +130,7 @@ def test_diversity_equals_loops_over_pairs() -> None:
 
 
 def test_equal_samples_have_no_diversity_and_single_ones_none_to_speak_of() -> None:
-    metric = PromptDiversity(TinyFeatures())
+    metric = PromptLPIPS(TinyFeatures())
     same = images(1).expand(4, -1, -1, -1)
     metric.update(same, ["x", "x", "y", "y"], torch.arange(4))
     assert metric.compute().means == {"intra": 0, "inter": 0}
@@ -149,13 +149,13 @@ def test_words_are_removed_whole() -> None:
 
 def test_what_is_wrong_is_named() -> None:
     with pytest.raises(ValueError, match=r"text_side must name .* got 'clip_i' and"):
-        SubjectSimilarity({"dino": TinyFeatures()}, WordVectors())
-    metric = SubjectSimilarity({"clip_i": TinyFeatures()})
+        SubjectCosines({"dino": TinyFeatures()}, WordVectors())
+    metric = SubjectCosines({"clip_i": TinyFeatures()})
     with pytest.raises(ValueError, match="call set_photos before update"):
         metric.update(images(1), ["x"], torch.arange(1))
     metric.set_photos(images(1))
     with pytest.raises(ValueError, match="1 prompts for 2 images"):
         metric.update(images(2), ["x"], torch.arange(2))
-    for empty in (SubjectSimilarity({"clip_i": TinyFeatures()}), PromptDiversity(TinyFeatures())):
+    for empty in (SubjectCosines({"clip_i": TinyFeatures()}), PromptLPIPS(TinyFeatures())):
         with pytest.raises(ValueError, match="has no samples"):
             empty.compute()

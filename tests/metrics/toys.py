@@ -1,7 +1,13 @@
-"""Tiny feature networks."""
+"""Tiny feature networks, and what tests of metrics and of callbacks share."""
 
 from __future__ import annotations
 
+import math
+import urllib.error
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -47,3 +53,25 @@ class WordVectors(nn.Module):
 
     def _of(self, word: str) -> Tensor:
         return torch.randn(self.width, generator=torch.Generator().manual_seed(self.seed + sum(map(ord, word))))
+
+
+def cut_off(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """An empty hub folder in ``folder``, and downloads that fail as they do without a network."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise urllib.error.URLError("no network")
+
+    patch.setattr(torch.hub, "download_url_to_file", fail)
+    patch.setenv("TORCH_HOME", str(folder))
+    patch.setattr(torch.hub, "_hub_dir", None)
+
+
+def close(a: Any, b: Any) -> bool:
+    """Whether nested values are equal up to rounding; NaN is equal to NaN."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(close(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(close, a, b))
+    if isinstance(a, float) and isinstance(b, float):
+        return (math.isnan(a) and math.isnan(b)) or math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-9)
+    return bool(a == b)

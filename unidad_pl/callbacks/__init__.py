@@ -13,17 +13,6 @@ from unidad_pl.callbacks.sample_grid import SampleGrid
 from unidad_pl.callbacks.similarity import PromptDiversity, SubjectSimilarity
 
 __all__ = [
-    "FID",
-    "AttributeShare",
-    "EvaluationCallback",
-    "IntraLPIPS",
-    "LossBalance",
-    "PredictionWriter",
-    "Preemption",
-    "PromptDiversity",
-    "PromptGrid",
-    "Report",
-    "SampleGrid",
-    "SubjectSimilarity",
-    "read_records",
-]
+    "FID", "AttributeShare", "EvaluationCallback", "IntraLPIPS", "LossBalance", "PredictionWriter", "Preemption",
+    "PromptDiversity", "PromptGrid", "Report", "SampleGrid", "SubjectSimilarity", "read_records",
+]  # fmt: skip

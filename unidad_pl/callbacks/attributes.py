@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from unidad_pl.callbacks.base import STAGES, EvaluationCallback, Report, feature_name
+from unidad_pl.callbacks.base import EvaluationCallback, Report, feature_name
 from unidad_pl.metrics.features import evaluating
 from unidad_pl.metrics.gather import RowMetric, distinct_in_order
 
@@ -34,27 +35,20 @@ class Hits(RowMetric):
 class AttributeShare(EvaluationCallback):
     """Logs ``<stage>/share/<factor>=<value>``: the share of samples for which a classifier sees the wanted value.
 
+        >>> trainer = pl.Trainer(callbacks=[AttributeShare({"glasses": "dark", "species": "cat"})])
+
     Args:
         wanted: factor -> value, e.g. ``{"glasses": "dark"}``.
         features: a module with ``predict(images) -> {factor: [N] int64}`` and ``categories: {factor: [names]}``;
             default the network of the cartoon world.
-        key: see :class:`~unidad_pl.callbacks.base.EvaluationCallback`.
-        dataloader_idx: see there.
-        stages: see there.
+        common: see :class:`~unidad_pl.callbacks.base.EvaluationCallback`.
 
     Raises:
         ValueError: nothing wanted. In ``setup``: a factor or value the classifier does not know.
     """
 
-    def __init__(
-        self,
-        wanted: Mapping[str, str],
-        features: nn.Module | None = None,
-        key: str = "samples",
-        dataloader_idx: int = 0,
-        stages: Sequence[str] = STAGES,
-    ) -> None:
-        super().__init__(key, dataloader_idx, stages)
+    def __init__(self, wanted: Mapping[str, str], features: nn.Module | None = None, **common: Any) -> None:
+        super().__init__(**common)
         if not wanted:
             raise ValueError("AttributeShare needs a wanted value of at least one factor, e.g. {'glasses': 'dark'}")
         if features is None:
@@ -62,12 +56,12 @@ class AttributeShare(EvaluationCallback):
 
             features = CartoonFeatures()
         self.wanted = dict(wanted)
-        self.features = features
+        self.features: nn.Module = features
+        self.metric: Hits = Hits()
         self._codes: dict[str, int] = {}
-        self._metric = Hits()
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.load_features(trainer, self.features)
+        super().prepare(trainer, pl_module)
         categories: dict[str, list[str]] = getattr(self.features, "categories", {})
         for factor, value in self.wanted.items():
             if factor not in categories:
@@ -81,18 +75,14 @@ class AttributeShare(EvaluationCallback):
                 )
             self._codes[factor] = list(categories[factor]).index(value)
 
-    def begin(self, pl_module: pl.LightningModule) -> None:
-        self.features.to(pl_module.device)
-        self._metric.to(pl_module.device).reset()
-
     def update(self, trainer: pl.Trainer, pl_module: pl.LightningModule, images: Tensor, seeds: Tensor) -> None:
         with evaluating(self.features):
             seen: dict[str, Tensor] = self.features.predict(images)  # type: ignore[operator]
         hits = torch.stack([seen[factor].to(images.device) == code for factor, code in self._codes.items()], 1)
-        self._metric.update(hits, seeds)
+        self.metric.update(hits, seeds)
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> Report:
-        shares = self._metric.compute().reshape(-1).tolist()
+        shares = self.metric.compute().reshape(-1).tolist()
         values = {
             f"share/{factor}={value}": share for (factor, value), share in zip(self.wanted.items(), shares, strict=True)
         }

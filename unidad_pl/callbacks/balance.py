@@ -7,29 +7,32 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from unidad_pl.checks import check_at_least
+
 
 class LossBalance(pl.Callback):
     """Logs, for every term of the student's loss, the norm of its gradient with respect to the generated images.
 
+        >>> trainer = pl.Trainer(callbacks=[LossBalance(every_n_iterations=100)])
+
     ``balance/<term>`` is the L2 norm over the batch of the weighted term's gradient, ``balance/<term>_share`` that norm
     over the sum of all norms: a term with a share near 0 has no say, whatever the size of its loss.
 
-    The module does the work when asked to: while ``keep_image_gradients`` is True, an iteration that updates the
-    student leaves ``image_gradients``, a dict from term name to its gradient [B, C, H, W]. The request stands until an
+    The module does the work on request: while ``keep_image_gradients`` is True, an iteration that updates the student
+    leaves ``image_gradients``, a dict from term name to its gradient [B, C, H, W]. The request stands until an
     iteration has answered it, as not every one updates the student.
 
     Args:
-        every_n_steps: ask again when ``trainer.global_step`` is a multiple of it.
+        every_n_iterations: ask again when ``trainer.global_step`` is a multiple of it.
 
     Raises:
-        ValueError: ``every_n_steps`` below 1.
+        ValueError: ``every_n_iterations`` below 1.
         TypeError: in ``setup``, a module that cannot answer.
     """
 
-    def __init__(self, every_n_steps: int = 50) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"LossBalance: every_n_steps must be at least 1, got {every_n_steps}")
-        self.every_n_steps = every_n_steps
+    def __init__(self, every_n_iterations: int = 50) -> None:
+        check_at_least(1, every_n_iterations=every_n_iterations)
+        self.every_n_iterations = every_n_iterations
         self._due = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -43,7 +46,7 @@ class LossBalance(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._due = self._due or trainer.global_step % self.every_n_steps == 0
+        self._due = self._due or trainer.global_step % self.every_n_iterations == 0
         module: Any = pl_module
         module.keep_image_gradients = self._due
 

@@ -1,17 +1,15 @@
-"""What the evaluation callbacks share: they watch the images a val or test loop makes, and report at its end.
+"""What the evaluation callbacks share: they watch the images that a val or test loop makes, and report at its end.
 
-A callback sees a LightningModule only through what its ``validation_step`` or ``test_step`` returns: a dict with
-``samples`` [B, 3, H, W] in [-1, 1], and optionally ``seeds`` (B integers, the samples' global numbers), ``prompts`` (B
-strings) and ``weights`` (``"ema"`` or ``"raw"``). So it works in any Lightning project. It changes nothing in the
-training: networks live in the callback and not in the module, random states are restored, no mode is switched.
+They change nothing in the training: networks live in the callback and not in the module, random states are restored,
+no mode is switched. What they need of the module is in :mod:`unidad_pl.callbacks.outputs`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -19,21 +17,26 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torchmetrics import Metric
 
-from unidad_pl.callbacks.records import FILE, append_record, on_rank_zero, run_folder, trained_steps
-from unidad_pl.callbacks.sources import check_range
-from unidad_pl.metrics.gather import RowMetric, distinct_in_order, sample_indices
+from unidad_pl.callbacks.outputs import METHODS, OutputCallback, Samples
+from unidad_pl.callbacks.records import FILE, append_record, on_rank_zero, run_folder, trained_iterations
+from unidad_pl.metrics.gather import RowMetric, distinct_in_order
 
-STAGES = ("val", "test")
+Stage = Literal["val", "test"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 @dataclass
 class Report:
     """What an evaluation found.
 
+        >>> Report({"brightness": 0.5}, {"extractor": "mean"})
+        Report(values={'brightness': 0.5}, details={'extractor': 'mean'})
+
     Attributes:
         values: metric name -> value; logged as ``<stage>/<name>``.
-        details: what else belongs into the record.
+        details: what else belongs in the record.
     """
 
     values: dict[str, float]
@@ -55,26 +58,42 @@ class SeedRows(RowMetric):
         return seeds[distinct_in_order(seeds)], len(seeds)
 
 
-class EvaluationCallback(pl.Callback):
+class EvaluationCallback(OutputCallback):
     """Base: collects samples in val and test loops, logs values, appends them to ``<run folder>/metrics.jsonl``.
 
-    A subclass implements :meth:`prepare`, :meth:`begin`, :meth:`update` and :meth:`finish`.
+        >>> from torchmetrics import MeanMetric
+        >>> class Brightness(EvaluationCallback):
+        ...     def prepare(self, trainer, pl_module):
+        ...         self.metric = MeanMetric()
+        ...     def update(self, trainer, pl_module, images, seeds):
+        ...         self.metric.update(images.mean((1, 2, 3)))
+        ...     def finish(self, trainer, pl_module, stage):
+        ...         return Report({"brightness": float(self.metric.compute())})
+        >>> trainer = pl.Trainer(callbacks=[Brightness(stages=["test"])])  # trainer.test logs test/brightness
+
+    A subclass implements :meth:`update` and :meth:`finish`, and where its attributes are not enough :meth:`prepare` and
+    :meth:`begin`.
 
     Args:
         key: entry of the step's outputs that holds the images.
         dataloader_idx: with several val or test dataloaders, the one whose samples are evaluated.
         stages: where to evaluate: ``val``, ``test`` or both.
 
+    Attributes:
+        features: the extractor of a subclass that has one.
+        metric: what a subclass collects in, if it does so in a metric.
+
     Raises:
-        ValueError: an unknown stage.
+        ValueError: an unknown stage, or none.
     """
 
-    def __init__(self, key: str = "samples", dataloader_idx: int = 0, stages: Sequence[str] = STAGES) -> None:
-        if not stages or any(stage not in STAGES for stage in stages):
-            raise ValueError(f"stages must be some of {', '.join(STAGES)}, got {list(stages)}")
-        self.key, self.dataloader_idx, self.stages = key, dataloader_idx, tuple(stages)
-        self._seeds: SeedRows | None = None
-        self._seen = 0
+    features: nn.Module | None = None
+    metric: Metric | None = None
+
+    def __init__(self, key: str = "samples", dataloader_idx: int = 0, stages: Sequence[Stage] = STAGES) -> None:
+        check_some("stages", stages, Stage)
+        super().__init__(key, stages, dataloader_idx)
+        self._seeds = SeedRows()
         self._labels: Tensor | None = None
         self._prompts: list[str] | None = None
         self._weights: str | None = None
@@ -84,10 +103,16 @@ class EvaluationCallback(pl.Callback):
     # -- to be implemented by subclasses -------------------------------------------------------------------------
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check arguments and load networks, before the loops begin."""
+        """Check arguments and load networks, before the loops begin; by default :attr:`features`."""
+        if self.features is not None:
+            self.load_features(trainer, self.features)
 
     def begin(self, pl_module: pl.LightningModule) -> None:
-        """Forget the last evaluation."""
+        """Forget the last evaluation; by default :attr:`metric` does. Networks follow the module's device."""
+        if self.features is not None:
+            self.features.to(pl_module.device)
+        if self.metric is not None:
+            self.metric.to(pl_module.device).reset()
 
     def update(self, trainer: pl.Trainer, pl_module: pl.LightningModule, images: Tensor, seeds: Tensor) -> None:
         """Take images [B, 3, H, W] float32 in [-1, 1] and their global numbers [B] int64."""
@@ -97,7 +122,7 @@ class EvaluationCallback(pl.Callback):
         """The result over all ranks, the same on each; None: nothing to log or record."""
         raise NotImplementedError
 
-    # -- Lightning's hooks ---------------------------------------------------------------------------------------
+    # -- one evaluation ------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         loop = {"validate": "val", "test": "test"}.get(stage)
@@ -105,78 +130,24 @@ class EvaluationCallback(pl.Callback):
             with isolate_rng():
                 self.prepare(trainer, pl_module)
 
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begin(trainer, pl_module, "val")
-
-    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begin(trainer, pl_module, "test")
-
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._collect(trainer, pl_module, "val", outputs, dataloader_idx)
-
-    def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._collect(trainer, pl_module, "test", outputs, dataloader_idx)
-
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._end(trainer, pl_module, "val")
-
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._end(trainer, pl_module, "test")
-
-    # -- one evaluation ------------------------------------------------------------------------------------------
-
-    def _active(self, trainer: pl.Trainer, stage: str) -> bool:
-        return stage in self.stages and not trainer.sanity_checking
-
-    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if not self._active(trainer, stage):
-            return
-        self._seeds = SeedRows().to(pl_module.device)
-        self._seen, self._weights, self._size = 0, None, None
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._seeds.to(pl_module.device).reset()
+        self._weights, self._size = None, None
         with isolate_rng():
             self.begin(pl_module)
 
-    def _collect(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, outputs: Any, dataloader_idx: int
-    ) -> None:
-        if not self._active(trainer, stage) or dataloader_idx != self.dataloader_idx:
-            return
-        step = "validation_step" if stage == "val" else "test_step"
-        images, seeds = read_outputs(outputs, self.key, f"{type(self).__name__}: {step}", self._seen)
-        self._seen += len(images)
-        if self._size not in (None, tuple(images.shape[2:])):
-            raise ValueError(
-                f"{type(self).__name__}: {step} returned samples of {tuple(images.shape[2:])} after {self._size}"
-            )
-        self._size = (images.shape[2], images.shape[3])
-        self._weights = str(outputs["weights"]) if "weights" in outputs else self._weights
-        assert self._seeds is not None
-        self._seeds.update(seeds)
-        self._labels = read_labels(outputs, len(images))
-        self._prompts = read_prompts(outputs, len(images))
+    def _collect(self, trainer: pl.Trainer, pl_module: pl.LightningModule, samples: Samples) -> None:
+        size = (samples.images.shape[2], samples.images.shape[3])
+        if self._size not in (None, size):
+            method = METHODS[self._stage(trainer)]
+            raise ValueError(f"{type(self).__name__}: {method} returned samples of {size} after {self._size}")
+        self._size, self._labels, self._prompts = size, samples.labels, samples.prompts
+        self._weights = self._weights if samples.weights is None else samples.weights
+        self._seeds.update(samples.seeds)
         with torch.no_grad(), isolate_rng():
-            self.update(trainer, pl_module, images, seeds)
+            self.update(trainer, pl_module, samples.images, samples.seeds)
 
     def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if not self._active(trainer, stage):
-            return
-        assert self._seeds is not None
         seeds, seen = self._seeds.compute()
         seeds = seeds.reshape(-1)  # torchmetrics makes a scalar of a single number
         if not seen:
@@ -207,7 +178,7 @@ class EvaluationCallback(pl.Callback):
             "metric": type(self).__name__,
             "values": report.values,
             "stage": stage,
-            "step": trained_steps(trainer),
+            "step": trained_iterations(trainer),
             "samples": len(seeds),
             "first_seed": int(seeds[0]),
             "last_seed": int(seeds[-1]),
@@ -217,12 +188,12 @@ class EvaluationCallback(pl.Callback):
             **report.details,
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
-        on_rank_zero(trainer, str(path), lambda: append_record(path, record))
+        on_rank_zero(trainer, path, lambda: append_record(path, record))
 
     # -- for subclasses ------------------------------------------------------------------------------------------
 
     def load_features(self, trainer: pl.Trainer, features: nn.Module) -> None:
-        """Make a feature network on all ranks, the first process of every machine first (it may download).
+        """Load a feature network on all ranks, the first process of every machine first (it may download).
 
         Raises:
             RuntimeError: on every rank, if it failed on one.
@@ -258,51 +229,16 @@ class EvaluationCallback(pl.Callback):
             rank_zero_warn(f"{type(self).__name__}: {message}")
 
 
-def read_labels(outputs: Mapping[str, Any], count: int) -> Tensor | None:
-    """The entry ``labels`` of a step's outputs, class numbers [count], if it is there and is that."""
-    labels = outputs.get("labels")
-    fits = isinstance(labels, Tensor) and labels.shape == (count,) and not labels.is_floating_point()
-    return labels if fits else None
+def check_some(name: str, values: Sequence[str], literal: Any) -> None:
+    """Refuse an option that is not a choice of one or more values of ``literal``.
 
-
-def read_prompts(outputs: Mapping[str, Any], count: int) -> list[str] | None:
-    """The entry ``prompts`` of a step's outputs, ``count`` strings, if it is there and is that."""
-    prompts = outputs.get("prompts")
-    fits = isinstance(prompts, (list, tuple)) and len(prompts) == count and all(isinstance(p, str) for p in prompts)
-    return list(prompts) if fits and prompts is not None else None
+    Raises:
+        ValueError: names the option and what it may hold.
+    """
+    if not values or not set(values) <= set(get_args(literal)):
+        raise ValueError(f"{name} must be some of {', '.join(get_args(literal))}, got {list(values)}")
 
 
 def feature_name(features: nn.Module) -> str:
     """The id of an extractor for the records: its ``name``, or its class."""
     return str(getattr(features, "name", type(features).__name__))
-
-
-def read_outputs(outputs: Any, key: str, where: str, seen: int) -> tuple[Tensor, Tensor]:
-    """Images [B, 3, H, W] float32 in [-1, 1] and their global numbers [B] int64 from what a step returned.
-
-    Args:
-        outputs: the step's return value.
-        key: entry with the images; one channel is repeated to three.
-        where: begin of error messages.
-        seen: samples this rank returned before; numbers follow from it if there is no entry ``seeds``.
-
-    Raises:
-        TypeError: no dict.
-        KeyError: no such entry; names those there are.
-        ValueError: no images, values outside [-1, 1], or another number of seeds.
-    """
-    if not isinstance(outputs, Mapping):
-        raise TypeError(
-            f"{where} must return a dict with the generated images under {key!r}, got {type(outputs).__name__}"
-        )
-    if key not in outputs:
-        raise KeyError(f"{where} returned no {key!r}, only {', '.join(map(repr, outputs))}: return it, or set key=")
-    images = outputs[key]
-    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
-        seen_type = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"{where}: {key!r} must be a tensor [B, 3, H, W], got {seen_type}")
-    if not images.is_floating_point():
-        raise ValueError(f"{where}: {key!r} must be floats in [-1, 1], got {images.dtype}")
-    check_range(images, f"{where}: {key!r}")
-    images = images.detach().float().expand(-1, 3, -1, -1)
-    return images, sample_indices(len(images), outputs.get("seeds"), seen).to(images.device)

@@ -1,4 +1,4 @@
-"""What a run was made with, beside its config: versions, commit, machine, command."""
+"""What a run was made with besides its config: versions, commit, machine, command."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PACKAGES = ("unidad_pl", "torch", "lightning", "torchmetrics", "diffusers", "tra
 
 
 class RunRecord(SaveConfigCallback):
-    """Writes ``config.yaml``, and a line of :func:`environment` per start of the run to ``environment.jsonl``."""
+    """Writes ``config.yaml``, and at every start of the run a line of :func:`environment` to ``environment.jsonl``."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         first = not self.already_saved
@@ -31,7 +31,7 @@ class RunRecord(SaveConfigCallback):
         if first:
             path = run_folder(trainer) / FILE
             record = environment(trainer) | {"stage": stage, "seed": self.config.get("seed_everything")}
-            on_rank_zero(trainer, str(path), lambda: append_record(path, record))
+            on_rank_zero(trainer, path, lambda: append_record(path, record))
 
 
 def environment(trainer: pl.Trainer) -> dict[str, Any]:
@@ -60,12 +60,12 @@ def _version(name: str) -> str | None:
 
 
 def git_commit(folder: Path) -> str | None:
-    """The commit that ``folder`` is at, with ``+changes`` if files differ from it; None outside of a repository."""
-    if shutil.which("git") is None:
+    """The commit that ``folder`` is at, with ``+changes`` if files differ from it; None outside a repository."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(folder), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    if shutil.which("git") is None or not (commit := git("rev-parse", "--verify", "HEAD")):
         return None
-    where = ["git", "-C", str(folder)]
-    commit = subprocess.run([*where, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    if commit.returncode:
-        return None
-    changed = subprocess.run([*where, "status", "--porcelain"], capture_output=True, text=True, check=False)
-    return commit.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
+    return commit + ("+changes" if git("status", "--porcelain") else "")

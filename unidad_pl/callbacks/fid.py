@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor, nn
 
-from unidad_pl.callbacks.base import STAGES, EvaluationCallback, Report, feature_name
-from unidad_pl.callbacks.sources import Images, ImageSource, model_range
+from unidad_pl.callbacks.base import EvaluationCallback, Report, feature_name
+from unidad_pl.callbacks.given_images import GivenImages, Images
 from unidad_pl.metrics.features import InceptionFeatures, extract
 from unidad_pl.metrics.frechet import frechet_distance
 from unidad_pl.metrics.kernel import kid
@@ -25,6 +23,9 @@ FEW_REFERENCES = 500
 class FID(EvaluationCallback):
     """Logs ``<stage>/fid``, and ``kid``, ``precision``, ``recall``, ``density``, ``coverage`` from the same features.
 
+        >>> from unidad_pl import CartoonFeatures
+        >>> trainer = pl.Trainer(callbacks=[FID(), FID(CartoonFeatures(layer="pooled"), name="fid_cartoon")])
+
     The bias of FID depends on the numbers of images: compare only values with equal ``samples`` and ``reference`` in
     ``metrics.jsonl``. KID is unbiased. Reference features are computed once per run, shared out over ranks.
 
@@ -37,9 +38,10 @@ class FID(EvaluationCallback):
         name: what the distance is logged as. With another name than ``fid`` the others are called ``<name>_kid`` and so
             on, so that several of these callbacks can be used together.
         batch_size: images per pass of the extractor.
-        key: see :class:`~unidad_pl.callbacks.base.EvaluationCallback`.
-        dataloader_idx: see there.
-        stages: see there.
+        common: see :class:`~unidad_pl.callbacks.base.EvaluationCallback`.
+
+    Raises:
+        ValueError: ``batch_size`` below 1, or an empty name.
     """
 
     def __init__(
@@ -50,45 +52,33 @@ class FID(EvaluationCallback):
         reference: Images = None,
         name: str = "fid",
         batch_size: int = 50,
-        key: str = "samples",
-        dataloader_idx: int = 0,
-        stages: Sequence[str] = STAGES,
+        **common: Any,
     ) -> None:
-        super().__init__(key, dataloader_idx, stages)
+        super().__init__(**common)
         if batch_size < 1 or not name:
             raise ValueError(f"FID needs batch_size >= 1 and a name, got {batch_size} and {name!r}")
-        self.features = InceptionFeatures() if features is None else features
+        self.features: nn.Module = InceptionFeatures() if features is None else features
         self.kid, self.prdc, self.name, self.batch_size = kid, prdc, name, batch_size
-        self.reference = ImageSource("FID", "reference", reference)
-        self._metric = TwoSample(keep_reference=True)
-        self._has_reference = False
+        self.reference = GivenImages("FID", "reference", reference)
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.load_features(trainer, self.features)
+        super().prepare(trainer, pl_module)
         self.reference.check(trainer)
-        self._metric = TwoSample(keep_reference=True)
+        self.metric: TwoSample = TwoSample(keep_reference=True)
         self._has_reference = False  # another run may have another reference set
 
-    def begin(self, pl_module: pl.LightningModule) -> None:
-        self.features.to(pl_module.device)
-        self._metric.to(pl_module.device).reset()
-
     def update(self, trainer: pl.Trainer, pl_module: pl.LightningModule, images: Tensor, seeds: Tensor) -> None:
-        self._metric.update(extract(self.features, images, self.batch_size), real=False, indices=seeds)
+        self.metric.update(extract(self.features, images, self.batch_size), real=False, indices=seeds)
 
     def _add_reference(self, trainer: pl.Trainer) -> None:
-        assert self._size is not None
-        images = self.reference.load(trainer, self._size)
-        own = torch.arange(trainer.global_rank, len(images), trainer.world_size)
-        for numbers in own.split(self.batch_size):
-            batch = model_range(images[numbers].to(self._metric.device))
-            self._metric.update(extract(self.features, batch, self.batch_size), real=True, indices=numbers)
+        for images, numbers in self.reference.share(trainer, self._size, self.metric.device, self.batch_size):
+            self.metric.update(extract(self.features, images, self.batch_size), real=True, indices=numbers)
         self._has_reference = True
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> Report:
         if not self._has_reference:
             self._add_reference(trainer)
-        x, y = self._metric.compute()
+        x, y = self.metric.compute()
         check_pair(x, y, type(self).__name__)
         if isinstance(self.features, InceptionFeatures) and (len(x) < INCEPTION_RANK or len(y) < FEW_REFERENCES):
             self.warn_once(

@@ -3,54 +3,44 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from unidad_pl.callbacks.base import read_outputs
-from unidad_pl.data.pictures import as_uint8, write_png
+from unidad_pl.callbacks.outputs import OutputCallback, Samples
 from unidad_pl.callbacks.records import run_folder
+from unidad_pl.data.pictures import as_uint8, write_png
 
 
-class PredictionWriter(pl.Callback):
+class PredictionWriter(OutputCallback):
     """Writes ``<folder>/<seed>.png`` for every image that ``predict_step`` returns; an older file is overwritten.
 
-    Every rank writes its own images. Values are rounded to 8 bits. The images are what ``predict_step`` returned in a
-    dict, under ``key``, with their ``seeds``.
+        >>> trainer = pl.Trainer(callbacks=[PredictionWriter("pictures")])  # predict writes pictures/000000.png, ...
+
+    Every rank writes its own images. Values are rounded to 8 bits.
 
     Args:
         folder: where to write. Default: ``<run folder>/predictions``.
-        key: entry of the outputs that holds the images [B, 3, H, W] in [-1, 1].
+        key: entry of the outputs that holds the images [B, 3, H, W] in [-1, 1]; ``seeds`` are their numbers.
 
     Raises:
         RuntimeError: a file cannot be written.
     """
 
     def __init__(self, folder: str | None = None, key: str = "samples") -> None:
-        self.folder, self.key = folder, key
+        super().__init__(key, stages=["predict"])
+        self.folder = folder
         self._target = Path()
-        self._seen = 0
         self._written: set[int] = set()
 
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         own = run_folder(trainer) / "predictions"
         self._target = own if self.folder is None else Path(self.folder).expanduser()
-        self._seen, self._written = 0, set()
+        self._written = set()
 
-    def on_predict_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        images, seeds = read_outputs(outputs, self.key, "PredictionWriter: predict_step", self._seen)
-        self._seen += len(images)
-        for image, seed in zip(as_uint8(images), seeds.tolist(), strict=True):
+    def _collect(self, trainer: pl.Trainer, pl_module: pl.LightningModule, samples: Samples) -> None:
+        for image, seed in zip(as_uint8(samples.images), samples.seeds.tolist(), strict=True):
             path = self._target / f"{seed:06d}.png"
             try:
                 write_png(image, path)
@@ -60,7 +50,7 @@ class PredictionWriter(pl.Callback):
                 ) from error
             self._written.add(seed)
 
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         counts = torch.tensor([self._seen, len(self._written)], device=pl_module.device)
         seen, written = trainer.strategy.all_gather(counts).reshape(-1, 2).sum(0).tolist()
         if seen > written:

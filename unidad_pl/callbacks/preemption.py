@@ -1,4 +1,4 @@
-"""End a run in good order when its time on the machine is over: SIGTERM and SIGUSR1 save and exit."""
+"""End a run in good order when its time on the machine is over: on SIGTERM and SIGUSR1 it saves and exits."""
 
 from __future__ import annotations
 
@@ -27,10 +27,13 @@ KEY = "unidad_pl/stop_after"
 class Preemption(pl.Callback):
     """On SIGTERM or SIGUSR1 a fit finishes its iteration, saves ``checkpoints/preempted.ckpt`` and exits.
 
+        >>> trainer = pl.Trainer(callbacks=[Preemption(exit_code=99)])
+
     All ranks stop after the same iteration, whichever of them got the signal, and exit with the same code. They agree
-    through the store of the process group: no collective, and nothing that waits for a GPU. A signal outside of the
-    training loop, when there is nothing to save, exits at once; one during a validation within it waits for its end.
-    Lightning's own handlers, which may act in the middle of an iteration, are replaced while this callback is there.
+    through the store of the process group: no collective, and nothing that waits for a GPU. A signal outside the
+    training loop, when there is nothing to save, ends the process at once; during a validation within that loop, the
+    validation is finished first. This callback replaces Lightning's own handlers, which may act in the middle of an
+    iteration.
 
     The ``unidad`` command has this callback; resume with ``--ckpt_path last``.
 
@@ -47,19 +50,15 @@ class Preemption(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._training, self._iterations, self._caught = True, 0, None
-        self._listen()
+        listen(self._note)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._training = False
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._listen()
+        listen(self._note)  # Lightning restores the handlers it found when a loop ends
 
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._listen()
-
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._listen()
+    on_test_start = on_predict_start = on_validation_start
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -67,10 +66,6 @@ class Preemption(pl.Callback):
         self._iterations += 1
         if self._stop_now(trainer):
             self._save_and_leave(trainer)
-
-    def _listen(self) -> None:
-        """Lightning restores the handlers it found when the loops end."""
-        listen(self._note)
 
     def _note(self, number: int, frame: Any) -> None:
         if not self._training:
@@ -96,7 +91,7 @@ class Preemption(pl.Callback):
         )
         rank_zero_info(
             f"Stopped by a signal after iteration {trainer.global_step}, saved {path}, exit code {self.exit_code}. "
-            f"Go on with --ckpt_path last"
+            f"Resume with --ckpt_path last"
         )
         sys.exit(0 if own_child else self.exit_code)
 

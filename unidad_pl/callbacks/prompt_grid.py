@@ -1,19 +1,20 @@
-"""One picture per prompt: its samples side by side, and the prompt under them."""
+"""One picture per prompt: its samples side by side, and the prompt below them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
 
-from unidad_pl.callbacks.base import STAGES, EvaluationCallback
-from unidad_pl.data.pictures import grid, write_png
-from unidad_pl.callbacks.records import on_rank_zero, run_folder, trained_steps
-from unidad_pl.callbacks.sample_grid import VISIBLE, log_picture
+from unidad_pl.callbacks.base import EvaluationCallback
+from unidad_pl.callbacks.records import run_folder, trained_iterations
+from unidad_pl.callbacks.sample_grid import default_scale, publish
+from unidad_pl.checks import check_at_least
+from unidad_pl.data.pictures import grid
 from unidad_pl.metrics.similarity import PromptImages
 
 SMALLEST_FONT = 11
@@ -22,57 +23,41 @@ SMALLEST_FONT = 11
 class PromptGrid(EvaluationCallback):
     """Writes ``<run folder>/samples/<stage>_step<step>/<number>_<prompt>.png`` and hands the pictures to the loggers.
 
+        >>> trainer = pl.Trainer(callbacks=[PromptGrid(count=8, columns=4)])
+
     The step must return ``prompts``.
 
     Args:
         count: samples of each prompt in its picture: those with the lowest seeds.
         columns: samples per row.
         scale: enlargement by whole pixels; default what makes an image 64 pixels wide or more.
-        key: see :class:`~unidad_pl.callbacks.base.EvaluationCallback`.
-        dataloader_idx: see there.
-        stages: see there.
+        common: see :class:`~unidad_pl.callbacks.base.EvaluationCallback`.
 
     Raises:
         ValueError: a number below 1.
     """
 
-    def __init__(
-        self,
-        count: int = 4,
-        columns: int = 4,
-        scale: int | None = None,
-        key: str = "samples",
-        dataloader_idx: int = 0,
-        stages: Sequence[str] = STAGES,
-    ) -> None:
-        super().__init__(key, dataloader_idx, stages)
-        for name, value in (("count", count), ("columns", columns), ("scale", scale)):
-            if value is not None and value < 1:
-                raise ValueError(f"PromptGrid: {name} must be at least 1, got {value}")
+    def __init__(self, count: int = 4, columns: int = 4, scale: int | None = None, **common: Any) -> None:
+        super().__init__(**common)
+        check_at_least(1, count=count, columns=columns, scale=scale)
         self.count, self.columns, self.scale = count, columns, scale
-        self._metric = PromptImages()
-
-    def begin(self, pl_module: pl.LightningModule) -> None:
-        self._metric.to(pl_module.device).reset()
+        self.metric: PromptImages = PromptImages()
 
     def update(self, trainer: pl.Trainer, pl_module: pl.LightningModule, images: Tensor, seeds: Tensor) -> None:
-        self._metric.update(images, self.needed_prompts(), seeds)
+        self.metric.update(images, self.needed_prompts(), seeds)
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        folder = run_folder(trainer) / "samples" / f"{stage}_step{trained_steps(trainer):08d}"
-        for number, (prompt, images) in enumerate(self._metric.compute().items()):
+        folder = run_folder(trainer) / "samples" / f"{stage}_step{trained_iterations(trainer):08d}"
+        for number, (prompt, images) in enumerate(self.metric.compute().items()):
             shown = images[: self.count]
-            scale = -(-VISIBLE // images.shape[3]) if self.scale is None else self.scale
-            picture = with_caption(grid(shown, None, min(self.columns, len(shown)), scale), prompt)
+            rows = grid(shown, None, min(self.columns, len(shown)), self.scale or default_scale(images))
             path = folder / f"{number:02d}_{file_name(prompt)}.png"
-            on_rank_zero(trainer, str(path), lambda picture=picture, path=path: write_png(picture, path))
-            if trainer.is_global_zero:
-                log_picture(trainer, f"{stage}/prompts/{number:02d}", picture)
+            publish(trainer, with_caption(rows, prompt), path, f"{stage}/prompts/{number:02d}")
 
 
-def file_name(prompt: str, most: int = 60) -> str:
-    """``prompt`` in letters that every file system takes."""
-    return re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:most] or "prompt"
+def file_name(prompt: str, longest: int = 60) -> str:
+    """``prompt`` in characters that every file system takes."""
+    return re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:longest] or "prompt"
 
 
 def with_caption(picture: Tensor, text: str) -> Tensor:
@@ -89,7 +74,7 @@ def with_caption(picture: Tensor, text: str) -> Tensor:
             lines[-1] = longer
             continue
         lines += [""] if lines[-1] else []
-        for letter in word:  # one that is wider than the picture goes on below
+        for letter in word:  # a word wider than the picture continues on the next line
             lines += [""] if font.getlength(lines[-1] + letter) > width - size else []
             lines[-1] += letter
     label = Image.new("RGB", (width, int(1.3 * size * len(lines)) + size), "white")

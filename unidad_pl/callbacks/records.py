@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,22 @@ FILE = "metrics.jsonl"
 def run_folder(trainer: pl.Trainer) -> Path:
     """Where this run writes: the first logger's folder, or ``default_root_dir``; the same on every rank.
 
-    To be called on all ranks together (the folder of rank 0 is broadcast).
+    All ranks must call it together: the folder of rank 0 is broadcast.
     """
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
-def trained_steps(trainer: pl.Trainer) -> int:
-    """Training steps of the weights at hand.
+def trained_iterations(trainer: pl.Trainer) -> int:
+    """For how many iterations the weights at hand were trained.
 
     Outside of ``fit`` Lightning leaves ``trainer.global_step`` at 0 whatever checkpoint it loaded; a module that keeps
-    its own count as ``iteration``, like ours, knows better.
+    its own count as ``iteration``, as ours do, knows better.
     """
     return trainer.global_step or int(getattr(trainer.lightning_module, "iteration", 0))
 
 
 def _plain(value: Any) -> Any:
-    """Numbers JSON has no word for (NaN, infinity) become null."""
+    """``value`` with null for the numbers that JSON cannot write: NaN and infinity."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
@@ -42,7 +43,7 @@ def _plain(value: Any) -> Any:
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
-    """Add one line to a JSON-lines file. A line that a killed run left half written stays a line of its own.
+    """Add one line to a JSON-lines file. A line that a killed run left unfinished stays a line of its own.
 
     Raises:
         OSError: the folder cannot be made, or the file not written.
@@ -58,7 +59,7 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """All whole lines of a JSON-lines file, in order; half-written ones are left out.
+    """All whole lines of a JSON-lines file, in order; unfinished ones are left out.
 
     Raises:
         FileNotFoundError: no such file.
@@ -74,21 +75,21 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def on_rank_zero(trainer: pl.Trainer, what: str, action: Any) -> None:
-    """Run ``action()`` on rank 0; if it cannot write, every rank raises, so that none is left waiting.
+def on_rank_zero(trainer: pl.Trainer, path: Path, write: Callable[[], None]) -> None:
+    """Call ``write`` on rank 0; if it fails to write ``path``, every rank raises, so that none is left waiting.
 
     Raises:
-        RuntimeError: names ``what`` could not be written, and why.
+        RuntimeError: says what could not be written, and why.
     """
     failure = None
     if trainer.is_global_zero:
         try:
-            action()
+            write()
         except OSError as error:
             failure = f"{type(error).__name__}: {error}"
     failure = trainer.strategy.broadcast(failure)
     if failure is not None:
         raise RuntimeError(
-            f"cannot write {what} ({failure}). Free disk space, restore the folder or its permissions, then resume "
+            f"cannot write {path} ({failure}). Free disk space, restore the folder or its permissions, then resume "
             f"from the last checkpoint; or remove the callback."
         )

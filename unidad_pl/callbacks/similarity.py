@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 from torch import Tensor, nn
 
-from unidad_pl.callbacks.base import STAGES, EvaluationCallback, Report, feature_name
-from unidad_pl.callbacks.sources import Images, ImageSource, model_range
-from unidad_pl.metrics import similarity as metric
+from unidad_pl.callbacks.base import EvaluationCallback, Report, check_some, feature_name
+from unidad_pl.callbacks.given_images import GivenImages, Images, model_range
+from unidad_pl.checks import check_at_least
 from unidad_pl.metrics.encoders import CLIPImages, CLIPTexts, DINOImages
 from unidad_pl.metrics.features import LPIPSFeatures
+from unidad_pl.metrics.similarity import PromptLPIPS, SubjectCosines
 
-SCORES = ("clip_i", "clip_t", "dino")
+Score = Literal["clip_i", "clip_t", "dino"]
+SCORES: tuple[Score, ...] = get_args(Score)
 
 
 class SubjectSimilarity(EvaluationCallback):
     """Logs ``<stage>/clip_i``, ``clip_t`` and ``dino``: the mean cosine of samples with the photos, and with prompts.
 
+        >>> trainer = pl.Trainer(callbacks=[SubjectSimilarity(scores=["dino"], photos="photos/dog")])
+
     The record in ``metrics.jsonl`` names the subject and has the means of every prompt. The step must return
-    ``prompts``. Photos and samples have one size and take one way into an encoder.
+    ``prompts``. Photos have the samples' size, so that an encoder treats both alike.
 
     Args:
         scores: which of ``clip_i``, ``clip_t`` and ``dino``; the encoders of the others are not loaded.
@@ -33,9 +37,7 @@ class SubjectSimilarity(EvaluationCallback):
         token: rare word that is taken out of prompts for ``clip_t``. Default: ``trainer.datamodule.token``, if any.
         subject: what the record calls the subject. Default: ``trainer.datamodule.subject``, if any.
         batch_size: pictures per pass.
-        key: see :class:`~unidad_pl.callbacks.base.EvaluationCallback`.
-        dataloader_idx: see there.
-        stages: see there.
+        common: see :class:`~unidad_pl.callbacks.base.EvaluationCallback`.
 
     Raises:
         ValueError: an unknown score or none, or ``batch_size`` below 1.
@@ -43,7 +45,7 @@ class SubjectSimilarity(EvaluationCallback):
 
     def __init__(
         self,
-        scores: Sequence[str] = SCORES,
+        scores: Sequence[Score] = SCORES,
         image_encoder: nn.Module | None = None,
         text_encoder: nn.Module | None = None,
         dino: nn.Module | None = None,
@@ -51,16 +53,11 @@ class SubjectSimilarity(EvaluationCallback):
         token: str | None = None,
         subject: str | None = None,
         batch_size: int = 16,
-        key: str = "samples",
-        dataloader_idx: int = 0,
-        stages: Sequence[str] = STAGES,
+        **common: Any,
     ) -> None:
-        super().__init__(key, dataloader_idx, stages)
-        if not scores or any(score not in SCORES for score in scores) or batch_size < 1:
-            raise ValueError(
-                f"SubjectSimilarity: scores must be some of {', '.join(SCORES)} and batch_size >= 1, "
-                f"got {list(scores)} and {batch_size}"
-            )
+        super().__init__(**common)
+        check_some("scores", scores, Score)
+        check_at_least(1, batch_size=batch_size)
         self.scores, self.token, self.subject = tuple(scores), token, subject
         encoders: dict[str, nn.Module] = {}
         if {"clip_i", "clip_t"} & set(scores):
@@ -68,33 +65,28 @@ class SubjectSimilarity(EvaluationCallback):
         if "dino" in scores:
             encoders["dino"] = DINOImages() if dino is None else dino
         texts = (CLIPTexts() if text_encoder is None else text_encoder) if "clip_t" in scores else None
-        self._metric = metric.SubjectSimilarity(encoders, texts, batch_size=batch_size)
-        self.photos = ImageSource("SubjectSimilarity", "shots", photos)
-        self._photos_set = False
+        self.metric: SubjectCosines = SubjectCosines(encoders, texts, batch_size=batch_size)
+        self.photos = GivenImages("SubjectSimilarity", "photos", photos, attribute="shots")
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for encoder in self._metric.networks().values():
+        for encoder in self.metric.networks().values():
             self.load_features(trainer, encoder)
         self.photos.check(trainer)
         self._photos_set = False  # another run may have another subject
-        self._metric.token = self.token or getattr(getattr(trainer, "datamodule", None), "token", None)
-
-    def begin(self, pl_module: pl.LightningModule) -> None:
-        self._metric.to(pl_module.device).reset()
+        self.metric.token = self.token or getattr(getattr(trainer, "datamodule", None), "token", None)
 
     def update(self, trainer: pl.Trainer, pl_module: pl.LightningModule, images: Tensor, seeds: Tensor) -> None:
         if not self._photos_set:
-            photos = self.photos.load(trainer, (images.shape[2], images.shape[3]))
-            self._metric.set_photos(model_range(photos.to(images.device)))
+            self.metric.set_photos(model_range(self.photos.load(trainer, self._size).to(images.device)))
             self._photos_set = True
-        self._metric.update(images, self.needed_prompts(), seeds)
+        self.metric.update(images, self.needed_prompts(), seeds)
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> Report:
-        found = self._metric.compute()
-        chosen = {name: encoder for name, encoder in self._metric.networks().items() if name in self.scores}
+        found = self.metric.compute()
+        chosen = {name: encoder for name, encoder in self.metric.networks().items() if name in self.scores}
         details: dict[str, Any] = {
             "subject": self.subject or getattr(getattr(trainer, "datamodule", None), "subject", None),
-            "token": self._metric.token,
+            "token": self.metric.token,
             "extractor": {name: feature_name(encoder) for name, encoder in chosen.items()},
             "prompts": {text: self._wanted(scores) for text, scores in found.by_prompt.items()},
         }
@@ -106,44 +98,30 @@ class SubjectSimilarity(EvaluationCallback):
 
 class PromptDiversity(EvaluationCallback):
     """Logs ``<stage>/intra_prompt_lpips`` and ``inter_prompt_lpips``: how different two samples of one prompt are, and
-    two of different prompts; see :class:`unidad_pl.metrics.PromptDiversity`. The step must return ``prompts``.
+    two of different prompts; see :class:`unidad_pl.metrics.PromptLPIPS`. The step must return ``prompts``.
+
+        >>> trainer = pl.Trainer(callbacks=[PromptDiversity(LPIPSFeatures("alex"), stages=["test"])])
 
     Args:
         features: extractor; default LPIPS-VGG, whose weights must be there before training begins.
         batch_size: pictures per pass.
-        key: see :class:`~unidad_pl.callbacks.base.EvaluationCallback`.
-        dataloader_idx: see there.
-        stages: see there.
+        common: see :class:`~unidad_pl.callbacks.base.EvaluationCallback`.
 
     Raises:
         ValueError: ``batch_size`` below 1.
     """
 
-    def __init__(
-        self,
-        features: nn.Module | None = None,
-        batch_size: int = 8,
-        key: str = "samples",
-        dataloader_idx: int = 0,
-        stages: Sequence[str] = STAGES,
-    ) -> None:
-        super().__init__(key, dataloader_idx, stages)
-        if batch_size < 1:
-            raise ValueError(f"PromptDiversity: batch_size must be at least 1, got {batch_size}")
-        self.features = LPIPSFeatures("vgg") if features is None else features
-        self._metric = metric.PromptDiversity(self.features, batch_size)
-
-    def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.load_features(trainer, self.features)
-
-    def begin(self, pl_module: pl.LightningModule) -> None:
-        self._metric.to(pl_module.device).reset()
+    def __init__(self, features: nn.Module | None = None, batch_size: int = 8, **common: Any) -> None:
+        super().__init__(**common)
+        check_at_least(1, batch_size=batch_size)
+        self.features: nn.Module = LPIPSFeatures("vgg") if features is None else features
+        self.metric: PromptLPIPS = PromptLPIPS(self.features, batch_size)
 
     def update(self, trainer: pl.Trainer, pl_module: pl.LightningModule, images: Tensor, seeds: Tensor) -> None:
-        self._metric.update(images, self.needed_prompts(), seeds)
+        self.metric.update(images, self.needed_prompts(), seeds)
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> Report:
-        found = self._metric.compute()
+        found = self.metric.compute()
         values = {f"{name}_prompt_lpips": value for name, value in found.means.items()}
         prompts = {text: scores["intra"] for text, scores in found.by_prompt.items()}
         return Report(values, {"extractor": feature_name(self.features), "intra_by_prompt": prompts})

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import lightning.pytorch as pl
 import torch
 import yaml
-from jsonargparse import ActionConfigFile, DefaultHelpFormatter, get_loader, set_loader
+from jsonargparse import DefaultHelpFormatter, get_loader, set_loader
 from jsonargparse.typing import PositiveInt
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -59,12 +59,12 @@ class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 class Parser(LightningArgumentParser):
     """Explains groups of options that may be null as it explains the others, where jsonargparse shows one line."""
 
-    def format_help(self) -> str:
+    _inner_parser = False
+
+    def format_help(self, *args: Any) -> str:
         """The help of a class, its optional groups one after the other at its end."""
-        text = super().format_help()
-        if not getattr(self, "_inner_parser", False):  # not a class's
-            return text
-        for action in self._actions:
+        text = super().format_help(*args)
+        for action in self._actions if self._inner_parser else ():  # of a class
             kinds = () if action.dest.endswith(".help") else get_args(getattr(action, "_typehint", None))
             for kind in filter(is_dataclass, kinds):
                 group = Parser(usage=SUPPRESS, add_help=False, description=f"{action.dest}, unless it is null:")
@@ -79,9 +79,8 @@ class UnidadCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser whose help explains all groups."""
-        kwargs.setdefault("dump_header", [f"unidad_pl=={version('unidad_pl')}, lightning=={pl.__version__}"])
-        parser = Parser(**kwargs)
-        parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file of options; later ones win")
+        parser = Parser(**{"dump_header": [f"unidad_pl=={version('unidad_pl')}"], **kwargs})
+        parser.add_argument("-c", "--config", action="config", help="YAML file of options; later ones win")
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -3,34 +3,17 @@
 They need nothing of this package but each other. Every one gives the same number on one process and on many.
 """
 
-from unidad_pl.cartoons.features import CartoonFeatures
-from unidad_pl.metrics.encoders import CLIPImages, CLIPTexts, DINOImages, ImageEncoder, TextEncoder
+from unidad_pl.metrics.encoders import CLIPImages, CLIPTexts, DINOImages
 from unidad_pl.metrics.features import FeatureModule, InceptionFeatures, LPIPSFeatures
 from unidad_pl.metrics.frechet import Frechet, frechet_distance
-from unidad_pl.metrics.intra_lpips import IntraLPIPS, IntraLPIPSResult
+from unidad_pl.metrics.intra_lpips import IntraClusterLPIPS, IntraClusterResult
 from unidad_pl.metrics.kernel import KID, kid
 from unidad_pl.metrics.prdc import PRDC
-from unidad_pl.metrics.similarity import PromptDiversity, SubjectSimilarity
+from unidad_pl.metrics.similarity import PromptLPIPS, SubjectCosines
 from unidad_pl.metrics.two_sample import TwoSample
 
 __all__ = [
-    "KID",
-    "PRDC",
-    "CLIPImages",
-    "CLIPTexts",
-    "CartoonFeatures",
-    "DINOImages",
-    "FeatureModule",
-    "Frechet",
-    "ImageEncoder",
-    "InceptionFeatures",
-    "IntraLPIPS",
-    "IntraLPIPSResult",
-    "LPIPSFeatures",
-    "PromptDiversity",
-    "SubjectSimilarity",
-    "TextEncoder",
-    "TwoSample",
-    "frechet_distance",
-    "kid",
-]
+    "KID", "PRDC", "CLIPImages", "CLIPTexts", "DINOImages", "FeatureModule", "Frechet", "InceptionFeatures",
+    "IntraClusterLPIPS", "IntraClusterResult", "LPIPSFeatures", "PromptLPIPS", "SubjectCosines", "TwoSample",
+    "frechet_distance", "kid",
+]  # fmt: skip

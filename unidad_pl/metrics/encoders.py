@@ -1,7 +1,8 @@
-"""CLIP and DINO encoders of pictures and texts, through transformers, behind two one-method protocols.
+"""CLIP and DINO encoders of pictures and texts, through transformers.
 
-Every picture, photo or sample, takes one way into an encoder: bicubic, antialiased, shorter side to the encoder's
-size, centre crop, the encoder's own mean and deviation. Weights are the ones asked for or an error, never others.
+Every picture, photo or sample, is prepared in one way: its shorter side is resized to the encoder's size (bicubic,
+antialiased), its centre cut out, and the encoder's own mean and deviation applied. The weights are the ones asked for,
+or there is an error: never others.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,28 +21,10 @@ from unidad_pl.metrics.features import FeatureModule
 
 CLIP = "openai/clip-vit-base-patch32"
 DINO = "facebook/dino-vits16"
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-class ImageEncoder(Protocol):
-    """What a picture is compared by."""
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Pictures [N, 3, H, W] in [-1, 1] -> embeddings [N, D]."""
-        ...
-
-
-class TextEncoder(Protocol):
-    """What a prompt is compared by, in the space of an :class:`ImageEncoder`."""
-
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        """N texts -> embeddings [N, D]."""
-        ...
 
 
 def to_square(images: Tensor, size: int) -> Tensor:
-    """Pictures [N, 3, H, W] in [-1, 1] -> [N, 3, size, size]: the shorter side resized, the middle cut out."""
+    """Pictures [N, 3, H, W] in [-1, 1] -> [N, 3, size, size]: the shorter side resized, the centre cut out."""
     height, width = images.shape[2:]
     shape = (height * size // min(height, width), width * size // min(height, width))
     if shape != (height, width):
@@ -61,7 +44,7 @@ def load_part(owner: str, class_name: str, path: str, kind: str, **options: Any)
         options: for ``from_pretrained``.
 
     Raises:
-        RuntimeError: transformers is missing, or the weights are: says which, and how to give them.
+        RuntimeError: transformers is missing, or the weights are: says which, and where to get them.
         ValueError: ``path`` holds another kind of model, or not all weights.
     """
     if find_spec("transformers") is None:
@@ -75,7 +58,7 @@ def load_part(owner: str, class_name: str, path: str, kind: str, **options: Any)
         with torch.random.fork_rng(devices=[]):
             config = transformers.AutoConfig.from_pretrained(path, **offline)
             if config.model_type != kind:
-                raise ValueError(f"{owner}: {path!r} holds a {config.model_type!r} model, wanted is {kind!r}")
+                raise ValueError(f"{owner} needs a {kind!r} model, but {path!r} holds a {config.model_type!r} model")
             network, report = getattr(transformers, class_name).from_pretrained(
                 path, output_loading_info=True, **offline, **options
             )
@@ -88,22 +71,25 @@ def load_part(owner: str, class_name: str, path: str, kind: str, **options: Any)
 
 
 def stays_offline(path: str) -> bool:
-    """Whether the hub must not be asked for ``path``."""
+    """Whether ``path`` must be found without asking the hub."""
     return Path(path).is_dir() or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def missing(owner: str, path: str, error: Exception) -> RuntimeError:
-    """The error to raise when ``path`` is not to be had."""
+    """The error to raise when ``path`` is not there."""
     first = str(error).strip().partition("\n")[0]
     return RuntimeError(
-        f"{owner} needs the weights {path!r}, which are neither a folder here nor in the Hugging Face cache nor to be "
-        f"downloaded ({first}). Where there is a network: hf download {path} --local-dir FOLDER; then pass the "
-        f"folder as path=FOLDER."
+        f"{owner} needs the weights {path!r}, which are in no folder of that name, not in the Hugging Face cache, and "
+        f"could not be downloaded ({first}). On a machine with a network: hf download {path} --local-dir FOLDER; then "
+        f"pass the folder as path=FOLDER."
     )
 
 
 class _Encoder(FeatureModule):
-    """A transformers network that is read when it is first needed."""
+    """A transformers network, read when it is first needed; ``mean`` and ``std`` are those of its pictures."""
+
+    mean: Sequence[float]
+    std: Sequence[float]
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -120,20 +106,30 @@ class _Encoder(FeatureModule):
     def _load(self) -> nn.Module:
         raise NotImplementedError
 
-    def _pictures(self, images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    def _embed(self, pictures: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> Tensor:
         self.load()
         config = self.network.config
         size = getattr(config, "vision_config", config).image_size
         unit = (to_square(images.float().to(self.place.device), size) + 1) / 2
-        return (unit - unit.new_tensor(mean).view(1, 3, 1, 1)) / unit.new_tensor(std).view(1, 3, 1, 1)
+        pictures = (unit - unit.new_tensor(self.mean).view(1, 3, 1, 1)) / unit.new_tensor(self.std).view(1, 3, 1, 1)
+        with torch.autocast(pictures.device.type, enabled=False):
+            return self._embed(pictures)
 
 
 class CLIPImages(_Encoder):
     """CLIP's picture embeddings [N, D], not normalised.
 
+        >>> CLIPImages()(torch.zeros(2, 3, 64, 64)).shape  # doctest: +SKIP
+        torch.Size([2, 512])
+
     Args:
         path: hub id or folder of a ``CLIPModel``.
     """
+
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
     def __init__(self, path: str = CLIP) -> None:
         super().__init__(path)
@@ -143,15 +139,15 @@ class CLIPImages(_Encoder):
         del network.text_model, network.text_projection
         return network
 
-    def forward(self, images: Tensor) -> Tensor:
-        pictures = self._pictures(images, CLIP_MEAN, CLIP_STD)
-        with torch.autocast(pictures.device.type, enabled=False):
-            found: Tensor = self.network.visual_projection(self.network.vision_model(pictures).pooler_output)
-        return found
+    def _embed(self, pictures: Tensor) -> Tensor:
+        return self.network.visual_projection(self.network.vision_model(pictures).pooler_output)
 
 
 class CLIPTexts(_Encoder):
     """CLIP's text embeddings [N, D], not normalised.
+
+        >>> CLIPTexts()(["a photo of a dog", "a cat"]).shape  # doctest: +SKIP
+        torch.Size([2, 512])
 
     Args:
         path: hub id or folder of a ``CLIPModel`` and its tokenizer.
@@ -168,9 +164,9 @@ class CLIPTexts(_Encoder):
 
         try:
             self.tokenizer = CLIPTokenizer.from_pretrained(self.path, local_files_only=stays_offline(self.path))
-        except (OSError, TypeError, ValueError) as error:  # what a folder without or with half a vocabulary leads to
+        except (OSError, TypeError, ValueError) as error:  # a folder with half a vocabulary, or none
             raise missing("CLIPTexts (its tokenizer)", self.path, error) from error
-        if len(self.tokenizer) <= len(self.tokenizer.all_special_ids):  # or to a tokenizer that knows no word
+        if len(self.tokenizer) <= len(self.tokenizer.all_special_ids):  # which may also give one that knows no word
             found = FileNotFoundError("there is no vocabulary: vocab.json and merges.txt")
             raise missing("CLIPTexts (its tokenizer)", self.path, found)
         return network
@@ -195,9 +191,14 @@ class CLIPTexts(_Encoder):
 class DINOImages(_Encoder):
     """The class token of DINO's ViT, [N, D], as in DreamBooth's DINO score (version 1, ViT-S/16).
 
+        >>> DINOImages()(torch.zeros(2, 3, 64, 64)).shape  # doctest: +SKIP
+        torch.Size([2, 384])
+
     Args:
         path: hub id or folder of a ``ViTModel``.
     """
+
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
     def __init__(self, path: str = DINO) -> None:
         super().__init__(path)
@@ -205,8 +206,5 @@ class DINOImages(_Encoder):
     def _load(self) -> nn.Module:
         return load_part("DINOImages", "ViTModel", self.path, "vit", add_pooling_layer=False)
 
-    def forward(self, images: Tensor) -> Tensor:
-        pictures = self._pictures(images, IMAGENET_MEAN, IMAGENET_STD)
-        with torch.autocast(pictures.device.type, enabled=False):
-            found: Tensor = self.network(pixel_values=pictures).last_hidden_state[:, 0]
-        return found
+    def _embed(self, pictures: Tensor) -> Tensor:
+        return self.network(pixel_values=pictures).last_hidden_state[:, 0]

@@ -1,7 +1,7 @@
 """Feature extractors: the one interface through which every metric looks at images.
 
 A feature module maps images [N, 3, H, W] float in [-1, 1] to features [N, D] float and has a ``name`` that goes into
-the records, because values of different extractors can never be compared. ``load`` makes the network; it is called
+the records, because values of different extractors can never be compared. ``load`` reads the network; it is called
 before training begins, so that missing weights end a run in its first second and not after hours.
 """
 
@@ -23,12 +23,21 @@ INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 LOADING_ERRORS = (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError)
 
+Net = Literal["vgg", "alex", "squeeze"]
+
 CPU_ROWS = 10
 """Most images that a feature network sees at a time on a CPU."""
 
 
 class FeatureModule(nn.Module):
     """Base of the extractors here. Any ``nn.Module`` with the same ``forward`` will do instead of a subclass.
+
+        >>> class MeanColour(FeatureModule):
+        ...     name = "mean-colour"
+        ...     def forward(self, images):
+        ...         return images.mean((2, 3))
+        >>> MeanColour()(torch.zeros(2, 3, 16, 16)).shape
+        torch.Size([2, 3])
 
     Attributes:
         name: identifies extractor and weights.
@@ -37,7 +46,7 @@ class FeatureModule(nn.Module):
     name: str = "features"
 
     def load(self) -> None:
-        """Make the network, once; nothing by default.
+        """Read the network, once; by default there is none.
 
         Raises:
             RuntimeError: its weights cannot be found; says which, and what to do.
@@ -68,7 +77,10 @@ def missing_weights(owner: str, file: str, size: str, url: str, path: str | None
 class InceptionFeatures(FeatureModule):
     """The 2048 pooled features of the Inception network that FID is defined with (torch-fidelity's port).
 
-    Images are rounded to uint8 and resized to 299 pixels as TensorFlow 1 did, inside.
+        >>> InceptionFeatures()(torch.zeros(2, 3, 64, 64)).shape  # doctest: +SKIP
+        torch.Size([2, 2048])
+
+    It rounds images to uint8 and resizes them to 299 pixels, as TensorFlow 1 did.
 
     Args:
         weights_path: the weight file. Default: torch's hub folder, downloaded (96 MB) if it is not there.
@@ -109,13 +121,13 @@ class InceptionFeatures(FeatureModule):
 
 @dataclass(frozen=True)
 class Backbone:
-    """A torchvision classifier LPIPS is built on.
+    """A torchvision classifier that LPIPS is built on.
 
     Attributes:
-        builder: its function in ``torchvision.models``.
+        builder: the function in ``torchvision.models`` that makes it.
         file: its ImageNet weights.
-        size: of that file.
-        taps: positions in ``features`` whose outputs LPIPS compares.
+        size: how large that file is.
+        taps: positions in its ``features`` whose outputs LPIPS compares.
     """
 
     builder: str
@@ -128,7 +140,7 @@ class Backbone:
         return f"https://download.pytorch.org/models/{self.file}"
 
 
-BACKBONES = {
+BACKBONES: dict[Net, Backbone] = {
     "vgg": Backbone("vgg16", "vgg16-397923af.pth", "528 MB", (3, 8, 15, 22, 29)),
     "alex": Backbone("alexnet", "alexnet-owt-7be5be79.pth", "233 MB", (1, 4, 7, 9, 11)),
     "squeeze": Backbone("squeezenet1_1", "squeezenet1_1-b8a52dc0.pth", "5 MB", (1, 4, 7, 9, 10, 11, 12)),
@@ -138,6 +150,11 @@ BACKBONES = {
 class LPIPSFeatures(FeatureModule):
     """The map phi with ``LPIPS(x, y) = |phi(x) - phi(y)|^2`` (Zhang et al. 2018, version 0.1).
 
+        >>> phi = LPIPSFeatures("squeeze", pnet_rand=True)
+        >>> x, y = torch.rand(2, 4, 3, 32, 32) * 2 - 1
+        >>> (phi(x) - phi(y)).square().sum(1).shape  # four distances
+        torch.Size([4])
+
     LPIPS is a weighted sum of squared differences of unit-normalised feature maps with weights >= 0, so it is a squared
     Euclidean distance: ``phi = concat_l sqrt(w_l / (H_l W_l)) n_l``. One pass per image replaces two per pair. The
     linear weights come with the ``lpips`` package, the backbone from torchvision.
@@ -146,17 +163,15 @@ class LPIPSFeatures(FeatureModule):
         net: ``vgg`` (what intra-LPIPS is defined with), ``alex`` or ``squeeze``.
         weights_path: torchvision's file of the backbone. Default: torch's hub folder, downloaded if it is not there.
         pnet_rand: a random backbone, the same everywhere; no download. For tests: values mean nothing.
+
+    Raises:
+        ValueError: an unknown ``net``, or a weight file for a random backbone.
     """
 
     shift: Tensor
     scale: Tensor
 
-    def __init__(
-        self,
-        net: Literal["vgg", "alex", "squeeze"] = "vgg",
-        weights_path: str | None = None,
-        pnet_rand: bool = False,
-    ) -> None:
+    def __init__(self, net: Net = "vgg", weights_path: str | None = None, pnet_rand: bool = False) -> None:
         super().__init__()
         if net not in BACKBONES:
             raise ValueError(f"net must be one of {', '.join(BACKBONES)}, got {net!r}")
@@ -167,7 +182,6 @@ class LPIPSFeatures(FeatureModule):
         self.backbone: nn.Sequential | None = None
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
-        self._weights: list[str] = []
 
     def load(self) -> None:
         if self.backbone is not None:
@@ -176,7 +190,6 @@ class LPIPSFeatures(FeatureModule):
             weights, backbone = self._linear_weights(), self._build_backbone()
             for layer, weight in enumerate(weights):
                 self.register_buffer(f"weight{layer}", weight.to(self.shift.device))
-                self._weights.append(f"weight{layer}")
             self.backbone = backbone.requires_grad_(False).to(self.shift.device).eval()
 
     def _linear_weights(self) -> list[Tensor]:
@@ -205,8 +218,12 @@ class LPIPSFeatures(FeatureModule):
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # initialising meta tensors does nothing, and says so
             network = build(weights=None).features[:depth]
+        read: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
         try:
-            state = self._read_backbone()
+            if self.weights_path is None:
+                state = torch.hub.load_state_dict_from_url(known.url, progress=False, check_hash=True, **read)
+            else:
+                state = torch.load(self.weights_path, **read)
             wanted = {key: state[f"features.{key}"] for key in network.state_dict()}
             network.load_state_dict(wanted, assign=True)
         except LOADING_ERRORS as error:
@@ -214,15 +231,6 @@ class LPIPSFeatures(FeatureModule):
                 "LPIPSFeatures", known.file, known.size, known.url, self.weights_path, error
             ) from error
         return network
-
-    def _read_backbone(self) -> dict[str, Any]:
-        if self.weights_path is not None:
-            return dict(torch.load(self.weights_path, map_location="cpu", weights_only=True))
-        return dict(
-            torch.hub.load_state_dict_from_url(
-                BACKBONES[self.net].url, map_location="cpu", progress=False, check_hash=True, weights_only=True
-            )
-        )
 
     def forward(self, images: Tensor) -> Tensor:
         if self.backbone is None:
@@ -237,14 +245,14 @@ class LPIPSFeatures(FeatureModule):
                 x = layer(x)
                 if position in taps:
                     unit = x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
-                    weight: Tensor = getattr(self, self._weights[len(parts)])
+                    weight: Tensor = getattr(self, f"weight{len(parts)}")
                     parts.append((unit * (weight / (x.shape[2] * x.shape[3])).sqrt()).flatten(1))
         return torch.cat(parts, 1)
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """``module`` is in eval mode inside; afterwards every part of it is in the mode it was in."""
+    """``module`` is in eval mode in this block; afterwards every part of it is in the mode it was in."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:

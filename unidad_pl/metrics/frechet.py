@@ -42,7 +42,16 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
 
 
 class Frechet(TwoSample):
-    """:func:`frechet_distance` as a metric: ``update(features, real)``, then ``compute() -> float``."""
+    """:func:`frechet_distance` as a metric: ``update(features, real)``, then ``compute() -> float``.
+
+        >>> metric, reference = Frechet(), torch.randn(50, 4)
+        >>> metric.update(reference, real=True)
+        >>> metric.update(reference + 0.5, real=False)
+        >>> round(metric.compute(), 4)  # four times 0.5^2: only the means differ
+        1.0
+
+    Sets of other sizes have another bias: compare only values of equal sizes.
+    """
 
     higher_is_better = False
 

@@ -1,4 +1,4 @@
-"""Rows of data gathered over ranks: the part of a metric that makes it the same number on one process and on many."""
+"""Rows of data gathered over ranks: what makes a metric the same number on one process and on many."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchmetrics import Metric
 
 
 def cat_rows(parts: Sequence[Tensor] | Tensor) -> Tensor:
-    """Tensors [n_i, ...] end to end; parts without rows are dropped, whatever their other sizes are."""
+    """Tensors [n_i, ...] end to end; parts without rows are dropped, whatever their other sizes."""
     if isinstance(parts, Tensor):
         return parts
     filled = [part for part in parts if len(part)]
@@ -27,8 +27,8 @@ def double(x: Tensor) -> Tensor:
 class RowMetric(Metric):
     """A metric whose states are rows, one per sample, gathered from all ranks when it is computed.
 
-    torchmetrics gathers lists of tensors too, but a rank that saw no sample then contributes a tensor of the wrong
-    rank and type; here it contributes zero rows.
+    torchmetrics gathers lists of tensors too, but a process that saw no sample then contributes a tensor of the wrong
+    shape and type; here it contributes zero rows.
     """
 
     full_state_update = True
@@ -54,11 +54,10 @@ class RowMetric(Metric):
     def rows(self, name: str) -> Tensor:
         """All rows of a state: this rank's, or everyone's inside ``compute``."""
         state = getattr(self, name)
-        return self._no_rows(name) if isinstance(state, list) and not state else cat_rows(state)
-
-    def _no_rows(self, name: str) -> Tensor:
-        ndim, dtype = self._specs[name]
-        return torch.zeros(*[0] * ndim, dtype=dtype, device=self.device)
+        if isinstance(state, list) and not state:
+            ndim, dtype = self._specs[name]
+            return torch.zeros(*[0] * ndim, dtype=dtype, device=self.device)
+        return cat_rows(state)
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
         """Make every state exactly one tensor of its type, as ranks must gather the same number; then synchronise."""

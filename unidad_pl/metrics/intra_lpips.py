@@ -1,4 +1,4 @@
-"""Intra-LPIPS: how different are the samples that look most like the same shot (Ojha et al. 2021, "CDC").
+"""Intra-LPIPS: how much the samples that look most like the same shot differ (Ojha et al. 2021, "CDC").
 
 Every sample joins the cluster of its nearest shot; the first ``cap`` members of a cluster, by global sample number, are
 compared with each other; the mean over pairs is averaged over clusters. High: the shots were not merely copied.
@@ -9,7 +9,7 @@ first member: around the shot, the members of a collapsed cluster would cancel.
 Distributed and memory: which samples are members is known only when the distances of all ranks are. So ``update`` runs
 the backbone once per image for the distances to the shots, and each rank keeps what its possible members need: their
 features if these are smaller than the images, else the images, on the CPU (at most k * cap of them). ``compute``
-gathers the distances, then only the members, and makes their features again if images were kept. Backbone passes:
+gathers the distances, then only the members, and computes their features again if images were kept. Backbone passes:
 n + k * cap at most, against 2 (n k + pairs) of the pairwise code; any number of ranks gives the same value.
 """
 
@@ -27,22 +27,29 @@ from unidad_pl.metrics.features import LPIPSFeatures, extract
 from unidad_pl.metrics.gather import RowMetric, cat_rows, distinct_in_order, double, sample_indices
 
 Protocol = Literal["cdc", "crdi"]
-CAPS: dict[str, int] = {"cdc": 50, "crdi": 100}
+CAPS: dict[Protocol, int] = {"cdc": 50, "crdi": 100}
 
 
 @dataclass
-class IntraLPIPSResult:
-    """What :class:`IntraLPIPS` computes. Distances are those of the protocol (LPIPS, no unit).
+class IntraClusterResult:
+    """What :class:`IntraClusterLPIPS` computes. Distances are those of the protocol (LPIPS, no unit).
+
+        >>> metric = IntraClusterLPIPS(nn.Flatten(), threshold=0.01)  # pixels as features
+        >>> metric.set_shots(torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)]))
+        >>> metric.update(torch.stack([torch.zeros(3, 4, 4), torch.full((3, 4, 4), 0.1), torch.full((3, 4, 4), 0.9)]))
+        >>> found = metric.compute()
+        >>> found.cluster_sizes, round(found.memorised, 2)  # the first sample is a shot
+        ([2, 1], 0.33)
 
     Attributes:
-        mean: the number of the protocol: mean over clusters with two members or more (``cdc``, NaN if there is none),
-            or over all clusters (``crdi``).
+        mean: the protocol's number: mean over clusters with two members or more (``cdc``, NaN if there are none), or
+            over all clusters (``crdi``).
         mean_with_empty_as_zero: mean over all clusters, those with fewer than two members counted as 0.
         cluster_means: mean pairwise distance of each cluster; NaN with fewer than two members.
         cluster_sizes: samples assigned to each cluster.
         cluster_counts: of these, how many were compared: at most the cap.
         empty_clusters: clusters without a sample.
-        single_clusters: clusters with one.
+        single_clusters: clusters with one sample.
         nearest_mean: mean over samples of the distance to the nearest shot.
         nearest_min: the smallest such distance.
         memorised: share of samples nearer than ``threshold`` to a shot.
@@ -92,7 +99,7 @@ def first_per_cluster(cluster: Tensor, index: Tensor, cap: int) -> Tensor:
     Args:
         cluster: [n] int64 cluster of each sample.
         index: [n] int64 global number of each sample.
-        cap: most members.
+        cap: how many of a cluster, at most.
     """
     by_index = torch.argsort(index, stable=True)
     order = by_index[torch.argsort(cluster[by_index], stable=True)]
@@ -101,8 +108,14 @@ def first_per_cluster(cluster: Tensor, index: Tensor, cap: int) -> Tensor:
     return order[place < cap]
 
 
-class IntraLPIPS(RowMetric):
-    """``set_shots(images)``, then ``update(images, indices)``, then ``compute() -> IntraLPIPSResult``.
+class IntraClusterLPIPS(RowMetric):
+    """``set_shots(images)``, then ``update(images, indices)``, then ``compute() -> IntraClusterResult``.
+
+        >>> metric = IntraClusterLPIPS(LPIPSFeatures("squeeze", pnet_rand=True))  # without pnet_rand: the real weights
+        >>> metric.set_shots(torch.rand(2, 3, 32, 32))
+        >>> metric.update(torch.rand(6, 3, 32, 32))
+        >>> metric.compute().mean > 0
+        True
 
     Args:
         features: extractor phi; default ``LPIPSFeatures("vgg")``. Any feature module gives the same statistic of its
@@ -111,7 +124,7 @@ class IntraLPIPS(RowMetric):
             out. ``crdi`` as in the released code of CRDI and Uni-DAD: samples enter in [0, 1] while shots are in
             [-1, 1], small clusters count as 0. Never mix the two in one table. The distances to the shots, and
             ``memorised``, suffer from that mismatch too.
-        cap: most members of a cluster that are compared; default 50 (``cdc``) or 100 (``crdi``).
+        cap: how many members of a cluster are compared, at most; default 50 (``cdc``) or 100 (``crdi``).
         threshold: distance to a shot below which a sample counts as memorised.
         batch_size: images per backbone pass.
         kwargs: for ``torchmetrics.Metric``.
@@ -135,7 +148,7 @@ class IntraLPIPS(RowMetric):
     ) -> None:
         super().__init__(**kwargs)
         if protocol not in CAPS:
-            raise ValueError(f"protocol must be 'cdc' or 'crdi', got {protocol!r}")
+            raise ValueError(f"protocol must be {' or '.join(map(repr, CAPS))}, got {protocol!r}")
         self.cap = CAPS[protocol] if cap is None else cap
         if self.cap < 2 or batch_size < 1 or threshold < 0:
             raise ValueError(
@@ -147,12 +160,7 @@ class IntraLPIPS(RowMetric):
         self.add_rows("distances", 2, torch.float32)
         self.register_buffer("shot_features", torch.zeros(0, 0), persistent=False)
         self._image_shape: tuple[int, ...] | None = None
-        self._forget()
-
-    def _forget(self) -> None:
-        self._kept: list[Tensor] = []
-        self._kept_index: list[Tensor] = []
-        self._kept_cluster: list[Tensor] = []
+        self._kept: dict[int, tuple[Tensor, int]] = {}  # number of a possible member -> its row and cluster
 
     def set_shots(self, images: Tensor) -> None:
         """The training images, [k, 3, H, W] float in [-1, 1], of the same size as the samples will be."""
@@ -179,7 +187,7 @@ class IntraLPIPS(RowMetric):
             ValueError: images of another size than the shots.
         """
         if self._image_shape is None:
-            raise RuntimeError("IntraLPIPS has no shots: call set_shots(images) before update")
+            raise RuntimeError("IntraClusterLPIPS has no shots: call set_shots(images) before update")
         if tuple(images.shape[1:]) != self._image_shape:
             raise ValueError(
                 f"samples are {tuple(images.shape[1:])} but shots are {self._image_shape}: resize the shots"
@@ -197,16 +205,13 @@ class IntraLPIPS(RowMetric):
             self._keep(phi if self._keeps_features else part, number, distances.argmin(1))
 
     def _keep(self, rows: Tensor, index: Tensor, cluster: Tensor) -> None:
-        """Keep what new samples need as members; drop those that the first of this rank alone have overtaken."""
-        self._kept.extend(row.detach().float().cpu().clone() for row in rows)  # a view would keep the whole batch
-        self._kept_index.extend(index.cpu())
-        self._kept_cluster.extend(cluster.cpu())
-        numbers = torch.stack(self._kept_index)
-        distinct = distinct_in_order(numbers)
-        clusters = torch.stack(self._kept_cluster)[distinct]
-        chosen = distinct[first_per_cluster(clusters, numbers[distinct], self.cap)]
-        for name in ("_kept", "_kept_index", "_kept_cluster"):
-            setattr(self, name, [getattr(self, name)[i] for i in chosen.tolist()])
+        """Keep what new samples need as members; drop samples that have ``cap`` of this rank's before them."""
+        for number, row, own in zip(index.tolist(), rows.detach().float().cpu(), cluster.tolist(), strict=True):
+            self._kept.setdefault(number, (row.clone(), own))  # a view would keep the whole batch
+        numbers = torch.tensor(list(self._kept))
+        clusters = torch.tensor([own for _, own in self._kept.values()])
+        chosen = numbers[first_per_cluster(clusters, numbers, self.cap)]
+        self._kept = {number: self._kept[number] for number in chosen.tolist()}
 
     def forward(self, *args: Any, **kwargs: Any) -> None:
         """Only ``update``: the value of a single batch has no meaning."""
@@ -215,14 +220,14 @@ class IntraLPIPS(RowMetric):
     def reset(self) -> None:
         """Forget the samples; the shots stay."""
         super().reset()
-        self._forget()
+        self._kept = {}
 
     def _members(self, wanted: Tensor) -> dict[int, Tensor]:
         """What was kept of the samples numbered ``wanted``, from all ranks: number -> row."""
-        own = [i for i, number in enumerate(self._kept_index) if bool((wanted == number).any())]
+        own = sorted(set(wanted.tolist()) & set(self._kept))
         shape = self.shot_features.shape[1:] if self._keeps_features else torch.Size(self._image_shape or ())
-        rows = torch.stack([self._kept[i] for i in own]) if own else torch.zeros(0, *shape)
-        index = torch.stack([self._kept_index[i] for i in own]) if own else torch.zeros(0, dtype=torch.long)
+        rows = torch.stack([self._kept[number][0] for number in own]) if own else torch.zeros(0, *shape)
+        index = torch.tensor(own, dtype=torch.long)
         if self._is_synced:
             rows = cat_rows(gather_all_tensors(rows.to(self.device), self.process_group)).cpu()
             index = cat_rows(gather_all_tensors(index.to(self.device), self.process_group)).cpu()
@@ -233,7 +238,7 @@ class IntraLPIPS(RowMetric):
             part = torch.stack(list(rows[start : start + self.batch_size])).to(self.device)
             yield part if self._keeps_features else extract(self.features, part, self.batch_size)
 
-    def compute(self) -> IntraLPIPSResult:
+    def compute(self) -> IntraClusterResult:
         """The statistics of all samples of all ranks.
 
         Raises:
@@ -241,7 +246,7 @@ class IntraLPIPS(RowMetric):
         """
         index, distances = self.rows("index").cpu(), self.rows("distances").cpu()
         if not len(index):
-            raise ValueError("IntraLPIPS has no samples: call update before compute")
+            raise ValueError("IntraClusterLPIPS has no samples: call update before compute")
         distinct = distinct_in_order(index)
         index, distances = index[distinct], distances[distinct]
         clusters = distances.shape[1]
@@ -258,7 +263,7 @@ class IntraLPIPS(RowMetric):
         with_zeros = sum(pairs) / clusters
         without = sum(pairs) / len(pairs) if pairs else float("nan")
         nearest = distances.amin(1)
-        return IntraLPIPSResult(
+        return IntraClusterResult(
             mean=without if self.protocol == "cdc" else with_zeros,
             mean_with_empty_as_zero=with_zeros,
             cluster_means=means,

@@ -11,7 +11,7 @@ from torch import Tensor
 from unidad_pl.metrics.gather import double
 from unidad_pl.metrics.two_sample import TwoSample, check_pair
 
-WHOLE = 10_000  # images whose kernel matrix is made at once: 0.8 GB
+WHOLE = 10_000  # images whose whole kernel matrix is computed: 0.8 GB
 
 
 def polynomial_kernel(x: Tensor, y: Tensor) -> Tensor:
@@ -67,6 +67,13 @@ def kid(x: Tensor, y: Tensor, subsets: int = 100, subset_size: int = 1000, seed:
 
 class KID(TwoSample):
     """:func:`kid` as a metric: ``update(features, real, indices)``, then ``compute() -> (mean, std)``.
+
+        >>> metric = KID(subset_size=20)
+        >>> metric.update(torch.randn(50, 4), real=True)
+        >>> metric.update(torch.randn(40, 4) + 5, real=False)
+        >>> mean, std = metric.compute()
+        >>> mean > std > 0
+        True
 
     Args:
         subsets: see :func:`kid`.

@@ -53,6 +53,13 @@ def prdc(x: Tensor, y: Tensor, neighbours: int = 5) -> dict[str, float]:
 class PRDC(TwoSample):
     """:func:`prdc` as a metric: ``update(features, real)``, then ``compute() -> dict[str, float]``.
 
+        >>> metric, reference = PRDC(neighbours=3), torch.randn(50, 4)
+        >>> metric.update(reference, real=True)
+        >>> metric.update(reference[:10], real=False)
+        >>> found = metric.compute()
+        >>> found["precision"], found["coverage"] < 1  # all of it real, not all of the real
+        (1.0, True)
+
     Args:
         neighbours: see :func:`prdc`.
         kwargs: for :class:`~unidad_pl.metrics.two_sample.TwoSample`.

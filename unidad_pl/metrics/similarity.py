@@ -1,7 +1,7 @@
 """How much samples resemble a subject's photos (CLIP-I, DINO) and their prompts (CLIP-T), and how varied they are.
 
-Every score is a mean of cosines that belongs to one sample, so a sample's score needs no other sample, and the means
-over a prompt or over everything are the same on any number of ranks.
+Every score is one sample's mean of cosines and needs no other sample, so the means over a prompt or over everything are
+the same on any number of ranks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from unidad_pl.metrics.gather import RowMetric, distinct_in_order, double
 
 def mean_cosine(embeddings: Tensor, others: Tensor) -> Tensor:
     """The mean cosine [N] of each of ``embeddings`` [N, D] with all of ``others`` [M, D]."""
-    return double(F.normalize(embeddings, dim=1)) @ double(F.normalize(others, dim=1)).mean(0)
+    # Not a matrix product, whose last bit depends on the number of rows, and so on the number of ranks.
+    return (double(F.normalize(embeddings, dim=1)) * double(F.normalize(others, dim=1)).mean(0)).sum(1)
 
 
 def without_token(prompt: str, token: str | None) -> str:
@@ -62,7 +63,7 @@ class PromptMetric(RowMetric):
     def by_prompt(self) -> dict[str, Tensor]:
         """Prompt -> positions of its samples among the rows, every sample number once; for use in ``compute``.
 
-        Samples follow their numbers, prompts their first samples. Prompts of all ranks have names.
+        Samples are in the order of their numbers, prompts in the order of their first samples.
         """
         texts = dict(self._texts)
         if self._is_synced and dist.is_initialized():
@@ -82,7 +83,7 @@ class PromptMetric(RowMetric):
 
 @dataclass
 class Scores:
-    """What :class:`SubjectSimilarity` computes.
+    """What :class:`SubjectCosines` computes.
 
     Attributes:
         means: score -> mean over all samples.
@@ -93,8 +94,14 @@ class Scores:
     by_prompt: dict[str, dict[str, float]]
 
 
-class SubjectSimilarity(PromptMetric):
+class SubjectCosines(PromptMetric):
     """``set_photos(photos)``, then ``update(images, prompts, indices)``, then ``compute() -> Scores``.
+
+        >>> metric = SubjectCosines({"pixels": nn.Flatten()})
+        >>> metric.set_photos(torch.ones(2, 3, 4, 4))
+        >>> metric.update(torch.full((1, 3, 4, 4), 0.5), ["a dog"], torch.arange(1))
+        >>> round(metric.compute().means["pixels"], 4)  # brightness does not count
+        1.0
 
     Args:
         image_encoders: score -> encoder of pictures [N, 3, H, W] in [-1, 1]; the score is the mean cosine with the
@@ -139,7 +146,7 @@ class SubjectSimilarity(PromptMetric):
         return named if self.text_encoder is None else named | {"clip_t": self.text_encoder}
 
     def set_photos(self, photos: Tensor) -> None:
-        """The subject's photos [k, 3, H, W] in [-1, 1]; they stay over ``reset``."""
+        """The subject's photos [k, 3, H, W] in [-1, 1]; ``reset`` keeps them."""
         self._photos = {name: extract(encoder, photos, self.batch_size) for name, encoder in self.encoders.items()}
 
     def update(self, images: Tensor, prompts: Sequence[str], indices: Tensor) -> None:
@@ -149,7 +156,7 @@ class SubjectSimilarity(PromptMetric):
             ValueError: another number of prompts, or no photos yet.
         """
         if not self._photos:
-            raise ValueError("SubjectSimilarity has no photos: call set_photos before update")
+            raise ValueError("SubjectCosines has no photos: call set_photos before update")
         self.add_samples(indices, prompts)
         found = {name: extract(encoder, images, self.batch_size) for name, encoder in self.encoders.items()}
         columns = [mean_cosine(rows, self._photos[name]) for name, rows in found.items()]
@@ -175,7 +182,7 @@ class SubjectSimilarity(PromptMetric):
         """
         groups, scores = self.by_prompt(), self.rows("scores")
         if not groups:
-            raise ValueError("SubjectSimilarity has no samples: call update before compute")
+            raise ValueError("SubjectCosines has no samples: call update before compute")
         every = scores[torch.cat(list(groups.values()))].mean(0)
         return Scores(
             means=dict(zip(self.names, every.tolist(), strict=True)),
@@ -207,8 +214,14 @@ class PromptImages(PromptMetric):
         return {text: images[rows] for text, rows in self.by_prompt().items()}
 
 
-class PromptDiversity(PromptImages):
+class PromptLPIPS(PromptImages):
     """``update(images, prompts, indices)``, then ``compute() -> Scores``: LPIPS between samples.
+
+        >>> from unidad_pl.metrics import LPIPSFeatures
+        >>> metric = PromptLPIPS(LPIPSFeatures("squeeze", pnet_rand=True))  # without pnet_rand: the real weights
+        >>> metric.update(torch.rand(4, 3, 32, 32), ["a dog", "a dog", "a cat", "a cat"], torch.arange(4))
+        >>> sorted(metric.compute().means)
+        ['inter', 'intra']
 
     ``intra``: the mean distance of two samples of one prompt, averaged over prompts with two samples or more.
     ``inter``: the mean distance of two samples of different prompts. NaN where there is no such pair.
@@ -237,58 +250,30 @@ class PromptDiversity(PromptImages):
         """
         groups = super().compute()
         if not groups:
-            raise ValueError("PromptDiversity has no samples: call update before compute")
-        everyone = _Sums()
-        prompts: dict[str, _Sums] = {}
+            raise ValueError("PromptLPIPS has no samples: call update before compute")
+        prompts: dict[str, tuple[float, int]] = {}
+        anchor: Tensor | None = None
+        s1, s2 = torch.zeros(()), 0.0
         for text, images in groups.items():
-            own = _Sums()
+            own1, own2 = torch.zeros(()), 0.0
             for part in images.split(self.batch_size):
                 phi = double(extract(self.features, part.float() / 127.5 - 1, self.batch_size))
-                everyone.anchor = phi[0] if everyone.anchor is None else everyone.anchor
-                own.add(phi - everyone.anchor)
-            everyone.join(own)  # takes its vector along: one prompt's at a time is in memory
-            prompts[text] = own
-        inside, pairs = sum(own.distances for own in prompts.values()), sum(own.pairs for own in prompts.values())
-        known = [own.distances / own.pairs for own in prompts.values() if own.pairs]
+                anchor = phi[0] if anchor is None else anchor
+                own1, own2 = own1 + (phi - anchor).sum(0), own2 + float((phi - anchor).square().sum())
+            s1, s2 = s1 + own1, s2 + own2
+            prompts[text] = distances_and_pairs(own1, own2, len(images))
+        inside, within = (sum(values) for values in zip(*prompts.values(), strict=True))
+        distances, pairs = distances_and_pairs(s1, s2, sum(map(len, groups.values())))
+        known = [own / number for own, number in prompts.values() if number]
         return Scores(
-            means={
-                "intra": _ratio(sum(known), len(known)),
-                "inter": _ratio(everyone.finished().distances - inside, everyone.pairs - pairs),
-            },
-            by_prompt={text: {"intra": _ratio(own.distances, own.pairs)} for text, own in prompts.items()},
+            means={"intra": _ratio(sum(known), len(known)), "inter": _ratio(distances - inside, pairs - within)},
+            by_prompt={text: {"intra": _ratio(*own)} for text, own in prompts.items()},
         )
 
 
-class _Sums:
-    """S1 and S2 of a group of samples, and what follows from them."""
-
-    def __init__(self) -> None:
-        self.anchor: Tensor | None = None
-        self.first: Tensor | None = None
-        self.second, self.count, self.distances = 0.0, 0, 0.0
-
-    @property
-    def pairs(self) -> int:
-        return self.count * (self.count - 1) // 2
-
-    def add(self, away: Tensor) -> None:
-        """Samples' features less the anchor, [n, D]."""
-        self.first = away.sum(0) if self.first is None else self.first + away.sum(0)
-        self.second, self.count = self.second + float(away.square().sum()), self.count + len(away)
-
-    def join(self, other: _Sums) -> None:
-        """Add all of ``other``, and finish it."""
-        assert other.first is not None
-        self.first = other.first if self.first is None else self.first + other.first
-        self.second, self.count = self.second + other.second, self.count + other.count
-        other.finished()
-
-    def finished(self) -> _Sums:
-        """The sum of all distances is known, the vector forgotten."""
-        assert self.first is not None
-        self.distances = max(0.0, self.count * self.second - float(self.first.square().sum()))
-        self.first = None
-        return self
+def distances_and_pairs(s1: Tensor, s2: float, count: int) -> tuple[float, int]:
+    """The sum of all distances between ``count`` samples, from their sums around any anchor, and how many there are."""
+    return max(0.0, count * s2 - float(s1.square().sum())), count * (count - 1) // 2
 
 
 def _ratio(total: float, count: int) -> float:

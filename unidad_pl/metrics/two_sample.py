@@ -14,6 +14,13 @@ from unidad_pl.metrics.gather import RowMetric, distinct_in_order, sample_indice
 class TwoSample(RowMetric):
     """Collects features of generated and of reference images; ``compute`` returns both, gathered over ranks.
 
+        >>> metric = TwoSample()
+        >>> metric.update(torch.randn(10, 4), real=False)
+        >>> metric.update(torch.randn(20, 4), real=True)
+        >>> generated, reference = metric.compute()
+        >>> generated.shape, reference.shape
+        (torch.Size([10, 4]), torch.Size([20, 4]))
+
     Rows come back in the order of the samples' indices, so that whatever is computed from them does not depend on how
     the samples were spread over ranks and batches.
 
@@ -41,7 +48,7 @@ class TwoSample(RowMetric):
                 Default: in the order they come, dealt to ranks in turn.
 
         Raises:
-            ValueError: features that are no matrix, of another width than before, or not finite.
+            ValueError: features that are not a matrix, of another width than before, or not finite.
         """
         kind = "reference" if real else "generated"
         if features.ndim != 2:

@@ -99,11 +99,14 @@ class UniDAD(GenerativeModule):
 
     def build_networks(self) -> None:
         source = self.build(self.source)
-        of = {"fake_score": self.fake_options.init_from, "student": self.student_options.init_from}
+
+        def start(init_from: DenoiserSource | None) -> Denoiser:
+            return self.build(init_from) if init_from else copy.deepcopy(source)
+
+        self.fake_score = start(self.fake_options.init_from)
+        self.student = start(self.student_options.init_from)
         if self.target_options is not None:
-            of["target_teacher"] = self.target_options.init_from
-        for name, init_from in of.items():
-            setattr(self, name, self.build(init_from) if init_from else copy.deepcopy(source))
+            self.target_teacher = start(self.target_options.init_from)
         if "source" in self.teacher_weights:
             self.source_teacher = source
         if self.gan is not None:

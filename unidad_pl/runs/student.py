@@ -112,8 +112,8 @@ def load_student(ckpt_path: str | Path, weights: Weights = "auto", config: str |
     except RuntimeError as error:
         raise ValueError(f"the weights {prefix}* in {str(ckpt_path)!r} do not fit {str(place)!r}: {error}") from error
     classes = list(range(network.num_classes)) if network.num_classes is not None else None
+    iteration, config = content[RECORD]["iteration"], yaml.safe_load(place.read_text())
     return TrainedStudent(
-        network.eval().requires_grad_(False), sampler.fitted_to(network), sigma_min, chosen, content[RECORD]["iteration"],
-        module.classes or classes, yaml.safe_load(place.read_text()), place.parent,
-        module.sampled_source.codec(),
+        network.eval().requires_grad_(False), sampler.fitted_to(network), sigma_min, chosen, iteration,
+        module.classes or classes, config, place.parent, module.sampled_source.codec(),
     )  # fmt: skip
