@@ -5,6 +5,7 @@ Every case forks two processes that have imported everything already, and leaves
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -23,9 +24,8 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
-from PIL import Image
 
-from tests.worlds import Stream, fit, groups, random_images, tiny_unet, weights_sha
+from tests.worlds import Stream, fit, optimizers, random_images, save_pictures, unidad, weights_sha
 from unidad_pl import OptimizerOptions, UniDAD
 from unidad_pl.backbones import LoRA, StableDiffusion
 from unidad_pl.callbacks import Preemption
@@ -33,24 +33,19 @@ from unidad_pl.data import SubjectDataModule
 from unidad_pl.runs import checkpoints
 from unidad_pl.runs.checkpoints import DurableCheckpointIO
 from unidad_pl.strategies import ManualDDPStrategy
+from unidad_pl.strategies.fsdp import local_shard
 
-FAST = OptimizerOptions(lr=1e-3, warmup=0)
-Case = Callable[[int, Path], dict[str, Any]]
-
-
-def unidad(kind: type[UniDAD] = UniDAD, **options: Any) -> UniDAD:
-    settings: dict[str, Any] = dict(
-        student__update_every=2, target_teacher__weight=0.5, training__ema_decay=0.9,
-        student__optimizer=FAST, fake_score__optimizer=FAST, target_teacher__adaptation__optimizer=FAST,
-    )  # fmt: skip
-    return kind(tiny_unet(), **groups(**(settings | options)))
+# Adam with a large eps: a plain Adam step is the sign of the gradient, which rounding may turn.
+SMOOTH = OptimizerOptions(lr=3e-2, warmup=0, arguments={"eps": 1.0})
+Case = Callable[[int, Path], dict[str, Any] | None]
 
 
-def train(module: UniDAD, steps: int, *callbacks: pl.Callback, ranks: int = 2, **options: Any) -> pl.Trainer:
-    strategy = ManualDDPStrategy(timeout=timedelta(seconds=options.pop("timeout", 60))) if ranks > 1 else "auto"
-    data = options.pop("data", None) or Stream(random_images(), batch_size=2, flip=True)
-    return fit(module, steps, data, devices=ranks, strategy=strategy, use_distributed_sampler=False,
-               callbacks=list(callbacks), plugins=[DurableCheckpointIO()], **options)  # fmt: skip
+def train(module: Any, steps: int, *callbacks: pl.Callback, ranks: int = 2, data: Any = None, timeout: float = 60,
+          **options: Any) -> pl.Trainer:  # fmt: skip
+    strategy = ManualDDPStrategy(timeout=timedelta(seconds=timeout)) if ranks > 1 else "auto"
+    settings: dict[str, Any] = dict(devices=ranks, strategy=strategy, use_distributed_sampler=False,
+                                    callbacks=list(callbacks), plugins=[DurableCheckpointIO()])  # fmt: skip
+    return fit(module, steps, data or Stream(random_images(), batch_size=2, flip=True), **(settings | options))
 
 
 class At(pl.Callback):
@@ -83,29 +78,22 @@ def equal(rank: int, folder: Path) -> dict[str, Any]:
     dist.all_reduce = counted
     module = unidad(training__accumulate=2)
     train(module, 10, precision="64-true", data=Stream(random_images(), batch_size=4, flip=True))
-    groups = {
-        name: sum(p.numel() * p.element_size() for settings in group for p in settings["params"])
-        for name, group in module.groups().items()
-    }
     torch.save(module.state_dict(), folder / f"rank{rank}.pt")
-    return {"sent": sent, "groups": groups}
+    trained = {name: [p for part in group for p in part["params"]] for name, group in module.groups().items()}
+    return {"sent": sent} | {name: sum(p.numel() * p.element_size() for p in ps) for name, ps in trained.items()}
 
 
-def adapters(rank: int | None, folder: Path) -> dict[str, Any]:
+def adapters(rank: int | None, folder: Path) -> None:
     """Adapters over one base on two ranks; without a rank: one process with the batch of both."""
     alone = rank is None
-    # Adam with a large eps: a plain Adam step is the sign of the gradient, which rounding may turn.
-    smooth = OptimizerOptions(lr=1.0, warmup=0, arguments={"eps": 1.0})
-    source = StableDiffusion(str(folder / "sd"), lora=LoRA(rank=2))
-    module = UniDAD(source, **groups(
-        student__num_steps=2, student__update_every=2, target_teacher__weight=0.5, matching__noise_table="model",
-        matching__guidance_scale=2.0, training__ema_decay=0.5, training__accumulate=2 if alone else 1,
-        student__optimizer=smooth, fake_score__optimizer=smooth, target_teacher__adaptation__optimizer=smooth,
-    ))  # fmt: skip
+    module = unidad(
+        StableDiffusion(str(folder / "sd"), lora=LoRA(rank=2)), **optimizers(dataclasses.replace(SMOOTH, lr=1.0)),
+        student__num_steps=2, matching__noise_table="model", matching__guidance_scale=2.0, training__ema_decay=0.5,
+        training__accumulate=2 if alone else 1,
+    )  # fmt: skip
     data = SubjectDataModule(str(folder / "dog"), "dog", resolution=16, batch_size=4 if alone else 2)
     train(module, 4, ranks=1 if alone else 2, data=data)
     torch.save(module.state_dict(), folder / ("adapters_alone.pt" if alone else f"adapters{rank}.pt"))
-    return {}
 
 
 class NaN(UniDAD):
@@ -116,36 +104,37 @@ class NaN(UniDAD):
         return loss * float("nan") if int(self.iteration) == 2 and self.global_rank == 1 else loss
 
 
-def nan(rank: int, folder: Path) -> dict[str, Any]:
-    module = unidad(NaN, student__update_every=1)
-    trainer = train(module, 4)
-    finite = all(bool(p.isfinite().all()) for p in module.parameters())
+def fit_nan(module: UniDAD, trains: Callable[..., pl.Trainer]) -> dict[str, Any]:
+    """What four iterations of ``trains`` come to."""
+    trainer = trains(module, 4)
+    finite = all(bool(local_shard(p).isfinite().all()) for p in module.parameters())
     steps = [int(next(iter(o.state.values()))["step"]) for o in trainer.optimizers]
-    return {"steps": steps, "sha": weights_sha(module), "finite": finite, "global_step": trainer.global_step}
+    return {"steps": steps, "finite": finite, "global_step": trainer.global_step}
 
 
-def nan_for_good(rank: int, folder: Path) -> dict[str, Any]:
-    module = unidad(NaN, student__update_every=1, training__max_skipped=1)
-    train(module, 4)
-    return {}
+def nan(rank: int, folder: Path) -> dict[str, Any]:
+    module = unidad(kind=NaN, student__update_every=1)
+    return fit_nan(module, train) | {"sha": weights_sha(module)}
 
 
-def killed(rank: int, folder: Path) -> dict[str, Any]:
-    train(unidad(), 6, At(2, 1, lambda: os.kill(os.getpid(), signal.SIGKILL)))
-    return {}
+def nan_for_good(rank: int, folder: Path) -> None:
+    train(unidad(kind=NaN, student__update_every=1, training__max_skipped=1), 4)
 
 
-def hung(rank: int, folder: Path) -> dict[str, Any]:
+def killed(rank: int, folder: Path) -> None:
+    train(unidad(), 6, At(2, 1, die))
+
+
+def hung(rank: int, folder: Path) -> None:
     train(unidad(), 6, At(2, 1, lambda: time.sleep(100)), timeout=3)
-    return {}
 
 
 class Losing(Stream):
     """Rank 1's pictures vanish after two batches."""
 
     def train_dataloader(self) -> Any:
-        loader = super().train_dataloader()
-        stream: Any = loader.dataset
+        loader: Any = super().train_dataloader()
+        stream = loader.dataset
         whole = stream.batch_at
 
         def batch_at(positions: range) -> Any:
@@ -157,9 +146,8 @@ class Losing(Stream):
         return loader
 
 
-def missing_file(rank: int, folder: Path) -> dict[str, Any]:
+def missing_file(rank: int, folder: Path) -> None:
     train(unidad(), 6, data=Losing(random_images(), batch_size=2))
-    return {}
 
 
 class BrokenMetric(pl.Callback):
@@ -171,26 +159,23 @@ class BrokenMetric(pl.Callback):
         trainer.strategy.barrier()
 
 
-def broken_metric(rank: int, folder: Path) -> dict[str, Any]:
-    train(unidad(), 6, BrokenMetric(), limit_val_batches=1, val_check_interval=2, check_val_every_n_epoch=None)
-    return {}
+def broken_metric(rank: int, folder: Path) -> None:
+    train(unidad(), 6, BrokenMetric(), **VALIDATING)
 
 
-def full_disk(rank: int, folder: Path) -> dict[str, Any]:
+def full_disk(rank: int, folder: Path) -> None:
     """Rank 0 may write no file of more than 10 kB."""
     trainer = train(unidad(), 1)
     trainer.save_checkpoint(folder / "disk" / "x.ckpt")
     if rank == 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
     trainer.save_checkpoint(folder / "disk" / "x.ckpt")
-    return {}
 
 
-def preempted(rank: int, folder: Path) -> dict[str, Any]:
+def preempted(rank: int, folder: Path) -> None:
     """Rank 1 alone gets the signal, in iteration 3 (the fourth)."""
-    train(unidad(), 50, Preemption(exit_code=77), At(3, 1, lambda: os.kill(os.getpid(), signal.SIGUSR1)),
-          default_root_dir=folder)  # fmt: skip
-    return {}
+    usr1 = At(3, 1, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    train(unidad(), 50, Preemption(exit_code=77), usr1, default_root_dir=folder)
 
 
 def resumed(rank: int, folder: Path) -> dict[str, Any]:
@@ -234,14 +219,14 @@ class DieIn(pl.Callback):
 
 MOMENTS = ("training", "between the steps", "write", "sync", "rename", "after the rename", "validation")
 RANDOM = ("in the first third", "in the second third", "in the last third")  # of the time of a run
+VALIDATING: dict[str, Any] = dict(limit_val_batches=1.0, val_check_interval=2, check_val_every_n_epoch=None)
 
 
 def saving(folder: Path, *callbacks: pl.Callback, **options: Any) -> UniDAD:
     """Six iterations on one process, a checkpoint and a validation after each second one."""
     module = unidad(training__accumulate=2)
     keep = ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1)
-    train(module, 6, *callbacks, keep, ranks=1, enable_checkpointing=True, limit_val_batches=1, val_check_interval=2,
-          check_val_every_n_epoch=None, **options)  # fmt: skip
+    train(module, 6, *callbacks, keep, ranks=1, enable_checkpointing=True, **VALIDATING, **options)
     return module
 
 
@@ -282,29 +267,16 @@ def kill_9(folder: Path) -> None:
     (folder / "kill_9.json").write_text(json.dumps(result))
 
 
-CASES: dict[str, Case] = {
-    case.__name__: case
-    for case in (
-        equal,
-        adapters,
-        nan,
-        nan_for_good,
-        killed,
-        hung,
-        missing_file,
-        broken_metric,
-        full_disk,
-        preempted,
-        resumed,
-    )
-}
+CASES: tuple[Case, ...] = (
+    equal, adapters, nan, nan_for_good, killed, hung, missing_file, broken_metric, full_disk, preempted, resumed,
+)  # fmt: skip
 
 
 def child(case: Case, rank: int, folder: Path, port: int) -> None:
     os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     began = time.monotonic()
     try:
-        result = case(rank, folder)
+        result = case(rank, folder) or {}
     except SystemExit as leaving:
         result = {"exit": leaving.code}
     except Exception as error:  # noqa: BLE001 (the test says which it must be)
@@ -314,22 +286,16 @@ def child(case: Case, rank: int, folder: Path, port: int) -> None:
     os._exit(0)  # not the parent's clean-up
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def two_ranks(case: Case, folder: Path) -> None:
     fork = multiprocessing.get_context("fork")
-    port = free_port()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     if case is adapters:
         from tests.tiny_sd import save_tiny  # not at the top: diffusers asks for GPUs, and forks are refused after that
 
         save_tiny(folder / "sd")
-        (folder / "dog").mkdir()
-        for i in range(3):
-            Image.new("RGB", (20, 20), (60 * i, 200 - 50 * i, 90)).save(folder / "dog" / f"{i}.png")
+        save_pictures(folder / "dog", 3)
     ranks = [fork.Process(target=child, args=(case, rank, folder, port)) for rank in range(2)]
     for process in ranks:
         process.start()
@@ -346,11 +312,11 @@ def two_ranks(case: Case, folder: Path) -> None:
 def main(folder: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    for name in names or [*CASES, "kill_9"]:
-        if name == "kill_9":
-            kill_9(folder)
-        else:
-            two_ranks(CASES[name], folder)
+    for case in CASES:
+        if not names or case.__name__ in names:
+            two_ranks(case, folder)
+    if not names or "kill_9" in names:
+        kill_9(folder)
 
 
 if __name__ == "__main__":

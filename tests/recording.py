@@ -90,12 +90,17 @@ class Recording:
             raise RecordingError(f"{self.path}: {key!r} has shape {tuple(value.shape)}, expected {tuple(shape)}")
         return value.to(self.dtype)
 
-    def compare(self, key: str, ours: Tensor | float, total: float | None = None, each: bool = False) -> None:
+    def compare_all(self, prefix: str, **ours: Tensor | float) -> None:
+        """Compare every one with the key ``PREFIX + NAME``."""
+        for name, result in ours.items():
+            self.compare(prefix + name, result)
+
+    def compare(self, key: str, ours: Any, total: float | None = None, each: bool = False) -> None:
         """Compare with ``key``; a key that is not there is a problem.
 
         Args:
             key: what the recording calls it.
-            ours: our result.
+            ours: our result: a tensor, a number or a list of names.
             total: norm of the whole gradient this is a part of. Some parts are zero but for rounding, so the
                 difference of a part is not divided by less than a fixed share of ``total`` (float64: a thousandth;
                 float32: all of it where the part itself is below a millionth).
@@ -103,6 +108,9 @@ class Recording:
         """
         if key not in self.values:
             self.problems.append(f"{self.path.name} lacks {key!r}")
+            return
+        if isinstance(ours, list):
+            self.comparisons.append(Comparison(key, float(len(set(self.value(key, list)) ^ set(ours))), 0.0))
             return
         seen = self.value(key, (Tensor, float, int))
         theirs = seen if isinstance(seen, Tensor) else torch.tensor(seen, dtype=torch.float64)
@@ -135,14 +143,6 @@ class Recording:
         recorded = self.values.get(f"f32rel.{key}")
         return 10 * recorded + 1e-6 if isinstance(recorded, float) and math.isfinite(recorded) else 1e-4
 
-    def compare_names(self, key: str, ours: list[str]) -> None:
-        """Compare a list of strings."""
-        if key not in self.values:
-            self.problems.append(f"{self.path.name} lacks {key!r}")
-            return
-        theirs = self.value(key, list)
-        self.comparisons.append(Comparison(key, float(len(set(theirs) ^ set(ours))), 0.0))
-
     def finish(self) -> None:
         """Report keys that nothing used, and tolerances of keys that are not there."""
         for key in self.values:
@@ -156,10 +156,10 @@ class Recording:
 def group_of(key: str) -> str:
     """``iteration_gen/dmd.source_x0`` -> ``iteration_gen/dmd``; scalars are one group."""
     name, _, rest = key.partition("/")
-    parts = rest.split(".")
-    if len(parts) == 1:
+    first, _, more = rest.partition(".")
+    if not more:
         return f"{name}/" + ("losses" if "loss" in rest else "tables" if rest in TABLES else rest)
-    return f"{name}/" + (".".join(parts[:2]) if parts[0] == "grad" else parts[0])
+    return f"{name}/{first}" + (f".{more.partition('.')[0]}" if first == "grad" else "")
 
 
 def table(comparisons: Sequence[Comparison]) -> list[str]:
@@ -170,9 +170,7 @@ def table(comparisons: Sequence[Comparison]) -> list[str]:
     lines = [f"{'group':<34}{'keys':>5}  {'worst error':>11}  {'tolerance':>9}       worst key"]
     for group, members in groups.items():
         worst = max(members, key=lambda c: (not c.passed, c.error / c.tolerance if c.tolerance else c.error))
-        verdict = "ok  " if all(c.passed for c in members) else "FAIL"
-        lines.append(
-            f"{group:<34}{len(members):>5}  {worst.error:>11.2e}  {worst.tolerance:>9.1e}  {verdict} "
-            f"{worst.key.partition('/')[2]}"
-        )
+        verdict, key = "ok  " if all(c.passed for c in members) else "FAIL", worst.key.partition("/")[2]
+        figures = f"{len(members):>5}  {worst.error:>11.2e}  {worst.tolerance:>9.1e}"
+        lines.append(f"{group:<34}{figures}  {verdict} {key}")
     return lines

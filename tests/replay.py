@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -56,41 +57,31 @@ class Setup:
         self.keys: list[str] = self.file.value("keys", list)
         self.source = read_weights(checkpoint)
         self._check_checkpoint(checkpoint)
-        self.table = karras(
-            self.cfg("num_train_timesteps"), self.cfg("sigma_min"), self.cfg("sigma_max"), self.cfg("rho")
-        )
+        self.table = karras(*map(self.cfg, ("num_train_timesteps", "sigma_min", "sigma_max", "rho")))
         self.networks: dict[str, UNetDenoiser] = {}
         source = self.network("source")
         self.taps: list[str] = self.file.value("taps", list)
         self.head_taps: list[str] = self.file.value("head_taps", list)
         self._check_config(list(source.tap_channels))
-        self.file.compare("karras_sigmas", self.table)
-        self.file.compare("alphas_cumprod", linear_abar(adm.diffusion_steps))
-        self.file.compare("temb", source.unet.time_proj(self.file.value("temb_t")))
-        for role in ("student", "fake", "target"):  # a recording need not use all of them
-            self.file.used.add(f"scale.{role}")
+        temb = source.unet.time_proj(self.file.value("temb_t"))
+        self.file.compare_all("", karras_sigmas=self.table, alphas_cumprod=linear_abar(adm.diffusion_steps), temb=temb)
+        self.file.used |= {f"scale.{role}" for role in ("student", "fake", "target")}  # not every recording has all
 
     def cfg(self, name: str) -> Any:
         """Entry ``cfg.NAME``."""
         return self.file.value(f"cfg.{name}", (int, float, str, list, tuple))
 
     def _check_checkpoint(self, checkpoint: Path) -> None:
-        lacks, more = set(self.keys) - set(self.source), set(self.source) - set(self.keys)
+        other = f"{checkpoint} is not the recording's checkpoint"
+        lacks, more = sorted(set(self.keys) - set(self.source)), sorted(set(self.source) - set(self.keys))
         if lacks or more:
-            raise RecordingError(
-                f"{checkpoint} is not the recording's checkpoint: it lacks {sorted(lacks)[:5]} and holds "
-                f"{sorted(more)[:5]} beyond it"
-            )
+            raise RecordingError(f"{other}: it lacks {lacks[:5]} and holds {more[:5]} beyond it")
         values = [self.source[key].double() for key in self.keys]
         sums = {"source_sum": [v.sum() for v in values], "source_sq": [v.square().sum() for v in values]}
         for name, ours in sums.items():
-            theirs = self.file.value(name)
-            for key, value, mine, seen in zip(self.keys, values, ours, theirs, strict=True):
+            for key, value, mine, seen in zip(self.keys, values, ours, self.file.value(name), strict=True):
                 if not abs(mine - seen) <= 1e-9 * (1 + value.abs().sum()):
-                    raise RecordingError(
-                        f"{checkpoint} is not the recording's checkpoint: {name} of {key} is {mine:.9g}, "
-                        f"the recording has {seen:.9g}"
-                    )
+                    raise RecordingError(f"{other}: {name} of {key} is {mine:.9g}, the recording has {seen:.9g}")
 
     def _check_config(self, taps: list[str]) -> None:
         expected = {
@@ -115,32 +106,25 @@ class Setup:
                 scales = self.file.value(f"scale.{role}").double()
                 if len(scales) != len(self.keys):
                     raise RecordingError(f"{self.file.path}: scale.{role} has {len(scales)} entries")
-                state = {
-                    key: (state[key].double() * (1 + scale)).float()
-                    for key, scale in zip(self.keys, scales, strict=True)
-                }
+                state = {k: (w.double() * (1 + s)).float() for (k, w), s in zip(state.items(), scales, strict=True)}
             self.networks[role] = adm_denoiser(self.adm, state).to(self.dtype)
         return self.networks[role]
+
+    @property
+    def head_names(self) -> list[str]:
+        """The parameters of the heads, tap by tap."""
+        return [f"heads.{tap}.{kind}" for tap in self.head_taps for kind in ("weight", "bias")]
 
     @cached_property
     def critics(self) -> tuple[MultiHeadDiscriminator, MultiHeadDiscriminator]:
         """(one logit per head, their mean): two views of the same heads."""
-        channels = self.network("source").tap_channels
-        heads = MultiHeadDiscriminator({tap: channels[tap] for tap in self.head_taps}, "global", "per_head")
-        weights = {
-            f"heads.{tap}.{kind}": self.file.value(f"heads.{tap}.{kind}") for tap in self.head_taps
-            for kind in ("weight", "bias")
-        }  # fmt: skip
+        channels = {tap: self.network("source").tap_channels[tap] for tap in self.head_taps}
+        heads, mean = (MultiHeadDiscriminator(channels, "global", kind) for kind in ("per_head", "mean_logit"))
+        weights = {name: self.file.value(name) for name in self.head_names}
         weights = {name: w[None, :, None, None] if name.endswith("weight") else w for name, w in weights.items()}
         heads.load_state_dict(weights, strict=True)
-        heads.to(self.dtype)
-        mean = MultiHeadDiscriminator({tap: channels[tap] for tap in self.head_taps}, "global", "mean_logit")
-        mean.heads = heads.heads
+        mean.heads = heads.to(self.dtype).heads
         return heads, mean
-
-    def named_parameters(self, role: str) -> dict[str, nn.Parameter]:
-        """UNet2DModel name -> parameter."""
-        return dict(self.network(role).unet.named_parameters())
 
 
 class Iteration:
@@ -151,8 +135,8 @@ class Iteration:
         self.shape = (int(setup.cfg("batch_size")), setup.adm.in_channels, *[setup.adm.image_size] * 2)
         self.loss = cast(GANLoss, setup.cfg("gan_adv_loss"))
 
-    def replay(self) -> None:
-        """Run every turn the file holds."""
+    def replay(self) -> Recording:
+        """Run every turn the file holds -> the file, with its comparisons and problems."""
         generator, guidance, target = (self.file.holds(*k) for k in (GENERATOR_KEYS, GUIDANCE_KEYS, TARGET_KEYS))
         if not (generator or guidance or target):
             raise RecordingError(f"{self.file.path} holds no turn of an iteration that this replay knows")
@@ -168,6 +152,7 @@ class Iteration:
             self.target_turn()
         self.file.used.add("real")  # an input that only some turns need
         self.file.finish()
+        return self.file
 
     def student_images(self, gradient: bool) -> Tensor:
         """K applications of the student, every one compared -> x [B, C, H, W]."""
@@ -183,9 +168,8 @@ class Iteration:
         with torch.set_grad_enabled(gradient):
             x = FewStepSampler(sigmas, gradient="unroll")(student, iter(draws).__next__)
         hook.remove()
-        self.file.compare("unroll.sigma", torch.stack([sigma for sigma, _ in calls]))
-        self.file.compare("unroll.t", torch.stack([student.time(sigma) for sigma, _ in calls]))
-        self.file.compare("unroll.x0", torch.stack([x0 for _, x0 in calls]))
+        seen, x0 = (torch.stack(part) for part in zip(*calls, strict=True))
+        self.file.compare_all("unroll.", sigma=seen, t=torch.stack([student.time(sigma) for sigma in seen]), x0=x0)
         self.file.compare("x", x)
         return x
 
@@ -193,25 +177,20 @@ class Iteration:
         """``clean`` at the recorded index and noise of draw ``name`` -> (noisy [B, C, H, W], sigma [B])."""
         index = self.file.value(f"{name}.index")
         if index.shape != self.shape[:1] or index.min() < low or index.max() > high:
-            raise RecordingError(
-                f"{self.file.path}: {name}.index {index.tolist()} must be {self.shape[0]} indices in {low}..{high}"
-            )
+            must = f"must be {self.shape[0]} indices in {low}..{high}"
+            raise RecordingError(f"{self.file.path}: {name}.index {index.tolist()} {must}")
         sigma = self.setup.table[index].to(self.setup.dtype)
-        self.file.compare(f"{name}.sigma", sigma)
-        self.file.compare(f"{name}.t", self.setup.network("source").time(sigma))
+        self.file.compare_all(f"{name}.", sigma=sigma, t=self.setup.network("source").time(sigma))
         return clean + sigma.view(-1, 1, 1, 1) * self.file.images(f"{name}.eps", self.shape), sigma
 
     def score(self, name: str, images: Tensor) -> list[Tensor]:
         """The critic's score of ``images``, as :mod:`unidad_pl.losses` wants it."""
         noisy, sigma = self.noisy(name, images, 0, int(self.setup.cfg("diffusion_gan_max_timestep")) - 1)
         taps = self.setup.network("fake").taps(noisy, sigma)
-        per_image = torch.stack([taps[tap].mean(dim=(1, 2, 3)) for tap in self.setup.taps])
-        heads, mean = self.setup.critics
-        score = mean(taps)
-        self.file.compare(f"{name}.tap_mean", per_image.mean(1))
-        self.file.compare(f"{name}.tap_mean_per_image", per_image)
-        self.file.compare(f"{name}.logits", torch.stack(heads(taps)))
-        self.file.compare(f"{name}.score", score[0])
+        means = torch.stack([taps[tap].mean(dim=(1, 2, 3)) for tap in self.setup.taps])
+        logits, score = (critic(taps) for critic in self.setup.critics)
+        self.file.compare_all(f"{name}.", tap_mean=means.mean(1), tap_mean_per_image=means)
+        self.file.compare_all(f"{name}.", logits=torch.stack(logits), score=score[0])
         return score
 
     def generator_turn(self, x: Tensor) -> None:
@@ -224,8 +203,7 @@ class Iteration:
             adversarial = generator_loss(self.score("ggan", x), self.loss)
             (dx_gan,) = torch.autograd.grad(adversarial, x, retain_graph=True)
             self.file.compare("gen_cls_loss", adversarial)
-            self.file.compare("dx.gan", dx_gan)
-            self.file.compare("dx.gan_weighted", weight * dx_gan)
+            self.file.compare_all("dx.", gan=dx_gan, gan_weighted=weight * dx_gan)
             loss = loss + weight * adversarial
         self.file.compare("generator_loss", loss)
         (dx,) = torch.autograd.grad(loss, x, retain_graph=True)
@@ -239,8 +217,7 @@ class Iteration:
         with torch.no_grad():
             noisy, sigma = self.noisy("dmd", clean, low, high)
             fake = self.setup.network("fake").predict(noisy, sigma)
-        self.file.compare("dmd.noisy", noisy)
-        self.file.compare("dmd.fake_x0", fake.x0)
+        self.file.compare_all("dmd.", noisy=noisy, fake_x0=fake.x0)
         loss = x.new_zeros(())
         for name in ("source", "target"):
             weight = self.setup.cfg(f"dmd_{name}_weight")
@@ -252,10 +229,8 @@ class Iteration:
             difference = sigma.view(-1, 1, 1, 1) * (teacher.eps - fake.eps)
             normaliser = difference.flatten(1).norm(dim=1) / direction.flatten(1).norm(dim=1)
             part = dmd_loss(x, direction)
-            self.file.compare(f"dmd.{name}_x0", teacher.x0)
-            self.file.compare(f"dmd.{name}_direction", direction)
-            self.file.compare(f"dmd.{name}_normaliser", normaliser)
-            self.file.compare(f"dmd.{name}_loss", part)
+            compared = dict(x0=teacher.x0, direction=direction, normaliser=normaliser, loss=part)
+            self.file.compare_all(f"dmd.{name}_", **compared)
             loss = loss + weight * part
         self.file.compare("loss_dm", loss)
         return loss
@@ -289,7 +264,7 @@ class Iteration:
 
     def gradients(self, loss: Tensor, role: str, group: str, heads: nn.Module | None = None) -> None:
         """Gradient of ``loss`` on network ``role`` and on ``heads``, which are clipped together as ``group``."""
-        parameters = self.setup.named_parameters(role)
+        parameters = dict(self.setup.network(role).unet.named_parameters())
         extra = {} if heads is None else dict(heads.named_parameters())
         every = [*parameters.values(), *extra.values()]
         found = torch.autograd.grad(loss, every, allow_unused=True)
@@ -297,7 +272,7 @@ class Iteration:
         mine = self.setup.adapter.from_diffusers(dict(zip(parameters, flat, strict=False)))
         unused = {name for name, g in zip(parameters, found, strict=False) if g is None}
         table = self.setup.adapter.table
-        self.file.compare_names(f"grad_missing.{role}", [k for k in self.setup.keys if unused.issuperset(table[k][0])])
+        self.file.compare(f"grad_missing.{role}", [k for k in self.setup.keys if unused.issuperset(table[k][0])])
 
         norm, factor = self._clip(flat)
         total = float(norm)
@@ -307,16 +282,13 @@ class Iteration:
             if f"grad.{role}.{key}" in self.file.values:
                 self.file.compare(f"grad.{role}.{key}", mine[key], total)
         if heads is not None:
-            self._heads(dict(zip(extra, flat[len(parameters) :], strict=True)), total)
+            grads = dict(zip(extra, flat[len(parameters) :], strict=True))
+            norms = torch.stack([grads[name].norm() for name in self.setup.head_names]).view(-1, 2)
+            self.file.compare("heads_grad_norm", norms, total, each=True)
+            for name, grad in grads.items():
+                self.file.compare(f"grad.{name}", grad.flatten(), total)
         self.file.compare(f"grad_total_norm.{group}", norm)
         self.file.compare(f"clip_factor.{group}", factor)
-
-    def _heads(self, grads: Mapping[str, Tensor], total: float) -> None:
-        kinds = ("weight", "bias")
-        norms = torch.stack([grads[f"heads.{tap}.{kind}"].norm() for tap in self.setup.head_taps for kind in kinds])
-        self.file.compare("heads_grad_norm", norms.view(-1, 2), total, each=True)
-        for name, grad in grads.items():
-            self.file.compare(f"grad.{name}", grad.flatten(), total)
 
     def _clip(self, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
         """(norm before clipping, factor): torch's clipping, as :meth:`GenerativeModule.step` calls it."""
@@ -339,16 +311,9 @@ def run(folder: Path, checkpoint: Path, config: Path | None, dtype: str) -> tupl
     if not paths:
         raise RecordingError(f"{folder} has no iteration_*.pt")
     setup = Setup(folder, checkpoint, adm, DTYPES[dtype])
-    files = []
-    for path in paths:
-        iteration = Iteration(setup, path)
-        iteration.replay()
-        files.append(iteration.file)
-    comparisons = [
-        Comparison(f"{file.path.stem}/{c.key}", c.error, c.tolerance) for file in (setup.file, *files)
-        for c in file.comparisons
-    ]  # fmt: skip
-    return comparisons, [problem for file in (setup.file, *files) for problem in file.problems]
+    files = [setup.file, *(Iteration(setup, path).replay() for path in paths)]
+    comparisons = [replace(c, key=f"{file.path.stem}/{c.key}") for file in files for c in file.comparisons]
+    return comparisons, [problem for file in files for problem in file.problems]
 
 
 def replay(folder: str | Path, checkpoint: str | Path, config: str | Path | None, dtype: str) -> dict[str, float]:
@@ -385,10 +350,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         wrong = [c for c in comparisons if not c.passed]
         print(f"\n{options.folder} in {dtype}: {len(comparisons)} keys, {len(wrong)} beyond tolerance")
-        print("\n".join(table(comparisons)))
-        print("\n".join([f"FAIL {c.key}: {c.error:.3e} > {c.tolerance:.1e}" for c in wrong]), end="\n" if wrong else "")
-        print("\n".join([f"FAIL {problem}" for problem in problems]), end="\n" if problems else "")
-        failed |= bool(wrong or problems)
+        failures = [f"{c.key}: {c.error:.3e} > {c.tolerance:.1e}" for c in wrong] + problems
+        print("\n".join(table(comparisons) + [f"FAIL {text}" for text in failures]))
+        failed |= bool(failures)
     return int(failed)
 
 

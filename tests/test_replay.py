@@ -21,24 +21,32 @@ CHECKPOINT = FIXTURES / "adm_tiny" / "adm_tiny.pt"
 Change = Callable[[dict[str, Any]], None]
 
 
-def altered(folder: Path, iteration: Change = lambda _: None, setup: Change = lambda _: None) -> Path:
+def altered(folder: Path, iteration: Change | None, setup: Change | None = None) -> Path:
     """A copy of the official recording with its two dicts changed."""
     for name, change in (("setup.pt", setup), ("iteration_gen.pt", iteration)):
         values = torch.load(OFFICIAL / name, weights_only=True)
-        change(values)
+        if change is not None:
+            change(values)
         torch.save(values, folder / name)
     return folder
+
+
+def remove(key: str) -> Change:
+    return lambda values: values.pop(key)
+
+
+def put(key: str, value: Any) -> Change:
+    return lambda values: values.update({key: value})
 
 
 def scale_one(key: str, factor: float) -> Change:
     """Multiply the largest entry of ``key``."""
 
     def change(values: dict[str, Any]) -> None:
-        value = values[key]
-        if isinstance(value, Tensor):
-            value.view(-1)[value.abs().argmax()] *= factor
+        if isinstance(values[key], Tensor):
+            values[key].view(-1)[values[key].abs().argmax()] *= factor
         else:
-            values[key] = value * factor
+            values[key] *= factor
 
     return change
 
@@ -74,46 +82,34 @@ def test_unknown_and_missing_keys_fail(tmp_path: Path) -> None:
         assert text in str(error.value)
 
 
-def remove(key: str) -> Change:
-    return lambda values: values.pop(key)
-
-
-def put(key: str, value: Any) -> Change:
-    return lambda values: values.update({key: value})
-
-
-@pytest.mark.parametrize(
-    ("iteration", "setup", "message"),
-    [
-        (remove("unroll.z"), None, "lacks 'unroll.z'"),
-        (remove("tt.index"), None, "lacks 'tt.index'"),
-        (put("dmd.index", torch.tensor([19, 400])), None, r"\[19, 400\] must be 2 indices in 20..980"),
-        (put("unroll.z", torch.zeros(3, 3, 32, 32)), None, "'unroll.z' has shape"),
-        (lambda values: values.clear(), None, "holds no turn"),
-        (None, scale_one("source_sum", 1.001), "not the recording's checkpoint: source_sum of"),
-        (None, remove("scale.fake"), "lacks 'scale.fake'"),
-        (None, put("cfg.gan_head_type", "patch"), "gan_head_type is 'patch'"),
-        (None, put("cfg.resolution", 64), "resolution is 64"),
-        (None, put("head_taps", ["in0"]), "head_taps"),
-    ],
-)
-def test_unusable_recordings_name_the_reason(
-    iteration: Change | None, setup: Change | None, message: str, tmp_path: Path
-) -> None:
-    nothing: Change = lambda _: None  # noqa: E731
+@pytest.mark.parametrize(("iteration", "setup", "message"), [
+    (remove("unroll.z"), None, "lacks 'unroll.z'"),
+    (remove("tt.index"), None, "lacks 'tt.index'"),
+    (put("dmd.index", torch.tensor([19, 400])), None, r"\[19, 400\] must be 2 indices in 20..980"),
+    (put("unroll.z", torch.zeros(3, 3, 32, 32)), None, "'unroll.z' has shape"),
+    (dict.clear, None, "holds no turn"),
+    (None, scale_one("source_sum", 1.001), "not the recording's checkpoint: source_sum of"),
+    (None, remove("scale.fake"), "lacks 'scale.fake'"),
+    (None, put("cfg.gan_head_type", "patch"), "gan_head_type is 'patch'"),
+    (None, put("cfg.resolution", 64), "resolution is 64"),
+    (None, put("head_taps", ["in0"]), "head_taps"),
+])  # fmt: skip
+def test_unusable_recordings_name_the_reason(iteration: Any, setup: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(RecordingError, match=message):
-        replay(altered(tmp_path, iteration or nothing, setup or nothing), CHECKPOINT, None, "float32")
+        replay(altered(tmp_path, iteration, setup), CHECKPOINT, None, "float32")
 
 
 def test_missing_and_broken_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path), "--checkpoint", str(CHECKPOINT)]) == 2
-    assert "has no iteration_*.pt" in capsys.readouterr().err
+    def cannot(why: str, folder: Path, checkpoint: Path, *options: str) -> None:
+        assert main([str(folder), "--checkpoint", str(checkpoint), *options]) == 2
+        assert why in capsys.readouterr().err
+
+    cannot("has no iteration_*.pt", tmp_path, CHECKPOINT)
     (tmp_path / "iteration_gen.pt").write_bytes(b"no")
-    assert main([str(tmp_path), "--checkpoint", str(CHECKPOINT)]) == 2
-    assert "no setup.pt" in capsys.readouterr().err
-    assert main([str(OFFICIAL), "--checkpoint", str(tmp_path / "none.pt"), "--config", "nowhere.json"]) == 2
-    assert "'nowhere.json' is neither a file nor a preset" in capsys.readouterr().err
-    torch.save(torch.load(OFFICIAL / "setup.pt", weights_only=True), tmp_path / "setup.pt")
+    cannot("no setup.pt", tmp_path, CHECKPOINT)
+    wrong = "'nowhere.json' is neither a file nor a preset"
+    cannot(wrong, OFFICIAL, tmp_path / "none.pt", "--config", "nowhere.json")
+    (tmp_path / "setup.pt").write_bytes((OFFICIAL / "setup.pt").read_bytes())
     with pytest.raises(RecordingError, match=r"iteration_gen.pt cannot be read"):
         replay(tmp_path, CHECKPOINT, None, "float64")
 
@@ -123,18 +119,16 @@ def record(folder: Path, config: dict[str, Any], turns: str, monkeypatch: pytest
 
     It proves nothing about the numbers; it shows that shapes and turns are read off the files.
     """
-    setup = torch.load(OFFICIAL / "setup.pt", weights_only=True)
-    setup.update(config)
+    setup = torch.load(OFFICIAL / "setup.pt", weights_only=True) | config
     torch.save(setup, folder / "setup.pt")
-    batch, steps = setup["cfg.batch_size"], setup["cfg.num_denoising_step"]
-    random = torch.Generator().manual_seed(3)
-    values: dict[str, Any] = {"real": torch.randn(batch, 3, 32, 32, generator=random).clamp(-1, 1)}
+    random, shape = torch.Generator().manual_seed(3), (setup["cfg.batch_size"], 3, 32, 32)
+    values: dict[str, Any] = {"real": torch.randn(shape, generator=random).clamp(-1, 1)}
     draws = {"guidance": ["fake", "critic_real", "critic_fake"], "generator": ["dmd", "ggan"], "target": ["tt"]}
-    values["unroll.z"] = torch.randn(batch, 3, 32, 32, generator=random)
-    values["unroll.eps"] = torch.randn(steps - 1, batch, 3, 32, 32, generator=random)
+    values["unroll.z"] = torch.randn(shape, generator=random)
+    values["unroll.eps"] = torch.randn(setup["cfg.num_denoising_step"] - 1, *shape, generator=random)
     for name in [name for turn in turns.split() for name in draws[turn]]:
-        values[f"{name}.index"] = torch.randint(20, 981, (batch,), generator=random)
-        values[f"{name}.eps"] = torch.randn(batch, 3, 32, 32, generator=random)
+        values[f"{name}.index"] = torch.randint(20, 981, shape[:1], generator=random)
+        values[f"{name}.eps"] = torch.randn(shape, generator=random)
     path = folder / "iteration_any.pt"
     torch.save(values, path)
 
@@ -144,43 +138,30 @@ def record(folder: Path, config: dict[str, Any], turns: str, monkeypatch: pytest
 
     with monkeypatch.context() as patch:
         patch.setattr(Recording, "compare", write)
-        patch.setattr(Recording, "compare_names", write)
         adm = ADMConfig.load(CHECKPOINT.parent / "config.json")
         Iteration(Setup(folder, CHECKPOINT, adm, torch.float64), path).replay()
     torch.save({k: v for k, v in values.items() if k in ("x",) or k not in setup}, path)
 
 
-@pytest.mark.parametrize(
-    ("config", "turns", "loss"),
-    [
-        (
-            {"cfg.num_denoising_step": 1, "cfg.batch_size": 1, "cfg.gan_adv_loss": "hinge"},
-            "generator",
-            "generator_loss",
-        ),
-        (
-            {"cfg.num_denoising_step": 2, "cfg.batch_size": 3, "head_taps": ["in2", "mid"], "cfg.gan_head_layers": "x"},
-            "guidance",
-            "guidance_loss",
-        ),
-        ({"cfg.dmd_target_weight": 0.0, "cfg.gen_cls_loss_weight": 2.0}, "generator target", "loss_target_teacher"),
-    ],
-)
+@pytest.mark.parametrize(("config", "turns", "loss"), [
+    ({"num_denoising_step": 1, "batch_size": 1, "gan_adv_loss": "hinge"}, "generator", "generator_loss"),
+    ({"num_denoising_step": 2, "batch_size": 3, "gan_head_layers": "x"}, "guidance", "guidance_loss"),
+    ({"dmd_target_weight": 0.0, "gen_cls_loss_weight": 2.0}, "generator target", "loss_target_teacher"),
+])  # fmt: skip
 def test_other_settings_and_turns(
     config: dict[str, Any], turns: str, loss: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record(tmp_path, config, turns, monkeypatch)
+    taps = {"head_taps": ["in2", "mid"]} if "gan_head_layers" in config else {}
+    record(tmp_path, {f"cfg.{name}": value for name, value in config.items()} | taps, turns, monkeypatch)
     errors = replay(tmp_path, CHECKPOINT, None, "float64")
     assert errors[f"iteration_any/{loss}"] < 1e-12
-    assert ("iteration_any/gen_cls_loss" in errors) == ("generator" in turns)
-    assert ("iteration_any/dmd.target_loss" in errors) == (
-        "generator" in turns and "cfg.dmd_target_weight" not in config
-    )
+    generator, target = "generator" in turns, "dmd_target_weight" not in config
+    assert ("iteration_any/gen_cls_loss" in errors) == generator
+    assert ("iteration_any/dmd.target_loss" in errors) == (generator and target)
     assert ("iteration_any/grad.heads.mid.bias" in errors) == ("guidance" in turns)
 
 
 def test_table_groups_every_key() -> None:
-    comparisons = [Comparison("a/dmd.x", 2e-9, 1e-9), Comparison("a/dmd.y", 0.0, 1e-9)]
-    lines = table(comparisons)
+    lines = table([Comparison("a/dmd.x", 2e-9, 1e-9), Comparison("a/dmd.y", 0.0, 1e-9)])
     assert len(lines) == 2
     assert "FAIL dmd.x" in lines[1]

@@ -6,28 +6,20 @@ import hashlib
 import logging
 import warnings
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchvision.io import write_png
 
-from unidad_pl.backbones import NewUNet
-from unidad_pl.data import Augmentation, Evaluation, Prior, PromptOptions, Reference
+import unidad_pl
+from unidad_pl import Denoiser, DenoiserSource, NewUNet, OptimizerOptions, UniDAD
 from unidad_pl.data.batch import Batch
 from unidad_pl.data.stream import ShotStream
-from unidad_pl.denoiser import Denoiser, DenoiserSource, Prediction
-from unidad_pl.modules import (
-    AdaptationOptions,
-    DenoisingOptions,
-    FakeScoreOptions,
-    GANOptions,
-    MatchingOptions,
-    StudentOptions,
-    TargetTeacherOptions,
-)
-from unidad_pl.training import MemoryOptions, TrainingOptions
+from unidad_pl.denoiser import Prediction
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
@@ -71,11 +63,11 @@ class Gaussian(DenoiserSource):
         return self.kind(self.mu)
 
 
-KINDS: dict[str, Any] = dict(
-    student=StudentOptions, fake_score=FakeScoreOptions, target_teacher=TargetTeacherOptions, matching=MatchingOptions,
-    denoising=DenoisingOptions, gan=GANOptions, training=TrainingOptions, memory=MemoryOptions,
-    adaptation=AdaptationOptions, augmentation=Augmentation, reference=Reference, evaluation=Evaluation,
-    prompts=PromptOptions, prior=Prior,
+KINDS = dict(
+    student="StudentOptions", fake_score="FakeScoreOptions", target_teacher="TargetTeacherOptions",
+    adaptation="AdaptationOptions", matching="MatchingOptions", denoising="DenoisingOptions", gan="GANOptions",
+    training="TrainingOptions", memory="MemoryOptions", augmentation="Augmentation", reference="Reference",
+    evaluation="Evaluation", prompts="PromptOptions", prior="Prior",
 )  # fmt: skip
 
 
@@ -85,7 +77,7 @@ def groups(**flat: Any) -> dict[str, Any]:
     A group that is given itself, such as ``target_teacher=None``, stands against its parts.
     """
     whole = {name: value for name, value in flat.items() if "__" not in name}
-    return whole | {name: KINDS[name](**groups(**options)) for name, options in _parts(flat).items()}
+    return whole | {name: getattr(unidad_pl, KINDS[name])(**groups(**part)) for name, part in _parts(flat).items()}
 
 
 def nested(**flat: Any) -> dict[str, Any]:
@@ -105,10 +97,22 @@ def _parts(flat: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def tiny_unet(**overrides: Any) -> NewUNet:
     """A two-level UNet with attention at 16 px: about 60 thousand parameters."""
-    settings: dict[str, Any] = dict(
-        resolution=16, channels=(16, 24), layers=1, attention_levels=(1,), head_channels=8, norm_groups=4, patch_size=2
-    )
-    return NewUNet(**(settings | overrides))
+    shape = dict(channels=(16, 24), layers=1, attention_levels=(1,), head_channels=8, norm_groups=4, patch_size=2)
+    return NewUNet(**(dict(resolution=16) | shape | overrides))  # type: ignore[arg-type]
+
+
+def optimizers(same: OptimizerOptions) -> dict[str, Any]:
+    """The same for every network that is trained."""
+    return dict(student__optimizer=same, fake_score__optimizer=same, target_teacher__adaptation__optimizer=same)
+
+
+FAST = OptimizerOptions(lr=1e-3, warmup=0)
+
+
+def unidad(source: DenoiserSource | None = None, kind: type[UniDAD] = UniDAD, **flat: Any) -> UniDAD:
+    """Uni-DAD where everything that can learn does so at once, with an average; ``flat`` as for :func:`groups`."""
+    settings = dict(student__update_every=2, target_teacher__weight=0.5, training__ema_decay=0.9) | optimizers(FAST)
+    return kind(source or tiny_unet(), **groups(**(settings | flat)))
 
 
 class Stream(pl.LightningDataModule):
@@ -121,9 +125,8 @@ class Stream(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         trainer = self.trainer
         assert trainer is not None
-        stream = ShotStream(
-            self.images, self.size, self.flip, 0, lambda: trainer.global_step, trainer.world_size, trainer.global_rank
-        )
+        place = trainer.world_size, trainer.global_rank
+        stream = ShotStream(self.images, self.size, self.flip, 0, lambda: trainer.global_step, *place)
         return DataLoader(stream, batch_size=None)
 
     def val_dataloader(self) -> Any:
@@ -136,11 +139,16 @@ def random_images(n: int = 6, size: int = 16) -> Tensor:
     return torch.randint(0, 256, (n, 3, size, size), generator=torch.Generator().manual_seed(7)).to(torch.uint8)
 
 
-def fit(
-    module: pl.LightningModule, steps: int, data: pl.LightningDataModule | None = None, **options: Any
-) -> pl.Trainer:
+def save_pictures(folder: Path, n: int = 6) -> Path:
+    """The random images as files 0.png, 1.png, ... of a new folder."""
+    folder.mkdir(parents=True)
+    for i, picture in enumerate(random_images(n)):
+        write_png(picture, str(folder / f"{i}.png"))
+    return folder
+
+
+def fit(module: pl.LightningModule, steps: int, data: Any = None, ckpt_path: Any = None, **options: Any) -> pl.Trainer:
     """Fit for ``steps`` iterations on the CPU, without files unless ``options`` ask for them."""
-    ckpt_path = options.pop("ckpt_path", None)
     settings: dict[str, Any] = dict(
         accelerator="cpu", max_steps=steps, max_epochs=-1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,

@@ -20,9 +20,11 @@ _ROOMS = {
     ),
     "denoiser": ("Denoiser", "DenoiserSource"),
     "export": ("export_student", "load_export"),
-    "modules": (
-        "AdaptationOptions", "DenoisingOptions", "Diffusion", "ExportOptions", "FakeScoreOptions", "GANOptions",
-        "LogNormal", "MatchingOptions", "SamplingOptions", "StudentOptions", "TargetTeacherOptions", "UniDAD",
+    "modules": ("Diffusion", "UniDAD"),
+    "modules.diffusion": ("ExportOptions", "LogNormal", "SamplingOptions"),
+    "modules.options": (
+        "AdaptationOptions", "DenoisingOptions", "FakeScoreOptions", "GANOptions", "MatchingOptions", "StudentOptions",
+        "TargetTeacherOptions",
     ),
     "runs": ("TrainedStudent", "load_student"),
     "sampling": ("FewStepSampler",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -37,12 +38,33 @@ def check_options(options: Any) -> None:
     check_choices(**{name: (getattr(options, name), literal) for name, literal in literals.items()})
 
 
-def check_at_least(least: float, **values: float | None) -> None:
-    """Refuse numbers below ``least``; None is left alone.
+def check_at_least(least: float, most: float = math.inf, **values: float | None) -> None:
+    """Refuse what is no finite number from ``least`` to ``most``; None is left alone.
+
+        >>> check_at_least(0, 1, share=0.5, decay=float("nan"))
+        Traceback (most recent call last):
+        ...
+        ValueError: decay must be in [0, 1], got nan
 
     Raises:
         ValueError: names the first of them.
     """
     for name, value in values.items():
-        if value is not None and not value >= least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+        if value is not None and not (_is_finite(value) and least <= value <= most):
+            limits = f"at least {least}" if most == math.inf else f"in [{least}, {most}]"
+            raise ValueError(f"{name} must be {limits}, got {value!r}")
+
+
+def check_positive(**values: float | None) -> None:
+    """Refuse what is no finite number above 0; None is left alone.
+
+    Raises:
+        ValueError: names the first of them.
+    """
+    for name, value in values.items():
+        if value is not None and not (_is_finite(value) and value > 0):
+            raise ValueError(f"{name} must be above 0, got {value!r}")
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

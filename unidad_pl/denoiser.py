@@ -80,7 +80,17 @@ class Parameterization:
 
 
 class Denoiser(nn.Module, ABC):
-    """Base class of all backbones.
+    """Base class of all backbones. The exact denoiser of images that are standard normal noise:
+
+        >>> class Noise(Denoiser):
+        ...     image_shape, tap_channels = (1, 8, 8), {"in0": 1}
+        ...     def predict(self, x, sigma, cond=None):
+        ...         s2 = sigma.view(-1, 1, 1, 1) ** 2
+        ...         return Prediction(x / (1 + s2), x * s2.sqrt() / (1 + s2))
+        ...     def taps(self, x, sigma, cond=None, names=None):
+        ...         return {"in0": x}
+        >>> float(Noise()(torch.ones(1, 1, 8, 8), torch.tensor([1.0])).mean())
+        0.5
 
     A subclass implements :meth:`predict` and :meth:`taps` and sets :attr:`image_shape`. Conditions (class labels,
     prompts) travel as one opaque ``cond`` tensor of B rows, or None.
@@ -247,7 +257,12 @@ class Codec:
 
 
 class DenoiserSource(ABC):
-    """A light description of a denoiser that a config can hold; nothing heavy happens before :meth:`build`."""
+    """A light description of a denoiser that a config can hold; nothing heavy happens before :meth:`build`.
+
+    >>> from unidad_pl import NewUNet
+    >>> NewUNet(resolution=16).build().image_shape
+    (3, 16, 16)
+    """
 
     @abstractmethod
     def build(self) -> Denoiser:

@@ -4,9 +4,12 @@ Every sampler takes ``noise``: a function that returns a fresh Gaussian [B, C, H
 passes :func:`random_noise`; evaluation passes :func:`seeded_noise`, where row i comes from the generator of seed i, so
 that an image does not depend on the batch, the rank or the device it is drawn on.
 
-    >>> noise = seeded_noise([17, 18], (3, 32, 32), "cpu")
-    >>> images = FewStepSampler(log_linear(3))(student, noise)                       # [2, 3, 32, 32]
-    >>> images = heun(teacher, noise, sampling_sigmas(25))
+    >>> from unidad_pl import NewUNet
+    >>> from unidad_pl.schedules import log_linear
+    >>> student = NewUNet(channels=(32,), attention_levels=()).build()
+    >>> noise = seeded_noise([17, 18], student.image_shape, "cpu")
+    >>> images = FewStepSampler(log_linear(3))(student, noise)  # [2, 3, 32, 32]
+    >>> images = heun(student, noise, sampling_sigmas(4))
 """
 
 from __future__ import annotations
@@ -45,6 +48,11 @@ def random_noise(batch: int, shape: Sequence[int], device: torch.device | str) -
 
 class FewStepSampler:
     """The student's sampler: ``x = sigma_0 z``; then K times ``x0 = G(x, sigma_k)``, re-noised in between.
+
+        >>> FewStepSampler(torch.tensor([0.5, 80.0]))
+        Traceback (most recent call last):
+        ...
+        ValueError: few-step sigmas must be positive and descend, got [0.5, 80.0]
 
     Args:
         sigmas: [K] descending, see :func:`~unidad_pl.schedules.log_linear`.
@@ -100,9 +108,9 @@ class FewStepSampler:
         return x0
 
 
-def sampling_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
-    """The Karras grid of many-step samplers, [steps + 1], descending, with the final 0 (Karras et al. 2022, eq. 5)."""
-    return torch.cat([karras(steps, sigma_min, sigma_max, rho).flip(0), torch.zeros(1)])
+def sampling_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
+    """The Karras grid of many-step samplers, [num_steps + 1], descending to 0 (Karras et al. 2022, eq. 5)."""
+    return torch.cat([karras(num_steps, sigma_min, sigma_max, rho).flip(0), torch.zeros(1)])
 
 
 def heun(denoiser: Denoiser, noise: Noise, sigmas: Tensor, cond: Tensor | None = None) -> Tensor:

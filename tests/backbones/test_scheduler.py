@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
+from tests.metrics.toys import refused
 from unidad_pl.backbones import PretrainedUNet
 from unidad_pl.backbones.spec import SUPPORTED
 
@@ -47,9 +48,8 @@ def test_images_without_noise_are_those_of_the_scheduler(prediction: str, schedu
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_every_supported_scheduler_has_the_same_betas(name: str, tmp_path: Path) -> None:
     google().save_pretrained(tmp_path)
-    scheduler = getattr(diffusers, name)(
-        num_train_timesteps=200, beta_start=1e-4, beta_end=0.02, beta_schedule="linear"
-    )
+    betas: dict[str, Any] = dict(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    scheduler = getattr(diffusers, name)(num_train_timesteps=200, **betas)
     scheduler.save_pretrained(tmp_path)  # scheduler_config.json beside config.json, as in google's repositories
     denoiser = PretrainedUNet(str(tmp_path)).build()
     torch.testing.assert_close(denoiser.abar, scheduler.alphas_cumprod, rtol=2e-6, atol=0)
@@ -71,23 +71,18 @@ def test_weights_in_a_bin_file(tmp_path: Path) -> None:
     assert all(torch.equal(built[name], value) for name, value in unet.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"_class_name": "ScoreSdeVeScheduler"}, "ScoreSdeVeScheduler is not supported; supported are DDPMScheduler"),
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler"),
-        ({"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid' is not one of linear"),
-        ({"prediction_type": "flow_prediction"}, "prediction_type 'flow_prediction'"),
-        ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), [
+    ({"_class_name": "ScoreSdeVeScheduler"}, "ScoreSdeVeScheduler is not supported; supported are DDPMScheduler"),
+    ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler"),
+    ({"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid' is not one of linear"),
+    ({"prediction_type": "flow_prediction"}, "prediction_type 'flow_prediction'"),
+    ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
+    ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+])  # fmt: skip
 def test_what_is_not_supported_is_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     google().save_pretrained(tmp_path)
     path = tmp_path / "scheduler_config.json"
     path.write_text(json.dumps({"_class_name": "DDPMScheduler"} | change))
-    with pytest.raises(ValueError, match=message):
-        PretrainedUNet(str(tmp_path)).build()
+    refused(message, PretrainedUNet(str(tmp_path)).build)
     path.write_text("[1")
-    with pytest.raises(ValueError, match="is no scheduler config"):
-        PretrainedUNet(str(tmp_path)).build()
+    refused("is no scheduler config", PretrainedUNet(str(tmp_path)).build)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
+from tests.metrics.toys import refused
 from tests.tiny_sd import BETAS, POOLED, WIDTH, save_unet
 from unidad_pl.backbones import StableDiffusion, StableDiffusionUNet
 from unidad_pl.backbones.latents import pack_prompts
+from unidad_pl.backbones.spec import UNetSpec
 from unidad_pl.denoiser import guided
 
 
@@ -23,6 +26,11 @@ def network(request: pytest.FixtureRequest, tmp_path: Path) -> StableDiffusionUN
 def conditions(network: StableDiffusionUNet, count: int) -> torch.Tensor:
     pooled = torch.randn(count, network.pooled) if network.pooled else None
     return pack_prompts(torch.randn(count, 5, network.width), pooled)
+
+
+def inputs(network: StableDiffusionUNet) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Two noisy images, their sigmas and conditions."""
+    return torch.randn(2, *network.image_shape), torch.tensor([0.3, 9.0]), conditions(network, 2)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -42,13 +50,12 @@ def test_x0_is_that_of_diffusers_ddim(tmp_path: Path, prediction: str, t: int) -
 
 
 def test_last_sigma_is_stable_diffusions(tmp_path: Path) -> None:
-    assert float(StableDiffusion(str(save_unet(tmp_path))).build().native_sigmas[-1]) == pytest.approx(
-        14.6146, abs=1e-3
-    )
+    sigmas = StableDiffusion(str(save_unet(tmp_path))).build().native_sigmas
+    assert float(sigmas[-1]) == pytest.approx(14.6146, abs=1e-3)
 
 
 def test_taps_are_what_hooks_see(network: StableDiffusionUNet) -> None:
-    x, sigma, cond = torch.randn(2, *network.image_shape), torch.tensor([0.3, 9.0]), conditions(network, 2)
+    x, sigma, cond = inputs(network)
     seen = {}
     for i, block in enumerate(network.unet.down_blocks):
         block.register_forward_hook(lambda _, __, out, i=i: seen.update({f"in{i}": out[0]}))
@@ -83,7 +90,7 @@ def test_sdxl_gets_its_pooled_embedding_and_sizes(tmp_path: Path) -> None:
 
 
 def test_guidance_is_diffusers_formula(network: StableDiffusionUNet) -> None:
-    x, sigma, cond = torch.randn(2, *network.image_shape), torch.tensor([0.3, 9.0]), conditions(network, 2)
+    x, sigma, cond = inputs(network)
     empty = conditions(network, 1)
     with torch.no_grad():
         u, c = network.predict(x, sigma, empty.expand_as(cond)), network.predict(x, sigma, cond)
@@ -91,25 +98,23 @@ def test_guidance_is_diffusers_formula(network: StableDiffusionUNet) -> None:
         assert torch.equal(guided(network, x, sigma, cond, empty, 1.0).eps, c.eps)
     torch.testing.assert_close(got.eps, u.eps + 7.5 * (c.eps - u.eps), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(got.x0 + sigma.view(-1, 1, 1, 1) * got.eps, x, atol=1e-3, rtol=1e-4)
-    with pytest.raises(ValueError, match="below 1"):
-        guided(network, x, sigma, cond, empty, 0.5)
+    refused("below 1", guided, network, x, sigma, cond, empty, 0.5)
 
 
 def test_the_condition_matters_and_must_fit(network: StableDiffusionUNet) -> None:
-    x, sigma, cond = torch.randn(2, *network.image_shape), torch.tensor([0.3, 9.0]), conditions(network, 2)
+    x, sigma, cond = inputs(network)
     with torch.no_grad():
         assert not torch.allclose(network(x, sigma, cond), network(x, sigma, cond.flip(0)))
     for wrong in (None, cond[:1], cond[..., :5], torch.zeros(2)):
-        with pytest.raises(ValueError, match="need conditions of shape"):
-            network(x, sigma, wrong)
+        refused("need conditions of shape", network, x, sigma, wrong)
 
 
 def test_bfloat16_storage_keeps_the_output_layer(network: StableDiffusionUNet) -> None:
-    x, sigma, cond = torch.randn(2, *network.image_shape), torch.tensor([0.3, 9.0]), conditions(network, 2)
+    given = inputs(network)
     with torch.no_grad():
-        want = network(x, sigma, cond)
+        want = network(*given)
         network.to_bfloat16()
-        got = network(x, sigma, cond)
+        got = network(*given)
     assert network.unet.conv_in.weight.dtype == torch.bfloat16
     assert network.unet.conv_out.weight.dtype == got.dtype == torch.float32
     assert 0 < (got - want).abs().max() < 0.1 * want.abs().max()
@@ -135,8 +140,7 @@ def test_architecture_needs_no_weights(tmp_path: Path) -> None:
     count = sum(p.numel() for p in source.build().parameters())
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     assert sum(p.numel() for p in source.architecture().parameters()) == count
-    with pytest.raises(OSError, match="diffusion_pytorch_model"):
-        source.build()
+    refused("diffusion_pytorch_model", source.build, error=OSError)
 
 
 def test_stable_diffusion_15_has_its_published_size() -> None:
@@ -146,29 +150,24 @@ def test_stable_diffusion_15_has_its_published_size() -> None:
 
 
 def test_other_pipelines_and_broken_folders_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no model_index\.json"):
-        StableDiffusion(str(tmp_path)).build()
-    folder = save_unet(tmp_path)
+    source = StableDiffusion(str(tmp_path))
+    refused(r"no model_index\.json", source.build, error=FileNotFoundError)
+    save_unet(tmp_path)
     for name in ("StableDiffusion3Pipeline", "FluxPipeline", "LatentConsistencyModelPipeline"):
-        (folder / "model_index.json").write_text(json.dumps({"_class_name": name}))
-        with pytest.raises(ValueError, match=name):
-            StableDiffusion(str(folder)).build()
+        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+        refused(name, source.build)
     for broken in ("{", "[]", "{}"):
-        (folder / "model_index.json").write_text(broken)
-        with pytest.raises(ValueError, match=r"model_index\.json' is no pipeline's index"):
-            StableDiffusion(str(folder)).build()
+        (tmp_path / "model_index.json").write_text(broken)
+        refused(r"model_index\.json' is no pipeline's index", source.build)
     save_unet(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path.parent))
     assert StableDiffusion(f"~/{tmp_path.name}").build().image_shape == (4, 8, 8)
-    with pytest.raises(ValueError, match="resolution must be a multiple of 4 pixels"):
-        StableDiffusion(str(folder), resolution=18).build()
-    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    refused("resolution must be a multiple of 4 pixels", StableDiffusion(str(tmp_path), resolution=18).build)
+    weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".fp16.safetensors"))
-    with pytest.raises(FileNotFoundError, match=r"weights are missing in '.*unet' .* another variant"):
-        StableDiffusion(str(folder)).build()
-    (folder / "scheduler" / "scheduler_config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="scheduler_config"):
-        StableDiffusion(str(folder)).build()
+    refused(r"weights are missing in '.*unet' .* another variant", source.build, error=FileNotFoundError)
+    (tmp_path / "scheduler" / "scheduler_config.json").unlink()
+    refused("scheduler_config", source.build, error=FileNotFoundError)
 
 
 def test_a_model_of_the_hugging_face_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,30 +175,25 @@ def test_a_model_of_the_hugging_face_cache(tmp_path: Path, monkeypatch: pytest.M
     cache = tmp_path / "cache"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"'owner/tiny'.*hf download OWNER/NAME --local-dir owner/tiny"):
-        StableDiffusion("owner/tiny").build()
-    with pytest.raises(FileNotFoundError, match=r"'models/sd/no/id'.*hf download"):
-        StableDiffusion("models/sd/no/id").build()
+    source, missing = StableDiffusion("owner/tiny"), FileNotFoundError
+    refused(r"'owner/tiny'.*hf download OWNER/NAME --local-dir owner/tiny", source.build, error=missing)
+    refused(r"'models/sd/no/id'.*hf download", StableDiffusion("models/sd/no/id").build, error=missing)
     repo = cache / "models--owner--tiny"
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text("c0ffee")
     snapshot = save_unet(repo / "snapshots" / "c0ffee")
-    source = StableDiffusion("owner/tiny")
     assert torch.equal(source.build().unet.conv_in.weight, StableDiffusion(str(snapshot)).build().unet.conv_in.weight)
     (snapshot / "vae" / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"'owner/tiny' has no vae/config\.json: the download is incomplete"):
-        source.build()
+    refused(r"'owner/tiny' has no vae/config\.json: the download is incomplete", source.build, error=missing)
 
 
-def test_inpainting_and_class_models_are_refused(tmp_path: Path) -> None:
-    from unidad_pl.backbones.spec import UNetSpec
-
-    small = dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
-                 down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), sample_size=8,
-                 up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=10)  # fmt: skip
-    with pytest.raises(ValueError, match="inpainting"):
-        StableDiffusionUNet(UNet2DConditionModel(in_channels=9, **small), UNetSpec())
-    with pytest.raises(ValueError, match="class_embed_type"):
-        StableDiffusionUNet(UNet2DConditionModel(class_embed_type="timestep", **small), UNetSpec())
-    with pytest.raises(ValueError, match="guidance scale as an input"):
-        StableDiffusionUNet(UNet2DConditionModel(time_cond_proj_dim=8, **small), UNetSpec())
+def test_inpainting_and_class_models_are_refused() -> None:
+    small: Any = dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
+                      down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), sample_size=8,
+                      up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=10)  # fmt: skip
+    for message, own in (
+        ("inpainting", {"in_channels": 9}),
+        ("class_embed_type", {"class_embed_type": "timestep"}),
+        ("guidance scale as an input", {"time_cond_proj_dim": 8}),
+    ):
+        refused(message, StableDiffusionUNet, UNet2DConditionModel(**small | own), UNetSpec())

@@ -13,7 +13,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
 from tests.callbacks.toys import REFERENCE, SHOTS, SIZE, Data, Judge, Toy, trainer
-from tests.metrics.toys import TinyFeatures, images
+from tests.metrics.toys import TinyFeatures, images, refused
+from tests.worlds import fit, unidad, weights_sha
 from unidad_pl.callbacks import FID, AttributeShare, IntraLPIPS, LossBalance, PredictionWriter, SampleGrid, read_records
 from unidad_pl.callbacks.sample_grid import log_picture
 from unidad_pl.metrics import InceptionFeatures, IntraClusterLPIPS
@@ -37,8 +38,7 @@ def test_fid_arguments(tmp_path: Path) -> None:
     assert max(features.batches) == 7
     assert validate(tmp_path, FID(TinyFeatures(), reference=REFERENCE[:20]))["fid"] != base["fid"]
     assert isinstance(FID().features, InceptionFeatures)
-    with pytest.raises(ValueError, match="batch_size >= 1 and a name, got 0"):
-        FID(TinyFeatures(), batch_size=0)
+    refused("batch_size >= 1 and a name, got 0", FID, TinyFeatures(), batch_size=0)
 
 
 def test_fid_computes_the_reference_once_per_run(tmp_path: Path) -> None:
@@ -53,10 +53,9 @@ def test_fid_computes_the_reference_once_per_run(tmp_path: Path) -> None:
 
 
 def test_fid_refuses_one_image_and_warns_of_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="at least 2 generated and 2 reference images, got 1 and 40"):
-        validate(tmp_path, FID(TinyFeatures()), seeds=1)
-    with pytest.raises(ValueError, match=r"at least 6 generated .* got 4 and 40"):
-        validate(tmp_path, FID(TinyFeatures()), seeds=4)
+    few = "at least 2 generated and 2 reference images, got 1 and 40"
+    refused(few, validate, tmp_path, FID(TinyFeatures()), seeds=1)
+    refused(r"at least 6 generated .* got 4 and 40", validate, tmp_path, FID(TinyFeatures()), seeds=4)
     network = InceptionFeatures()
     monkeypatch.setattr(network, "load", lambda: None)
     monkeypatch.setattr(network, "forward", lambda x: x.mean((2, 3)))
@@ -94,18 +93,15 @@ def test_intra_lpips_arguments(tmp_path: Path) -> None:
         changed = validate(tmp_path, IntraLPIPS(**({"features": TinyFeatures()} | options)))
         assert changed["intra_lpips"] != base["intra_lpips"], options
     assert validate(tmp_path, IntraLPIPS(TinyFeatures(), threshold=1e9))["memorised"] == 1 != base["memorised"]
-    relative = [
-        validate(tmp_path, IntraLPIPS(TinyFeatures(), relative=True, reference=reference))["intra_lpips_relative"]
-        for reference in (None, REFERENCE[:20])
-    ]
-    assert relative[0] != relative[1]
+    every, some = (IntraLPIPS(TinyFeatures(), relative=True, reference=own) for own in (None, REFERENCE[:20]))
+    name = "intra_lpips_relative"
+    assert validate(tmp_path, every)[name] != validate(tmp_path, some)[name]
     named = validate(tmp_path, IntraLPIPS(TinyFeatures(), name="intra_tiny", relative=True), IntraLPIPS(TinyFeatures()))
     assert {"intra_tiny", "intra_tiny_memorised", "intra_tiny_relative", "intra_lpips", "memorised"} <= set(named)
     features = TinyFeatures()
     validate(tmp_path, IntraLPIPS(features, batch_size=4))
     assert max(features.batches) == 4
-    with pytest.raises(ValueError, match="needs a name"):
-        IntraLPIPS(TinyFeatures(), name="")
+    refused("needs a name", IntraLPIPS, TinyFeatures(), name="")
     with pytest.warns(UserWarning, match="intra_lpips is NaN: no cluster has two samples"):
         validate(tmp_path, IntraLPIPS(TinyFeatures()), seeds=1)
 
@@ -117,12 +113,10 @@ def test_attribute_share(tmp_path: Path) -> None:
     assert found["share/glasses=dark"] == pytest.approx(float(expected))
     assert 0 < found["share/glasses=dark"] < 1
     assert found["share/species=cat"] == 0
-    with pytest.raises(ValueError, match="knows no factor 'hat', only glasses, species"):
-        validate(tmp_path, AttributeShare({"hat": "top"}, Judge()))
-    with pytest.raises(ValueError, match="factor 'glasses' has no value 'pink', only none, dark"):
-        validate(tmp_path, AttributeShare({"glasses": "pink"}, Judge()))
-    with pytest.raises(ValueError, match="at least one factor"):
-        AttributeShare({}, Judge())
+    hat, pink = AttributeShare({"hat": "top"}, Judge()), AttributeShare({"glasses": "pink"}, Judge())
+    refused("knows no factor 'hat', only glasses, species", validate, tmp_path, hat)
+    refused("factor 'glasses' has no value 'pink', only none, dark", validate, tmp_path, pink)
+    refused("at least one factor", AttributeShare, {}, Judge())
 
 
 def picture(path: Path) -> np.ndarray:
@@ -134,15 +128,19 @@ def as_pixels(image: torch.Tensor) -> np.ndarray:
     return ((image + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
+def shown(folder: Path, module: Toy | None = None, data: Data | None = None, **options: object) -> np.ndarray:
+    """The picture of one validation."""
+    trainer(folder, SampleGrid(**options)).validate(module or Toy(), datamodule=data or Data(), verbose=False)
+    return picture(folder / "samples" / "val_step00000000.png")
+
+
 def test_sample_grid_shows_shots_then_the_first_seeds(tmp_path: Path) -> None:
     class Backwards(Data):
         def val_dataloader(self):
             return torch.utils.data.DataLoader(list(range(23, -1, -1)), batch_size=7)
 
     module = Toy()
-    grid = SampleGrid(count=6, columns=4, scale=2)
-    trainer(tmp_path, grid).validate(module, datamodule=Backwards(), verbose=False)
-    found = picture(tmp_path / "samples" / "val_step00000000.png")
+    found = shown(tmp_path, module, Backwards(), count=6, columns=4, scale=2)
     side, line = 2 * SIZE, 4
     assert found.shape == (3 * side + line, 4 * side, 3)
     samples = module.sample(torch.arange(6))
@@ -159,9 +157,7 @@ def test_sample_grid_shows_shots_then_the_first_seeds(tmp_path: Path) -> None:
 
 def test_sample_grid_arguments(tmp_path: Path) -> None:
     def shape(**options: object) -> tuple[int, ...]:
-        folder = tmp_path / "-".join(options)
-        trainer(folder, SampleGrid(**options)).validate(Toy(), datamodule=Data(), verbose=False)
-        return picture(folder / "samples" / "val_step00000000.png").shape[:2]
+        return shown(tmp_path / "-".join(options), **options).shape[:2]
 
     assert shape(count=9) == (64 * 3 + 64 + 16, 64 * 3)
     assert shape(count=9, shots_on_top=False) == (64 * 3, 64 * 3)
@@ -169,14 +165,11 @@ def test_sample_grid_arguments(tmp_path: Path) -> None:
     assert shape(count=4, scale=1, shots_on_top=False) == (16, 16)
     assert shape(count=4, scale=1, shots=images(5, SIZE)) == (16 + 2 + 24, 16)
     assert shape() == (8 * (SIZE * (1 + 3) + 2), 8 * SIZE * 8)  # 24 samples in rows of 8, 3 shots
-    run = trainer(tmp_path / "every", SampleGrid(every_n_evaluations=2), max_steps=12)
-    run.fit(Toy(), datamodule=Data())
-    assert sorted(p.name for p in (tmp_path / "every" / "samples").iterdir()) == [
-        "val_step00000003.png", "val_step00000009.png"
-    ]  # fmt: skip
+    trainer(tmp_path / "every", SampleGrid(every_n_evaluations=2), max_steps=12).fit(Toy(), datamodule=Data())
+    names = sorted(p.name for p in (tmp_path / "every" / "samples").iterdir())
+    assert names == ["val_step00000003.png", "val_step00000009.png"]
     for name in ("count", "columns", "every_n_evaluations", "scale"):
-        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-            SampleGrid(**{name: 0})
+        refused(f"{name} must be at least 1, got 0", SampleGrid, **{name: 0})
 
 
 def test_sample_grid_has_a_row_for_every_class(tmp_path: Path) -> None:
@@ -184,10 +177,8 @@ def test_sample_grid_has_a_row_for_every_class(tmp_path: Path) -> None:
         def validation_step(self, batch: torch.Tensor, batch_idx: int) -> dict[str, torch.Tensor]:
             return {"samples": self.sample(batch), "seeds": batch, "labels": torch.tensor([2, 0, 2])[batch % 3]}
 
-    module = Labelled()
-    grid = SampleGrid(count=8, scale=1, shots_on_top=False)
-    trainer(tmp_path, grid).validate(module, datamodule=Data(), verbose=False)
-    found = picture(tmp_path / "samples" / "val_step00000000.png")
+    module, options = Labelled(), dict(count=8, scale=1, shots_on_top=False)
+    found = shown(tmp_path, module, **options)
     assert found.shape == (2 * SIZE, 5 * SIZE, 3)
     rows = [[1, 4, 7], [0, 2, 3, 5, 6]]  # the seeds of class 0 and of class 2
     for row, seeds in enumerate(rows):
@@ -195,9 +186,7 @@ def test_sample_grid_has_a_row_for_every_class(tmp_path: Path) -> None:
             place = (slice(row * SIZE, (row + 1) * SIZE), slice(column * SIZE, (column + 1) * SIZE))
             assert (found[place] == as_pixels(image)).all()
     assert (found[:SIZE, 3 * SIZE :] == 0).all()
-    fixed = SampleGrid(count=8, columns=4, scale=1, shots_on_top=False)
-    trainer(tmp_path / "fixed", fixed).validate(module, datamodule=Data(), verbose=False)
-    assert picture(tmp_path / "fixed" / "samples" / "val_step00000000.png").shape == (2 * SIZE, 4 * SIZE, 3)
+    assert shown(tmp_path / "fixed", module, columns=4, **options).shape == (2 * SIZE, 4 * SIZE, 3)
 
 
 def test_sample_grid_goes_to_loggers(tmp_path: Path) -> None:
@@ -223,13 +212,15 @@ def test_prediction_writer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     assert f"24 images are in {tmp_path / 'predictions'}" in caplog.text
     trainer(tmp_path, PredictionWriter(folder=str(tmp_path / "own"))).predict(module, datamodule=Data())
     assert len(list((tmp_path / "own").iterdir())) == 24
-    with pytest.raises(KeyError, match="predict_step returned no 'pictures', only 'samples'"):
-        trainer(tmp_path, PredictionWriter(key="pictures")).predict(module, datamodule=Data())
+    other = trainer(tmp_path, PredictionWriter(key="pictures"))
+    absent = "predict_step returned no 'pictures', only 'samples'"
+    refused(absent, other.predict, module, datamodule=Data(), error=KeyError)
     with pytest.warns(UserWarning, match="24 of 48 images had a seed that came before"):
         trainer(tmp_path, PredictionWriter()).predict(module, datamodule=Data(loaders=2))
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(RuntimeError, match=r"cannot write .*file/000000\.png \(.*choose another folder="):
-        trainer(tmp_path, PredictionWriter(folder=str(tmp_path / "file"))).predict(module, datamodule=Data())
+    blocked = trainer(tmp_path, PredictionWriter(folder=str(tmp_path / "file")))
+    message = r"cannot write .*file/000000\.png \(.*choose another folder="
+    refused(message, blocked.predict, module, datamodule=Data(), error=RuntimeError)
 
 
 class Answering(Toy):
@@ -262,17 +253,13 @@ def test_loss_balance(tmp_path: Path, every: int, asked: list[int]) -> None:
 
 
 def test_loss_balance_errors(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"keep_image_gradients and image_gradients.*Toy has none"):
-        trainer(tmp_path, LossBalance()).fit(Toy(), datamodule=Data())
-    with pytest.raises(ValueError, match="every_n_iterations must be at least 1, got 0"):
-        LossBalance(0)
+    run, message = trainer(tmp_path, LossBalance()), r"keep_image_gradients and image_gradients.*Toy has none"
+    refused(message, run.fit, Toy(), datamodule=Data(), error=TypeError)
+    refused("every_n_iterations must be at least 1, got 0", LossBalance, 0)
 
 
 def test_loss_balance_of_unidad_changes_no_weight() -> None:
-    from tests.worlds import fit, groups, tiny_unet, weights_sha
-    from unidad_pl.modules import UniDAD
-
-    modules = [UniDAD(tiny_unet(), **groups(student__update_every=2, target_teacher__weight=0.5)) for _ in range(2)]
+    modules = [unidad(), unidad()]
     fit(modules[0], 4)
     logged = fit(modules[1], 4, callbacks=[LossBalance(every_n_iterations=3)]).callback_metrics
     assert weights_sha(modules[0]) == weights_sha(modules[1])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -14,10 +16,11 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
 
 import unidad_pl.callbacks
 from tests.callbacks.toys import REFERENCE, SHOTS, SIZE, Data, Judge, Plain, Toy, trainer
-from tests.metrics.toys import TinyFeatures, cut_off
+from tests.metrics.toys import TinyFeatures, cut_off, refused
 from unidad_pl.callbacks import FID, AttributeShare, EvaluationCallback, IntraLPIPS, Report, SampleGrid, read_records
 from unidad_pl.callbacks.records import append_record
 from unidad_pl.metrics import frechet_distance
@@ -45,12 +48,10 @@ def everything() -> list[pl.Callback]:
     ]  # fmt: skip
 
 
-def fit(
-    folder: Path, *callbacks: pl.Callback, module: Toy | None = None, data: object = None, **options: object
-) -> Toy:
+def fit(folder: Path, *callbacks: pl.Callback, module: Any = None, data: Any = None, **options: object) -> Toy:
     pl.seed_everything(0)
-    module = Toy() if module is None else module
-    trainer(folder, *callbacks, **options).fit(module, datamodule=Data() if data is None else data)
+    module = module or Toy()
+    trainer(folder, *callbacks, **options).fit(module, datamodule=data or Data())
     return module
 
 
@@ -69,10 +70,8 @@ def test_training_is_bit_equal_with_and_without(tmp_path: Path) -> None:
 
 def test_values_are_logged_recorded_and_usable_by_checkpoints(tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(tmp_path / "ckpt", monitor="val/fid", filename="{step}", save_top_k=2)
-    run = trainer(
-        tmp_path, FID(TinyFeatures()), checkpoint, enable_checkpointing=True, logger=CSVLogger(tmp_path, version="v")
-    )
-    module, data = Toy(), Data()
+    logger, module, data = CSVLogger(tmp_path, version="v"), Toy(), Data()
+    run = trainer(tmp_path, FID(TinyFeatures()), checkpoint, enable_checkpointing=True, logger=logger)
     run.fit(module, datamodule=data)
     records = read_records(tmp_path / "lightning_logs" / "v" / "metrics.jsonl")
     assert [record["step"] for record in records] == [3, 6]
@@ -89,9 +88,8 @@ def test_values_are_logged_recorded_and_usable_by_checkpoints(tmp_path: Path) ->
     assert float(run.callback_metrics["val/fid"]) == pytest.approx(last["values"]["fid"], rel=1e-6)
     assert set(last["values"]) == {"fid", "kid", "precision", "recall", "density", "coverage"}
     assert len(checkpoint.best_k_models) == 2
-    assert min(float(v) for v in checkpoint.best_k_models.values()) == pytest.approx(
-        min(record["values"]["fid"] for record in records), rel=1e-6
-    )
+    best = min(record["values"]["fid"] for record in records)
+    assert min(float(v) for v in checkpoint.best_k_models.values()) == pytest.approx(best, rel=1e-6)
     run.test(module, datamodule=data, ckpt_path=checkpoint.best_model_path, verbose=False)
     tested = read_records(tmp_path / "lightning_logs" / "v" / "metrics.jsonl")[-1]
     assert tested["stage"] == "test"
@@ -112,18 +110,18 @@ def test_several_dataloaders(tmp_path: Path) -> None:
     assert len(first.found) == len(second.found) == 24
     assert "val/fid" in run.callback_metrics
     absent = trainer(tmp_path, Counting(dataloader_idx=2))
-    with pytest.raises(RuntimeError, match="saw no samples in the val loop: no batch came from dataloader_idx=2"):
-        absent.validate(Toy(), datamodule=Data(loaders=2), verbose=False)
+    message = "saw no samples in the val loop: no batch came from dataloader_idx=2"
+    refused(message, absent.validate, Toy(), datamodule=Data(loaders=2), verbose=False, error=RuntimeError)
 
 
 def test_stages(tmp_path: Path) -> None:
-    for stages, expected in ((("val",), ["val"]), (("test",), ["test"]), (("val", "test"), ["val", "test"])):
-        run, folder = trainer(tmp_path / "-".join(stages), Counting(stages=stages)), tmp_path / "-".join(stages)
+    for stages in (("val",), ("test",), ("val", "test")):
+        folder = tmp_path / "-".join(stages)
+        run = trainer(folder, Counting(stages=stages))
         run.validate(Toy(), datamodule=Data(), verbose=False)
         run.test(Toy(), datamodule=Data(), verbose=False)
-        assert [record["stage"] for record in read_records(folder / "metrics.jsonl")] == expected
-    with pytest.raises(ValueError, match="stages must be some of val, test"):
-        Counting(stages=("train",))
+        assert tuple(record["stage"] for record in read_records(folder / "metrics.jsonl")) == stages
+    refused("stages must be some of val, test", Counting, stages=("train",))
 
 
 KINDS = [kind for kind in EvaluationCallback.__subclasses__() if kind.__name__ in unidad_pl.callbacks.__all__]
@@ -142,10 +140,8 @@ def test_common_arguments_come_from_python_and_yaml_and_unknown_ones_are_named(k
     common = {"key": "pictures", "dataloader_idx": 1, "stages": ["test"]}
     for made in (kind(**own, **common), from_yaml(**common)):
         assert (made.key, made.dataloader_idx, made.stages) == ("pictures", 1, ("test",))
-    with pytest.raises(TypeError, match="unexpected keyword argument 'stage'"):
-        kind(**own, stage="val")
-    with pytest.raises(ArgumentError, match="Option 'stage' is not accepted"):
-        from_yaml(stage="val")
+    refused("unexpected keyword argument 'stage'", kind, **own, stage="val", error=TypeError)
+    refused("Option 'stage' is not accepted", from_yaml, stage="val", error=ArgumentError)
 
 
 def test_seeds_default_to_a_running_count_and_repetitions_warn(tmp_path: Path) -> None:
@@ -154,49 +150,44 @@ def test_seeds_default_to_a_running_count_and_repetitions_warn(tmp_path: Path) -
     assert counting.found == list(range(24))
     assert read_records(tmp_path / "metrics.jsonl")[0]["weights"] is None
 
-    class Same(Toy):
-        def validation_step(self, batch, batch_idx, dataloader_idx=0):
-            return {"samples": self.sample(batch), "seeds": torch.zeros(len(batch), dtype=torch.long)}
-
+    same = Returning(lambda x: {"samples": x, "seeds": torch.zeros(len(x), dtype=torch.long)})
     with pytest.warns(UserWarning, match="23 of 24 val samples carry a seed that came before"):
-        trainer(tmp_path, counting).validate(Same(), datamodule=Data(), verbose=False)
+        trainer(tmp_path, counting).validate(same, datamodule=Data(), verbose=False)
 
 
-@pytest.mark.parametrize(
-    ("outputs", "error", "message"),
-    [
-        (lambda x: None, TypeError, "Counting: validation_step must return a dict .* 'samples', got NoneType"),
-        (lambda x: {"images": x, "loss": 1}, KeyError, "no 'samples', only 'images', 'loss': return it, or set key="),
-        (lambda x: {"samples": x[0]}, ValueError, r"must be a tensor \[B, 3, H, W\], got shape \(3, 8, 8\)"),
-        (lambda x: {"samples": 2 * x.sign()}, ValueError, r"floats in \[-1, 1\], got values from -2 to 2"),
-        (lambda x: {"samples": x * math.nan}, ValueError, "from nan to nan"),
-        (lambda x: {"samples": x.byte()}, ValueError, "got torch.uint8"),
-        (lambda x: {"samples": x, "seeds": [1]}, ValueError, "1 indices for 10 images"),
-    ],
-)
+class Returning(Toy):
+    """Returns what ``outputs`` makes of its samples."""
+
+    def __init__(self, outputs: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def validation_step(self, batch: torch.Tensor, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        return self.outputs(self.sample(batch))
+
+
+@pytest.mark.parametrize(("outputs", "error", "message"), [
+    (lambda x: None, TypeError, "Counting: validation_step must return a dict .* 'samples', got NoneType"),
+    (lambda x: {"images": x, "loss": 1}, KeyError, "no 'samples', only 'images', 'loss': return it, or set key="),
+    (lambda x: {"samples": x[0]}, ValueError, r"must be a tensor \[B, 3, H, W\], got shape \(3, 8, 8\)"),
+    (lambda x: {"samples": 2 * x.sign()}, ValueError, r"floats in \[-1, 1\], got values from -2 to 2"),
+    (lambda x: {"samples": x * math.nan}, ValueError, "from nan to nan"),
+    (lambda x: {"samples": x.byte()}, ValueError, "got torch.uint8"),
+    (lambda x: {"samples": x, "seeds": [1]}, ValueError, "1 indices for 10 images"),
+])  # fmt: skip
 def test_wrong_outputs_are_explained(tmp_path: Path, outputs, error: type, message: str) -> None:
-    class Wrong(Toy):
-        def validation_step(self, batch, batch_idx, dataloader_idx=0):
-            return outputs(self.sample(batch))
-
-    with pytest.raises(error, match=message):
-        trainer(tmp_path, Counting()).validate(Wrong(), datamodule=Data(), verbose=False)
+    run = trainer(tmp_path, Counting())
+    refused(message, run.validate, Returning(outputs), datamodule=Data(), verbose=False, error=error)
 
 
 def test_key_and_grey_images(tmp_path: Path) -> None:
-    class Other(Toy):
-        def validation_step(self, batch, batch_idx, dataloader_idx=0):
-            return {"pictures": self.sample(batch)[:, :1]}
-
     run = trainer(tmp_path, FID(TinyFeatures(), key="pictures"))
-    run.validate(Other(), datamodule=Data(), verbose=False)
+    run.validate(Returning(lambda x: {"pictures": x[:, :1]}), datamodule=Data(), verbose=False)
     assert "val/fid" in run.callback_metrics
 
 
 @pytest.mark.parametrize("kind", [FID, IntraLPIPS])
-def test_missing_weights_end_the_run_before_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type
-) -> None:
+def test_missing_weights_end_the_run_before_training(tmp_path: Path, monkeypatch: Any, kind: type) -> None:
     cut_off(monkeypatch, tmp_path)
     module = Toy()
     with pytest.raises(RuntimeError) as raised:
@@ -206,28 +197,22 @@ def test_missing_weights_end_the_run_before_training(
     assert not module.mean.any()
 
 
-@pytest.mark.parametrize(
-    ("callback", "message"),
-    [
-        (FID(TinyFeatures()), "FID needs reference images, and Plain offers none .*: pass reference="),
-        (IntraLPIPS(TinyFeatures()), "IntraLPIPS needs shots, and Plain offers none .*: pass shots="),
-        (SampleGrid(), r"SampleGrid\(shots_on_top=True\) needs shots"),
-        (
-            IntraLPIPS(TinyFeatures(), shots=SHOTS, relative=True),
-            r"IntraLPIPS\(relative=True\) needs reference images",
-        ),
-    ],
-)
+RELATIVE = IntraLPIPS(TinyFeatures(), shots=SHOTS, relative=True)
+
+
+@pytest.mark.parametrize(("callback", "message"), [
+    (FID(TinyFeatures()), "FID needs reference images, and Plain offers none .*: pass reference="),
+    (IntraLPIPS(TinyFeatures()), "IntraLPIPS needs shots, and Plain offers none .*: pass shots="),
+    (SampleGrid(), r"SampleGrid\(shots_on_top=True\) needs shots"),
+    (RELATIVE, r"IntraLPIPS\(relative=True\) needs reference images"),
+])  # fmt: skip
 def test_missing_images_end_the_run_before_training(tmp_path: Path, callback: pl.Callback, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        fit(tmp_path, callback, data=Plain())
-    with pytest.raises(ValueError, match="there is no datamodule"):
-        trainer(tmp_path, callback).fit(Toy(), Data().train_dataloader(), Data().val_dataloader())
+    refused(message, fit, tmp_path, callback, data=Plain())
+    run, data = trainer(tmp_path, callback), Data()
+    refused("there is no datamodule", run.fit, Toy(), data.train_dataloader(), data.val_dataloader())
 
 
 def test_images_from_arguments(tmp_path: Path) -> None:
-    from PIL import Image
-
     folder = tmp_path / "pictures"
     folder.mkdir()
     for i, picture in enumerate(REFERENCE):
@@ -240,15 +225,15 @@ def test_images_from_arguments(tmp_path: Path) -> None:
         runs.append({name: float(value) for name, value in run.callback_metrics.items()})
     for other in runs[1:]:
         assert other == pytest.approx(runs[0], rel=1e-5)
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        trainer(tmp_path, FID(TinyFeatures(), reference=str(tmp_path / "none"))).validate(Toy(), datamodule=Data())
     for wrong, message in (
+        (str(tmp_path / "none"), "does not exist"),
         (REFERENCE[0], r"must be a tensor \[N, 3, H, W\], N >= 1, got shape \(3, 8, 8\)"),
         (REFERENCE.float(), r"floats in \[-1, 1\], got values from 0 to 255"),
         (REFERENCE[..., :4, :4], f"samples are {SIZE}x{SIZE} but reference images are 4x4"),
     ):
-        with pytest.raises(ValueError, match=message):
-            trainer(tmp_path, FID(TinyFeatures(), reference=wrong)).validate(Toy(), Data().val_dataloader())
+        error = FileNotFoundError if isinstance(wrong, str) else ValueError
+        run = trainer(tmp_path, FID(TinyFeatures(), reference=wrong))
+        refused(message, run.validate, Toy(), Data().val_dataloader(), error=error)
 
 
 def test_records_survive_killed_runs_and_say_why_they_fail(tmp_path: Path) -> None:
@@ -266,8 +251,7 @@ def test_records_survive_killed_runs_and_say_why_they_fail(tmp_path: Path) -> No
             json.loads(line)
     path.unlink()
     path.mkdir()  # nothing can be written there
-    with pytest.raises(RuntimeError, match=r"cannot write .*metrics\.jsonl \(IsADirectoryError.*resume"):
-        fit(tmp_path, Counting())
+    refused(r"cannot write .*metrics\.jsonl \(IsADirectoryError.*resume", fit, tmp_path, Counting(), error=RuntimeError)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
 from tests.callbacks.toys import SHOTS, SIZE, Data, Prompted, Toy, trainer
-from tests.metrics.toys import TinyFeatures, WordVectors
+from tests.metrics.toys import TinyFeatures, WordVectors, refused
 from unidad_pl.callbacks import PromptDiversity, PromptGrid, SubjectSimilarity, read_records
 from unidad_pl.callbacks.prompt_grid import file_name, with_caption
 from unidad_pl.metrics import CLIPImages, CLIPTexts, DINOImages, LPIPSFeatures, PromptLPIPS, SubjectCosines
@@ -48,9 +48,8 @@ def test_both_equal_their_metrics_and_are_recorded(tmp_path: Path) -> None:
     assert first["extractor"] == {"clip_i": "tiny", "clip_t": "words", "dino": "tiny"}
     assert first["prompts"].keys() == set(Prompted.PROMPTS)
     assert first["prompts"]["red prt dog"]["dino"] == pytest.approx(want.by_prompt["red prt dog"]["dino"], rel=1e-5)
-    assert second["intra_by_prompt"]["red prt dog"] == pytest.approx(
-        diversity.by_prompt["red prt dog"]["intra"], rel=1e-5
-    )
+    intra = diversity.by_prompt["red prt dog"]["intra"]
+    assert second["intra_by_prompt"]["red prt dog"] == pytest.approx(intra, rel=1e-5)
 
 
 def test_samples_that_are_the_photo_score_one(tmp_path: Path) -> None:
@@ -77,10 +76,8 @@ def test_similarity_arguments(tmp_path: Path) -> None:
     assert evaluate(tmp_path, similarity(image_encoder=features, batch_size=3)) == pytest.approx(base, rel=1e-5)
     assert max(features.batches) == 3
     for scores in ([], ["clip"]):
-        with pytest.raises(ValueError, match="scores must be some of clip_i, clip_t, dino, got"):
-            similarity(scores=scores)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        similarity(batch_size=0)
+        refused("scores must be some of clip_i, clip_t, dino, got", similarity, scores=scores)
+    refused("batch_size must be at least 1, got 0", similarity, batch_size=0)
     default = SubjectSimilarity()
     assert [type(e) for e in default.metric.networks().values()] == [CLIPImages, DINOImages, CLIPTexts]
     assert list(SubjectSimilarity(scores=["dino"]).metric.networks()) == ["dino"]
@@ -90,17 +87,16 @@ def test_subject_and_token_are_the_datamodules_unless_given(tmp_path: Path) -> N
     data: Any = Data()
     data.subject, data.token = "cat2", "red"
     evaluate(tmp_path, similarity(token=None), data=data)
-    record = read_records(tmp_path / "metrics.jsonl")[-1]
-    assert (record["subject"], record["token"]) == ("cat2", "red")
+    evaluate(tmp_path, similarity(subject="fido"), data=data)
+    given, own = read_records(tmp_path / "metrics.jsonl")
+    assert (given["subject"], given["token"]) == ("cat2", "red")
+    assert (own["subject"], own["token"]) == ("fido", "prt")
     callback = similarity(token=None)
     data.token = "no such word"
     first = evaluate(tmp_path, callback, data=data)["clip_t"]
     data.token = "red"  # the same callback and the same prompts, another subject's run
     again = evaluate(tmp_path, callback, data=data)["clip_t"]
     assert again == evaluate(tmp_path, similarity(token="red"))["clip_t"] != first
-    evaluate(tmp_path, similarity(subject="fido"), data=data)
-    record = read_records(tmp_path / "metrics.jsonl")[-1]
-    assert (record["subject"], record["token"]) == ("fido", "prt")
 
 
 def test_diversity_arguments(tmp_path: Path) -> None:
@@ -110,8 +106,7 @@ def test_diversity_arguments(tmp_path: Path) -> None:
     assert max(features.batches) == 2
     assert evaluate(tmp_path, PromptDiversity(TinyFeatures(seed=1))) != base
     assert isinstance(PromptDiversity().features, LPIPSFeatures)
-    with pytest.raises(ValueError, match="batch_size must be at least 1"):
-        PromptDiversity(batch_size=0)
+    refused("batch_size must be at least 1", PromptDiversity, batch_size=0)
 
 
 def test_a_grid_per_prompt_with_the_prompt_under_it(tmp_path: Path) -> None:
@@ -152,18 +147,17 @@ def test_grid_arguments_and_default_scale(tmp_path: Path) -> None:
     evaluate(tmp_path, PromptGrid(count=1))
     assert Image.open(next((tmp_path / "samples").rglob("*.png"))).width == 64
     for name in ("count", "columns", "scale"):
-        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-            PromptGrid(**{name: 0})
+        refused(f"{name} must be at least 1, got 0", PromptGrid, **{name: 0})
 
 
 @pytest.mark.parametrize("callback", [similarity(), PromptDiversity(TinyFeatures()), PromptGrid()])
 def test_a_step_without_prompts_is_explained(tmp_path: Path, callback: Any) -> None:
-    with pytest.raises(KeyError, match="return a list of as many strings as samples under 'prompts'"):
-        evaluate(tmp_path, callback, module=Toy())
+    missing = "return a list of as many strings as samples under 'prompts'"
+    refused(missing, evaluate, tmp_path, callback, module=Toy(), error=KeyError)
 
 
 def test_missing_weights_end_the_run_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    with pytest.raises(RuntimeError, match="SubjectSimilarity cannot begin: DINOImages needs the weights 'facebook/d"):
-        trainer(tmp_path, similarity(dino=None)).fit(Prompted(), datamodule=Data())
+    message = "SubjectSimilarity cannot begin: DINOImages needs the weights 'facebook/d"
+    refused(message, trainer(tmp_path, similarity(dino=None)).fit, Prompted(), datamodule=Data(), error=RuntimeError)

@@ -15,17 +15,7 @@ from torch.utils.data import DataLoader
 from tests.callbacks.toys import SIZE, Data, Judge, Prompted, Toy, trainer
 from tests.metrics.toys import TinyFeatures, WordVectors, close
 from tests.processes import run_apart
-from unidad_pl.callbacks import (
-    FID,
-    AttributeShare,
-    IntraLPIPS,
-    PredictionWriter,
-    PromptDiversity,
-    PromptGrid,
-    SampleGrid,
-    SubjectSimilarity,
-    read_records,
-)  # fmt: skip
+from unidad_pl import callbacks as cb
 from unidad_pl.data import Evaluation, FewShotDataModule, Reference
 
 
@@ -61,13 +51,15 @@ class OnlyFirst(TinyFeatures):
 
 def callbacks() -> list[pl.Callback]:
     return [
-        FID(TinyFeatures()),
-        IntraLPIPS(TinyFeatures(), relative=True, cap=3),
-        AttributeShare({"glasses": "dark"}, Judge()),
-        SampleGrid(count=5, scale=1),
-        SubjectSimilarity(image_encoder=TinyFeatures(), text_encoder=WordVectors(), dino=TinyFeatures(), token="prt"),
-        PromptDiversity(TinyFeatures()),
-        PromptGrid(scale=1),
+        cb.FID(TinyFeatures()),
+        cb.IntraLPIPS(TinyFeatures(), relative=True, cap=3),
+        cb.AttributeShare({"glasses": "dark"}, Judge()),
+        cb.SampleGrid(count=5, scale=1),
+        cb.SubjectSimilarity(
+            image_encoder=TinyFeatures(), text_encoder=WordVectors(), dino=TinyFeatures(), token="prt"
+        ),
+        cb.PromptDiversity(TinyFeatures()),
+        cb.PromptGrid(scale=1),
     ]
 
 
@@ -77,11 +69,8 @@ def validate(
     strategy = "ddp_fork" if devices > 1 else "auto"
     run = trainer(folder, *(callbacks() if own is None else own), devices=devices, strategy=strategy, **options)
     run.validate(Prompted() if isinstance(data, Data) else PromptedBatches(), datamodule=data, verbose=False)
-    return [{key: value for key, value in record.items() if key != "time"} for record in records(folder)]
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    return read_records(folder / "metrics.jsonl")
+    records = cb.read_records(folder / "metrics.jsonl")
+    return [{key: value for key, value in record.items() if key != "time"} for record in records]
 
 
 def failure(folder: Path, *own: pl.Callback) -> str:
@@ -97,10 +86,8 @@ def check_every_count(root: Path) -> None:
     """Each sample counts once, and values are equal bit for bit, for any number of samples on any number of ranks."""
     for count in (1, 7, 64):
         own = callbacks() if count > 1 else callbacks()[2:3]  # a Frechet distance needs two images
-        found = [
-            validate(root / f"{count}_{world}", world, Dealt(count), own, use_distributed_sampler=False)
-            for world in (1, 2, 3)
-        ]
+        options = dict(use_distributed_sampler=False)
+        found = [validate(root / f"{count}_{world}", world, Dealt(count), own, **options) for world in (1, 2, 3)]
         assert all(record["samples"] == count for record in found[0])
         assert found[0] == found[1] == found[2], (count, found)
 
@@ -122,13 +109,13 @@ def main() -> None:
             assert close(found, single), (case, found, single)
         for folder in ("two", "three"):
             assert all((root / folder / path).read_bytes() == picture for path, picture in pictures.items())
-        writer = trainer(root / "four", PredictionWriter(), devices=2, strategy="ddp_fork")
+        writer = trainer(root / "four", cb.PredictionWriter(), devices=2, strategy="ddp_fork")
         writer.predict(Toy(), datamodule=Data(seeds=23), return_predictions=False)
         assert len(list((root / "four" / "predictions").iterdir())) == 23
-        message = failure(root / "five", FID(OnlyFirst()))
+        message = failure(root / "five", cb.FID(OnlyFirst()))
         assert "FID cannot begin" in message, message
         (root / "six" / "metrics.jsonl").mkdir(parents=True)
-        message = failure(root / "six", FID(TinyFeatures()))
+        message = failure(root / "six", cb.FID(TinyFeatures()))
         assert "cannot write" in message, message
     assert isinstance(OnlyFirst(), nn.Module)
     sys.stdout.write("all equal\n")

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from tests.tiny_sd import WIDTH, save_unet
 from tests.worlds import Stream, fit, groups, random_images, tiny_unet
-from unidad_pl import Diffusion, MemoryOptions, OptimizerOptions, UniDAD
+from unidad_pl import AdaptationOptions, Diffusion, MemoryOptions, OptimizerOptions, UniDAD
 from unidad_pl.backbones import ADMSource, LoRA, NewUNet, StableDiffusion
 from unidad_pl.cli.main import main
 from unidad_pl.cli.report_memory import predict_memory, report_memory
@@ -73,30 +73,21 @@ def measured(module: Any, batch: int, precision: Any) -> int:
     data = Stream(random_images(batch, 32), batch_size=batch)
     if isinstance(module.source, Text):
         plain = data.train_dataloader
-        data.train_dataloader = lambda: DataLoader(  # type: ignore[method-assign]
-            plain().dataset, batch_size=None, collate_fn=prompted
-        )
+        data.train_dataloader = lambda: DataLoader(plain().dataset, None, collate_fn=prompted)  # type: ignore[method-assign]
     trainer = fit(module, 2, data, precision=precision, callbacks=[watch])
-    states = sum(
-        value.numel() * value.element_size()
-        for optimizer in trainer.optimizers
-        for state in optimizer.state.values()
-        for value in state.values()
-    )
-    tensors = {id(t): t for t in [*module.parameters(), *module.buffers()]}.values()
-    return watch.peak + states + sum(t.numel() * t.element_size() for t in tensors)
+    states = [t for optimizer in trainer.optimizers for state in optimizer.state.values() for t in state.values()]
+    tensors = {id(t): t for t in [*module.parameters(), *module.buffers(), *states]}.values()
+    return watch.peak + sum(t.numel() * t.element_size() for t in tensors)
 
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": dict(source=SOURCE),
-    "both": dict(memory=MemoryOptions(checkpointing="both")),
+    "both": dict(memory__checkpointing="both"),
     "one step, no target teacher": dict(student__num_steps=1, target_teacher=None),
     "half teachers": dict(memory=MemoryOptions("steps", "bfloat16"), target_teacher=None),
     "average, parts": dict(training__ema_decay=0.9, training__accumulate=2),
-    "the target teacher first": dict(
-        target_teacher__adaptation__pretrain=1, target_teacher__adaptation__update="every"
-    ),
-    "mixed, both": dict(precision="bf16-mixed", memory=MemoryOptions(checkpointing="both")),
+    "the target teacher first": dict(target_teacher__adaptation=AdaptationOptions(pretrain=1, update="every")),
+    "mixed, both": dict(precision="bf16-mixed", memory__checkpointing="both"),
 }
 
 
@@ -116,10 +107,9 @@ def test_adapters_as_predicted_and_less_than_45_percent_of_full(tmp_path: Path) 
     folder = str(save_unet(tmp_path, channels=(32, 64), size=32))
 
     def make(lora: LoRA | None) -> UniDAD:
-        memory = MemoryOptions(checkpointing="both")
         return UniDAD(Text(folder, lora=lora), **groups(student__update_every=1, target_teacher__weight=0.5,
                       student__num_steps=1, matching__guidance_scale=2.0, matching__noise_table="model",
-                      denoising__weighting="eps", memory=memory))  # fmt: skip
+                      denoising__weighting="eps", memory__checkpointing="both"))  # fmt: skip
 
     seen = measured(make(LoRA(rank=4)), 1, "32-true")
     report = predict_memory(make(LoRA(rank=4)), 1)
@@ -129,26 +119,21 @@ def test_adapters_as_predicted_and_less_than_45_percent_of_full(tmp_path: Path) 
 
 
 def test_every_option_is_seen() -> None:
+    source = tiny_unet(channels=(16,), attention_levels=())
+
     def peak(batch: int = 4, precision: str = "32-true", **options: Any) -> int:
-        settings = (
-            dict(student__update_every=1, target_teacher=None, training__ema_decay=0.5, student__num_steps=2, gan=None)
-            | options
-        )
-        source = tiny_unet(channels=(16,), attention_levels=())
-        return predict_memory(UniDAD(source, **groups(**settings)), batch, precision).peak  # type: ignore[arg-type]
+        settings: dict[str, Any] = dict(student__update_every=1, student__num_steps=2, target_teacher=None, gan=None)
+        module = UniDAD(source, **groups(**(settings | dict(training__ema_decay=0.5) | options)))
+        return predict_memory(module, batch, precision).peak  # type: ignore[arg-type]
 
     plain = peak()
-    assert peak(8) > plain > peak(memory=MemoryOptions("steps")) > peak(memory=MemoryOptions("both"))
+    assert peak(8) > plain > peak(memory__checkpointing="steps") > peak(memory__checkpointing="both")
     assert peak(precision="64-true") > 1.8 * plain
-    for memory in (
-        MemoryOptions(teacher_dtype="bfloat16"),
-        MemoryOptions(teacher_device="cpu"),
-        MemoryOptions(ema_device="cpu"),
-    ):
-        assert peak(memory=memory) < plain
+    for name, value in (("teacher_dtype", "bfloat16"), ("teacher_device", "cpu"), ("ema_device", "cpu")):
+        assert peak(**{f"memory__{name}": value}) < plain
     small = OptimizerOptions(algorithm="bitsandbytes.optim.AdamW8bit")
     assert peak(fake_score__optimizer=small) < plain
-    report = predict_memory(Diffusion(tiny_unet(channels=(16,), attention_levels=())), 2)
+    report = predict_memory(Diffusion(source), 2)
     assert set(report.weights) == {"denoiser"}
     assert report.peak >= sum(report.weights.values()) + report.optimizers + report.gradients
     with pytest.raises(ValueError, match="precision must be"):

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 
+from tests.metrics.toys import refused
 from tests.worlds import groups
 from unidad_pl.data import Augmentation, Prior, PromptOptions, SubjectDataModule, SubjectEvaluation
 from unidad_pl.data.batch import Batch
@@ -41,20 +42,25 @@ prompt_list = [
 """
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    place = tmp_path / "dog6"
+def pictures(place: Path, *colours: tuple[int, int, int]) -> Path:
     place.mkdir()
-    for i in range(4):
-        Image.new("RGB", (16, 12), (60 * i, 10, 90)).save(place / f"{i}.png")
-    (tmp_path / "list.txt").write_text(LIST)
+    for i, colour in enumerate(colours):
+        Image.new("RGB", (16, 12), colour).save(place / f"{i}.png")
     return place
 
 
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    (tmp_path / "list.txt").write_text(LIST)
+    return pictures(tmp_path / "dog6", *((60 * i, 10, 90) for i in range(4)))
+
+
+def subject(photos: Path, class_word: str | None = "dog", **flat: Any) -> SubjectDataModule:
+    return SubjectDataModule(str(photos), class_word, **groups(**flat))
+
+
 def test_batches_carry_the_prompts_of_both_roles(photos: Path) -> None:
-    data = SubjectDataModule(
-        str(photos), "dog", token="xyz", prompts=PromptOptions("a photo of {}"), resolution=8, batch_size=3
-    )
+    data = subject(photos, token="xyz", prompts__train="a photo of {}", resolution=8, batch_size=3)
     batch = next(iter(data.train_dataloader()))
     assert batch.images.shape == (3, 3, 8, 8)
     assert batch.prompts == ["a photo of xyz dog"] * 3
@@ -63,9 +69,7 @@ def test_batches_carry_the_prompts_of_both_roles(photos: Path) -> None:
 
 def test_templates_are_drawn_by_seed_and_position_alike_for_both_roles(photos: Path) -> None:
     def prompts(seed: int, batch_size: int) -> list[str]:
-        data = SubjectDataModule(
-            str(photos), "dog", prompts=PromptOptions(["a {}", "red {}"]), seed=seed, batch_size=batch_size
-        )
+        data = subject(photos, prompts__train=["a {}", "red {}"], seed=seed, batch_size=batch_size)
         drawn = []
         for batch in islice(iter(data.train_dataloader()), 24 // batch_size):
             assert [p.replace("prt ", "") for p in batch.prompts] == batch.source_prompts
@@ -79,52 +83,40 @@ def test_templates_are_drawn_by_seed_and_position_alike_for_both_roles(photos: P
 
 def test_dreambooths_list_gives_class_templates_and_augmentation(photos: Path) -> None:
     listed = str(photos.parent / "list.txt")
-    data = SubjectDataModule(str(photos), prompts=PromptOptions(dreambooth=listed, augment=True))
+    data = subject(photos, None, prompts__dreambooth=listed, prompts__augment=True)
     assert data.class_word == "dog"
     assert data.templates == ["a {}", "a {} in a hat"]
     assert data.eval_templates == ["a {} in a hat"]
-    assert SubjectDataModule(str(photos), prompts=PromptOptions(dreambooth=listed)).templates == ["a {}"]
+    assert subject(photos, None, prompts__dreambooth=listed).templates == ["a {}"]
     known = read_dreambooth(listed)
     assert known.object_templates == ["a {}", "a red {}"]
     assert known.templates_of("cup") == ["a red {}"]  # "a {}" is none of DreamBooth's 25
-    with pytest.raises(ValueError, match="'sofa' is not in the list: dog6, mug"):
-        known.class_of("sofa")
+    refused("'sofa' is not in the list: dog6, mug", known.class_of, "sofa")
 
 
 def test_evaluation_draws_so_many_images_of_every_prompt(photos: Path) -> None:
-    data = SubjectDataModule(
-        str(photos),
-        "dog",
-        prompts=PromptOptions(evaluation=["a {}", "red {}", "wet {}"]),
-        evaluation=SubjectEvaluation(samples_per_prompt=2, batch_size=4, first_seed=7),
-    )
-    drawn = [
-        (int(s), p) for batch in data.test_dataloader() for s, p in zip(batch["seeds"], batch["prompts"], strict=True)
-    ]
-    names = ["a prt dog", "red prt dog", "wet prt dog"]
-    assert drawn == [(7 + i, names[i // 2]) for i in range(6)]
+    evaluation = SubjectEvaluation(samples_per_prompt=2, batch_size=4, first_seed=7)
+    data = subject(photos, prompts__evaluation=["a {}", "red {}", "wet {}"], evaluation=evaluation)
+    batches, names = list(data.test_dataloader()), ["a prt dog", "red prt dog", "wet prt dog"]
+    assert [seed for batch in batches for seed in batch["seeds"].tolist()] == list(range(7, 13))
+    assert [prompt for batch in batches for prompt in batch["prompts"]] == [names[i // 2] for i in range(6)]
+    assert all(len(batch["seeds"]) == len(batch["prompts"]) for batch in batches)
     assert len(next(iter(data.test_dataloader()))["seeds"]) == 4
     assert [b["prompts"] for b in data.val_dataloader()] == [["a prt dog"] * 2]
     assert sum(len(b["seeds"]) for b in data.predict_dataloader()) == 6
 
 
 def test_options_of_the_photos(photos: Path) -> None:
-    assert SubjectDataModule(str(photos), "dog", resolution=8).shots.shape == (4, 3, 8, 8)
-    assert len(SubjectDataModule(str(photos), "dog", shots=2, resolution=8).shots) == 2
+    assert subject(photos, resolution=8).shots.shape == (4, 3, 8, 8)
+    assert len(subject(photos, shots=2, resolution=8).shots) == 2
     for option in (dict(flip=True), dict(flip=False, shift=3)):
-        plain = SubjectDataModule(str(photos), "dog", batch_size=8).train_dataloader().dataset
-        moved = (
-            SubjectDataModule(str(photos), "dog", batch_size=8, augmentation=Augmentation(**option))
-            .train_dataloader()
-            .dataset
-        )
+        options = ({}, {"augmentation": Augmentation(**option)})
+        plain, moved = (subject(photos, batch_size=8, **own).train_dataloader().dataset for own in options)
         assert (plain.flip, plain.shift) != (moved.flip, moved.shift)  # type: ignore[attr-defined]
 
 
 def test_a_single_photo_is_enough(tmp_path: Path) -> None:
-    (tmp_path / "dog").mkdir()
-    Image.new("RGB", (16, 12), (60, 10, 90)).save(tmp_path / "dog" / "a.png")
-    data = SubjectDataModule(str(tmp_path / "dog"), "dog", batch_size=2, resolution=8)
+    data = subject(pictures(tmp_path / "dog", (60, 10, 90)), batch_size=2, resolution=8)
     with pytest.warns(UserWarning, match="is a single photo"):
         data.setup()
     batch = next(iter(data.train_dataloader()))
@@ -132,23 +124,19 @@ def test_a_single_photo_is_enough(tmp_path: Path) -> None:
 
 
 def test_photos_of_several_folders_are_warned_of(photos: Path) -> None:
-    (photos.parent / "mug").mkdir()
-    Image.new("RGB", (16, 12), (9, 10, 90)).save(photos.parent / "mug" / "a.png")
+    pictures(photos.parent / "mug", (9, 10, 90))
     with pytest.warns(UserWarning, match=r"lie in 2 folders \(dog6, mug\)"):
-        SubjectDataModule(str(photos.parent), "dog", resolution=8).setup()
+        subject(photos.parent, resolution=8).setup()
 
 
 def test_a_resumed_run_must_have_the_prompts_it_had(photos: Path) -> None:
     """The stream is a function of the position, and so are prompts: with others it would be another run."""
-    made: dict[str, Any] = dict(
-        class_word="dog", prompts__train=["a {}", "red {}"], prior__root=str(photos), resolution=8
-    )  # fmt: skip
-    trainer: Any = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.FITTING))
-    before = SubjectDataModule(str(photos), **groups(**made)).state_dict()
+    made: dict[str, Any] = dict(prompts__train=["a {}", "red {}"], prior__root=str(photos), resolution=8)
+    before = subject(photos, **made).state_dict()
 
     def resume(**changed: Any) -> None:
-        data = SubjectDataModule(str(photos), **groups(**{**made, **changed}))
-        data.trainer = trainer
+        data: Any = subject(photos, **(made | changed))
+        data.trainer = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.FITTING))
         data.load_state_dict(before)
 
     resume(prompts__evaluation="wet {}", evaluation=SubjectEvaluation(2))  # nothing that is trained on
@@ -157,10 +145,8 @@ def test_a_resumed_run_must_have_the_prompts_it_had(photos: Path) -> None:
         ("prior__template", "one {}"), ("prior__weight", 0.5),
     ):  # fmt: skip
         shown = name.replace("__train", "").replace("__", ".")
-        with pytest.raises(RuntimeError, match=f"trained on other data: {shown} was"):
-            resume(**{name: value})
-    plain = SubjectDataModule(str(photos), "dog", resolution=8).state_dict()
-    assert plain["prior"] is None  # so that a prior that comes later is noticed
+        refused(f"trained on other data: {shown} was", resume, error=RuntimeError, **{name: value})
+    assert subject(photos, resolution=8).state_dict()["prior"] is None  # so that one that comes later is noticed
 
 
 def test_templates_of_a_file(tmp_path: Path) -> None:
@@ -182,13 +168,10 @@ def test_the_list_as_other_editors_save_it(tmp_path: Path, changed: str, to: str
 
 
 def test_pictures_of_the_class_come_with_the_class_prompt(photos: Path, tmp_path: Path) -> None:
-    (tmp_path / "others").mkdir()
-    for i in range(3):
-        Image.new("RGB", (8, 8), (0, 0, 100 + i)).save(tmp_path / "others" / f"{i}.png")
+    others = pictures(tmp_path / "others", *((0, 0, 100 + i) for i in range(3)))
 
     def batches(**options: object) -> list[Batch]:
-        made = {"prior__root": str(tmp_path / "others"), "resolution": 8, "batch_size": 2} | options
-        data = SubjectDataModule(str(photos), "dog", **groups(**made))
+        data = subject(photos, **({"prior__root": str(others), "resolution": 8, "batch_size": 2} | options))
         data.setup("test")  # a test before the fit must not lose them
         return list(islice(iter(data.train_dataloader()), 3))
 
@@ -205,9 +188,7 @@ def test_pictures_of_the_class_come_with_the_class_prompt(photos: Path, tmp_path
     plain = batches(prior=None)
     assert plain[0].prior is None
     assert all(torch.equal(a.images, b.images) for a, b in zip(plain, base, strict=True))
-    data = SubjectDataModule(
-        str(photos), "dog", prior=Prior("x", "photo of {}"), prompts=PromptOptions(evaluation="wet {}")
-    )  # fmt: skip
+    data = subject(photos, prior=Prior("x", "photo of {}"), prompts__evaluation="wet {}")
     assert data.every_prompt == ["a prt dog", "wet prt dog", "a dog", "photo of dog"]
 
 
@@ -221,35 +202,30 @@ def test_the_subject_is_the_folders_name(photos: Path, monkeypatch: pytest.Monke
 
 def test_what_is_wrong_is_named(photos: Path, tmp_path: Path) -> None:
     for options, message in (
-        ({}, "say what"),
+        ({"class_word": None}, "say what"),
         ({"class_word": " "}, "class_word .* must be words, got ' '"),
-        ({"class_word": "dog", "prompts__train": "a dog"}, "must have {} once"),
-        ({"class_word": "dog", "prompts__train": "a {} {x}"}, "must have {} once"),
-        ({"class_word": "dog", "prompts__train": []}, "no prompt templates"),
-        ({"class_word": "dog", "prompts__augment": True}, "give dreambooth"),
-        ({"class_word": "dog", "token": " "}, "token must be words"),
-        ({"class_word": "dog", "prior__root": "x", "prior__weight": 0}, "prior's weight must be above 0"),
-        ({"class_word": "dog", "prior__root": "x", "prior__template": "a dog"}, "must have {} once"),
+        ({"prompts__train": "a dog"}, "must have {} once"),
+        ({"prompts__train": "a {} {x}"}, "must have {} once"),
+        ({"prompts__train": []}, "no prompt templates"),
+        ({"prompts__augment": True}, "give dreambooth"),
+        ({"token": " "}, "token must be words"),
+        ({"prior__root": "x", "prior__weight": 0}, "prior's weight must be above 0"),
+        ({"prior__root": "x", "prior__template": "a dog"}, "must have {} once"),
     ):
-        with pytest.raises(ValueError, match=message):
-            SubjectDataModule(str(photos), **groups(**options))
-    with pytest.raises(ValueError, match="samples_per_prompt must be at least 1"):
-        SubjectEvaluation(samples_per_prompt=0)
-    with pytest.raises(FileNotFoundError, match=r"no template file at 'none\.txt'"):
-        SubjectDataModule(str(photos), "dog", prompts=PromptOptions("none.txt"))
-    with pytest.raises(FileNotFoundError, match=r"no prompts file"):
-        SubjectDataModule(str(photos), prompts=PromptOptions(dreambooth="none.txt"))
-    (tmp_path / "binary.txt").write_bytes(b"a {}\xff\xfe")
-    with pytest.raises(ValueError, match=r"template file .*binary\.txt' cannot be read as UTF-8 text"):
-        SubjectDataModule(str(photos), "dog", prompts=PromptOptions(str(tmp_path / "binary.txt")))
-    with pytest.raises(ValueError, match=r"prompts file .*binary\.txt' cannot be read as UTF-8 text"):
-        read_dreambooth(tmp_path / "binary.txt")
-    (tmp_path / "other.txt").write_text(LIST.replace("mug,cup", "mug,"))
-    with pytest.raises(ValueError, match="no class word after the comma for 'mug'"):
-        read_dreambooth(tmp_path / "other.txt")
-    (tmp_path / "other.txt").write_text("hello")
-    with pytest.raises(ValueError, match="it has 0 'subject_name,class' lines and 0 lists"):
-        read_dreambooth(tmp_path / "other.txt")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError):
-        SubjectDataModule(str(tmp_path / "empty"), "dog").train_dataloader()
+        refused(message, subject, photos, **options)
+    refused("samples_per_prompt must be at least 1", SubjectEvaluation, samples_per_prompt=0)
+    missing, wrong, binary = (
+        FileNotFoundError,
+        tmp_path / "wrong.txt",
+        r"file .*wrong\.txt' cannot be read as UTF-8 text",
+    )
+    refused(r"no template file at 'none\.txt'", subject, photos, prompts__train="none.txt", error=missing)
+    refused(r"no prompts file", subject, photos, None, prompts__dreambooth="none.txt", error=missing)
+    wrong.write_bytes(b"a {}\xff\xfe")
+    refused(f"template {binary}", subject, photos, prompts__train=str(wrong))
+    refused(f"prompts {binary}", read_dreambooth, wrong)
+    wrong.write_text(LIST.replace("mug,cup", "mug,"))
+    refused("no class word after the comma for 'mug'", read_dreambooth, wrong)
+    wrong.write_text("hello")
+    refused("it has 0 'subject_name,class' lines and 0 lists", read_dreambooth, wrong)
+    refused("", subject(pictures(tmp_path / "empty")).train_dataloader, error=missing)

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline, LCMScheduler
 from PIL import Image
 
 from tests.tiny_sd import save_tiny
+from tests.worlds import save_pictures
 from unidad_pl.backbones import StableDiffusion
 from unidad_pl.cli.main import main
 from unidad_pl.cli.sample import sample
@@ -32,28 +33,32 @@ PROMPT = "a prt dog"
 def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("run")
     save_tiny(place / "sd", xl=request.param == "xl")
-    (place / "dog6").mkdir()
-    for i in range(2):
-        Image.new("RGB", (20, 20), (90 * i, 200 - 50 * i, 90)).save(place / "dog6" / f"{i}.png")
+    save_pictures(place / "dog6", 2)
     return place
+
+
+def begin(config: str, photos: Path, *options: str) -> None:
+    """A config on the CPU, without metrics, prompts of DreamBooth and a folder that is named after its subject."""
+    main(["fit", "--config", str(CONFIGS / config), "--config", str(NO_METRICS), "--trainer.accelerator", "cpu",
+          "--data.root", str(photos), "--data.prompts.dreambooth", "null", "--data.class_word", "dog",
+          *options])  # fmt: skip
 
 
 def fit(place: Path, name: str, *options: str, config: str = "sdp_dreambooth.yaml") -> Path:
     """Two iterations of the config on tiny files; the last checkpoint."""
-    main([
-        "fit", "--config", str(CONFIGS / config), "--config", str(NO_METRICS),
-        "--data.prompts.dreambooth", "null", "--data.class_word", "dog", "--model.source.init_args.path", str(place / "sd"),
-        "--data.root", str(place / "dog6"), "--data.resolution", "16", "--data.evaluation.samples_per_prompt", "2",
-        "--trainer.accelerator", "cpu", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2",
+    begin(
+        config, place / "dog6", "--model.source.init_args.path", str(place / "sd"), "--data.resolution", "16",
+        "--data.evaluation.samples_per_prompt", "2", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2",
         "--trainer.logger.init_args.save_dir", str(place / name), "--trainer.enable_progress_bar", "false",
         "--model.student.optimizer.lr", "0.01", "--model.student.optimizer.warmup", "0", *options,
-    ])  # fmt: skip
+    )  # fmt: skip
     (found,) = (place / name).rglob("last.ckpt")
     return found
 
 
-def as_float(picture: Any) -> np.ndarray:
-    return np.asarray(picture, dtype=np.float32)
+def distance(one: Any, other: Any) -> float:
+    """The largest difference of two pictures of 0 to 255."""
+    return float(np.abs(np.asarray(one, dtype=np.float32) - np.asarray(other, dtype=np.float32)).max())
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
@@ -76,9 +81,8 @@ def test_plain_diffusers_draws_what_sample_draws(place: Path, steps: int) -> Non
     assert trained == [round(float(student.network.native_sigmas[t]), 6) for t in pipe.scheduler.timesteps.tolist()]
     for seed, picture in zip(seeds, drawn, strict=True):
         for name in ("ckpt", "folder"):
-            ours = as_float(Image.open(place / f"{name}{steps}" / f"{seed:06d}.png"))
-            assert np.abs(ours - as_float(picture)).max() <= 2
-    assert np.abs(as_float(drawn[0]) - as_float(drawn[1])).max() > 2
+            assert distance(Image.open(place / f"{name}{steps}" / f"{seed:06d}.png"), picture) <= 2
+    assert distance(drawn[0], drawn[1]) > 2
 
 
 def test_an_export_draws_at_the_resolution_of_its_training(place: Path) -> None:
@@ -86,56 +90,57 @@ def test_an_export_draws_at_the_resolution_of_its_training(place: Path) -> None:
     index = place / "sd" / "model_index.json"
     whole = index.read_text()
     index.write_text(json.dumps(json.loads(whole) | {"force_zeros_for_empty_prompt": False}))
-    sized = ("--model.source.init_args.resolution", "24", "--data.resolution", "24")
-    checkpoint = fit(place, "sized", *sized)
+    checkpoint = fit(place, "sized", "--model.source.init_args.resolution", "24", "--data.resolution", "24")
     out = export(str(checkpoint), str(place / "sized_export"))
     card = model_card(load_student(checkpoint), "last.ckpt", adapters=True)
     index.write_text(whole)
     sample(str(out), 1, str(place / "sized_ours"), seed=5, prompts=[PROMPT], device="cpu")
     pipe = DiffusionPipeline.from_pretrained(out)
     theirs = pipe(PROMPT, num_inference_steps=1, guidance_scale=1.0, generator=torch.Generator().manual_seed(5)).images
-    ours = as_float(Image.open(place / "sized_ours" / "000005.png"))
-    assert ours.shape == (24, 24, 3)
-    assert np.abs(ours - as_float(theirs[0])).max() <= 2
+    ours = Image.open(place / "sized_ours" / "000005.png")
+    assert np.asarray(ours).shape == (24, 24, 3)
+    assert distance(ours, theirs[0]) <= 2
     assert "size = dict(height=24, width=24)" in card
     assert pipe.config.get("force_zeros_for_empty_prompt", False) is False  # of SDXL; the default is True
 
 
-def test_fit_test_and_pictures_of_the_config(place: Path) -> None:
-    checkpoint = fit(place, "whole")
-    main([
-        "test", "--config", str(checkpoint.parents[1] / "config.yaml"), "--ckpt_path", str(checkpoint),
-        "--trainer.logger.init_args.save_dir", str(place / "whole"),
-    ])  # fmt: skip
+@pytest.fixture(scope="module")
+def fitted(place: Path) -> Path:
+    """The checkpoint of the config as it is."""
+    return fit(place, "whole")
+
+
+def test_fit_test_and_pictures_of_the_config(place: Path, fitted: Path) -> None:
+    main(["test", "--config", str(fitted.parents[1] / "config.yaml"), "--ckpt_path", str(fitted),
+          "--trainer.logger.init_args.save_dir", str(place / "whole")])  # fmt: skip
     assert list((place / "whole").rglob("samples/val_step00000002.png"))
     assert list((place / "whole").rglob("samples/test_step00000002.png"))
 
 
-def test_an_exported_student_starts_another_run(place: Path) -> None:
-    out = export(str(fit(place, "first")), str(place / "start"))
+def test_an_exported_student_starts_another_run_and_its_card_says_how_to_draw(place: Path, fitted: Path) -> None:
+    out = export(str(fitted), str(place / "start"))
+    card = (out / "README.md").read_text()
+    assert "pipe('a prt dog', num_inference_steps=1, guidance_scale=1.0)" in card
+    assert "pipeline_tag: text-to-image" in card
     where = "--model.student.init_from"
-    again = fit(
-        place, "second", where, "unidad_pl.backbones.StableDiffusion", f"{where}.init_args.path", str(out),
-        "--model.student.optimizer.lr", "1e-12",
-    )  # fmt: skip
+    start = (where, "unidad_pl.backbones.StableDiffusion", f"{where}.init_args.path", str(out))
+    again = fit(place, "second", *start, "--model.student.optimizer.lr", "1e-12")
     first, second = load_export(out).network.state_dict(), load_student(again).network.state_dict()
     for name, weight in first.items():
         torch.testing.assert_close(second[name], weight, atol=1e-6, rtol=1e-5)
 
 
 def test_steps_between_the_timesteps_are_kept_but_not_exported(place: Path) -> None:
-    spacing = ("--model.source.init_args.spacing", "log_linear")
-    checkpoint = fit(
-        place, "loglin", "--model.student.num_steps", "2", "--model.student.sigma_max", "14.6146", *spacing
-    )
+    steps = ("--model.student.num_steps", "2", "--model.student.sigma_max", "14.6146")
+    checkpoint = fit(place, "loglin", *steps, "--model.source.init_args.spacing", "log_linear")
     assert load_student(checkpoint).sampler.sigmas == pytest.approx([14.6146, 0.5], rel=0.01)
     with pytest.raises(ValueError, match="evenly spaced timesteps only"):
         export(str(checkpoint), str(place / "no"))
     assert not (place / "no").exists()
 
 
-def test_sample_asks_for_prompts_and_keeps_apart_what_they_drew(place: Path) -> None:
-    checkpoint = str(fit(place, "asks"))
+def test_sample_asks_for_prompts_and_keeps_apart_what_they_drew(place: Path, fitted: Path) -> None:
+    checkpoint = str(fitted)
     with pytest.raises(ValueError, match="give --prompts"):
         sample(checkpoint, 1, str(place / "none"), device="cpu")
     sample(checkpoint, 2, str(place / "mine"), prompts=[PROMPT, "a cat"], device="cpu")
@@ -144,24 +149,16 @@ def test_sample_asks_for_prompts_and_keeps_apart_what_they_drew(place: Path) -> 
         sample(checkpoint, 2, str(place / "mine"), prompts=[PROMPT], device="cpu")
 
 
-def test_the_card_says_how_to_draw(place: Path) -> None:
-    card = (export(str(fit(place, "card")), str(place / "carded")) / "README.md").read_text()
-    assert "pipe('a prt dog', num_inference_steps=1, guidance_scale=1.0)" in card
-    assert "pipeline_tag: text-to-image" in card
-
-
 @pytest.mark.parametrize("config", sorted(path.name for path in CONFIGS.glob("sdp_*.yaml")))
 def test_a_config_without_its_files_says_which_go_where(
     config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "dog6").mkdir()
-    Image.new("RGB", (20, 20)).save(tmp_path / "dog6" / "0.png")
+    save_pictures(tmp_path / "dog6", 1)
     path = yaml.safe_load((CONFIGS / config).read_text())["model"]["init_args"]["source"]["init_args"]["path"]
     assert path in (CONFIGS / config).read_text().split("unidad fit")[0]
     with pytest.raises(FileNotFoundError, match=rf"'{path}'.*--model.source.init_args.path.*hf download"):
-        main(["fit", "--config", str(CONFIGS / config), "--config", str(NO_METRICS), "--trainer.accelerator", "cpu",
-              "--data.root", "dog6", "--data.prompts.dreambooth", "null", "--data.class_word", "dog"])  # fmt: skip
+        begin(config, Path("dog6"))
 
 
 def test_the_configs_of_adapters_train_and_export_them(place: Path) -> None:

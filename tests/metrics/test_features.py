@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.metrics.toys import TinyFeatures, cut_off, images
+from tests.metrics.toys import TinyFeatures, cut_off, images, refused
 from unidad_pl.metrics import FeatureModule, InceptionFeatures, LPIPSFeatures
 from unidad_pl.metrics.features import BACKBONES, INCEPTION_FILE, INCEPTION_URL, extract
 
@@ -32,17 +32,15 @@ def test_missing_weights_say_what_to_do(
     for part in (file, "MB", url, f"{tmp_path}/hub/checkpoints/", "weights_path", "no network"):
         assert part in message
     assert torch.equal(torch.get_rng_state(), random)
-    with pytest.raises(RuntimeError, match=file):  # also at the first use
-        features(images(1, 32))
+    refused(file, features, images(1, 32), error=RuntimeError)  # also at the first use
 
 
 @pytest.mark.parametrize("kind", [InceptionFeatures, LPIPSFeatures])
 def test_a_wrong_path_is_named(kind: type, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"weights_path='.*nowhere\.pth' could not be loaded"):
-        kind(weights_path=str(tmp_path / "nowhere.pth")).load()
-    (tmp_path / "broken.pth").write_bytes(b"half a file")
-    with pytest.raises(RuntimeError, match="could not be loaded"):
-        kind(weights_path=str(tmp_path / "broken.pth")).load()
+    features = kind(weights_path=str(tmp_path / "nowhere.pth"))
+    refused(r"weights_path='.*nowhere\.pth' could not be loaded", features.load, error=RuntimeError)
+    (tmp_path / "nowhere.pth").write_bytes(b"half a file")
+    refused("could not be loaded", features.load, error=RuntimeError)
 
 
 def test_lpips_reads_torchvisions_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -65,8 +63,8 @@ def test_lpips_reads_torchvisions_file(tmp_path: Path, capfd: pytest.CaptureFixt
     state = network.state_dict()
     del state["features.0.weight"]
     torch.save(state, tmp_path / "weights.pth")
-    with pytest.raises(RuntimeError, match=r"features\.0\.weight"):
-        LPIPSFeatures("squeeze", weights_path=str(tmp_path / "weights.pth")).load()
+    again = LPIPSFeatures("squeeze", weights_path=str(tmp_path / "weights.pth"))
+    refused(r"features\.0\.weight", again.load, error=RuntimeError)
 
 
 def test_lpips_does_not_warn(recwarn: pytest.WarningsRecorder) -> None:
@@ -75,10 +73,8 @@ def test_lpips_does_not_warn(recwarn: pytest.WarningsRecorder) -> None:
 
 
 def test_lpips_arguments() -> None:
-    with pytest.raises(ValueError, match="net must be one of vgg, alex, squeeze, got 'vgg19'"):
-        LPIPSFeatures("vgg19")
-    with pytest.raises(ValueError, match="pnet_rand=True uses no weights"):
-        LPIPSFeatures(weights_path="x.pth", pnet_rand=True)
+    refused("net must be one of vgg, alex, squeeze, got 'vgg19'", LPIPSFeatures, "vgg19")
+    refused("pnet_rand=True uses no weights", LPIPSFeatures, weights_path="x.pth", pnet_rand=True)
     assert LPIPSFeatures().name == "lpips-vgg-v0.1"
     assert LPIPSFeatures("alex", pnet_rand=True).name == "lpips-alex-v0.1-random"
 

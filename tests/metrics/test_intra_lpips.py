@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.metrics.toys import TinyFeatures, images
+from tests.metrics.toys import TinyFeatures, images, refused
 from unidad_pl.metrics import IntraClusterLPIPS, LPIPSFeatures
 from unidad_pl.metrics.intra_lpips import first_per_cluster, mean_pairwise_distance
 
@@ -20,6 +21,12 @@ def textured(count: int, size: int, seed: int) -> Tensor:
     coarse = torch.rand(count, 3, 4, 4, generator=generator) * 2 - 1
     smooth = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic")
     return (smooth + 0.1 * torch.randn(count, 3, size, size, generator=generator)).clamp(-1, 1)
+
+
+def with_shots(shots: Tensor, **options: Any) -> IntraClusterLPIPS:
+    metric = IntraClusterLPIPS(**({"features": TinyFeatures()} | options))
+    metric.set_shots(shots)
+    return metric
 
 
 def literal(distance, shots: Tensor, samples: Tensor, protocol: str, cap: int) -> tuple[float, list[float], list[int]]:
@@ -64,8 +71,8 @@ def test_equals_the_literal_loops(protocol: str, cap: int | None) -> None:
     official = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()
     shots = textured(4, 64, 3)
     samples = (0.7 * shots[torch.tensor([0, 1, 0, 1, 2, 0, 1, 0])] + 0.3 * textured(8, 64, 4)).clamp(-1, 1)
-    metric = IntraClusterLPIPS(LPIPSFeatures("alex", pnet_rand=True), protocol=protocol, cap=cap, batch_size=3)
-    metric.set_shots(shots)
+    alex = LPIPSFeatures("alex", pnet_rand=True)
+    metric = with_shots(shots, features=alex, protocol=protocol, cap=cap, batch_size=3)
     metric.update(samples[:5], range(5))
     metric.update(samples[5:], range(5, 8))
     result = metric.compute()
@@ -85,8 +92,7 @@ def test_does_not_depend_on_batches_or_order(spatial: bool) -> None:
     shots, samples = images(3, seed=1), images(40, seed=2)
     results = []
     for order, size in ((torch.arange(40), 40), (torch.arange(40).flip(0), 7), (torch.randperm(40), 1)):
-        metric = IntraClusterLPIPS(TinyFeatures(spatial=spatial), cap=4, batch_size=5)
-        metric.set_shots(shots)
+        metric = with_shots(shots, features=TinyFeatures(spatial=spatial), cap=4, batch_size=5)
         assert metric._keeps_features is not spatial
         for part in order.split(size):
             metric.update(samples[part], part)
@@ -99,9 +105,7 @@ def test_does_not_depend_on_batches_or_order(spatial: bool) -> None:
 
 
 def test_repeated_numbers_count_once_and_reset_forgets() -> None:
-    shots, samples = images(2, seed=1), images(12, seed=2)
-    metric = IntraClusterLPIPS(TinyFeatures(), cap=3)
-    metric.set_shots(shots)
+    samples, metric = images(12, seed=2), with_shots(images(2, seed=1), cap=3)
     metric.update(samples)
     once = vars(metric.compute()) | {"cluster_means": pytest.approx(metric.compute().cluster_means, nan_ok=True)}
     metric.reset()
@@ -117,8 +121,7 @@ def test_every_argument_counts() -> None:
     shots, samples = images(3, seed=1), images(120, seed=2)
 
     def value(**options: object) -> IntraClusterLPIPS:
-        metric = IntraClusterLPIPS(**{"features": TinyFeatures(), **options})
-        metric.set_shots(shots)
+        metric = with_shots(shots, **options)
         metric.update(samples)
         return metric
 
@@ -130,17 +133,14 @@ def test_every_argument_counts() -> None:
     assert value(features=TinyFeatures(seed=1)).compute().mean != base.mean
     low, high = value(threshold=base.nearest_min).compute(), value(threshold=1e9).compute()
     assert (low.memorised, high.memorised) == (0.0, 1.0)
-    batches = value(batch_size=3).features.batches
-    assert set(batches[1:]) == {3}
+    assert set(value(batch_size=3).features.batches[1:]) == {3}
     assert isinstance(IntraClusterLPIPS().features, LPIPSFeatures)
 
 
 def test_memorisation_sees_copies() -> None:
     shots = images(4, seed=1)
-    samples = torch.cat([shots[:2], images(6, seed=2)])
-    metric = IntraClusterLPIPS(TinyFeatures(), threshold=1e-6)
-    metric.set_shots(shots)
-    metric.update(samples)
+    metric = with_shots(shots, threshold=1e-6)
+    metric.update(torch.cat([shots[:2], images(6, seed=2)]))
     result = metric.compute()
     assert result.memorised == 0.25
     assert result.nearest_min == 0
@@ -162,17 +162,11 @@ def test_first_per_cluster() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match="protocol must be 'cdc' or 'crdi', got 'cdd'"):
-        IntraClusterLPIPS(TinyFeatures(), protocol="cdd")
-    with pytest.raises(ValueError, match="cap must be >= 2"):
-        IntraClusterLPIPS(TinyFeatures(), cap=1)
+    refused("protocol must be 'cdc' or 'crdi', got 'cdd'", IntraClusterLPIPS, TinyFeatures(), protocol="cdd")
+    refused("cap must be >= 2", IntraClusterLPIPS, TinyFeatures(), cap=1)
     metric = IntraClusterLPIPS(TinyFeatures())
-    with pytest.raises(RuntimeError, match="set_shots"):
-        metric.update(images(2))
-    with pytest.raises(ValueError, match="shots must be"):
-        metric.set_shots(images(2)[0])
+    refused("set_shots", metric.update, images(2), error=RuntimeError)
+    refused("shots must be", metric.set_shots, images(2)[0])
     metric.set_shots(images(2))
-    with pytest.raises(ValueError, match=r"\(3, 4, 4\) but shots are \(3, 8, 8\)"):
-        metric.update(images(2, size=4))
-    with pytest.raises(ValueError, match="no samples"):
-        metric.compute()
+    refused(r"\(3, 4, 4\) but shots are \(3, 8, 8\)", metric.update, images(2, size=4))
+    refused("no samples", metric.compute)

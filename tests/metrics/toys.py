@@ -1,15 +1,22 @@
-"""Tiny feature networks, and what tests of metrics and of callbacks share."""
+"""Tiny feature networks, and what tests of metrics, callbacks and other folders share."""
 
 from __future__ import annotations
 
 import math
 import urllib.error
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+
+
+def refused(message: str, call: Callable[..., Any], *given: Any, error: Any = ValueError, **options: Any) -> None:
+    """``call(*given, **options)`` ends in ``error`` with a text that ``message`` matches."""
+    with pytest.raises(error, match=message):
+        call(*given, **options)
 
 
 class TinyFeatures(nn.Module):

@@ -5,22 +5,19 @@ from __future__ import annotations
 import csv
 import math
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor
 
+from tests.worlds import fit
 from unidad_pl import OptimizerOptions
 from unidad_pl.cartoons import world
 from unidad_pl.cartoons.features import CartoonFeatures, FactorNetwork
 from unidad_pl.cartoons.world import visible
-from unidad_pl.data.cartoon_labels import (
-    TRAIN_START,
-    VALIDATION_START,
-    CartoonDataModule,
-    LabelledBatch,
-)
+from unidad_pl.data.cartoon_labels import TRAIN_START, VALIDATION_START, CartoonDataModule, LabelledBatch
 from unidad_pl.modules.factors import FactorTraining, gaussian_blur
 
 TINY = {"channels": (8, 8, 8), "features": 8, "optimizer": OptimizerOptions(lr=1e-2, warmup=0)}
@@ -31,20 +28,9 @@ def _data(**changes: object) -> CartoonDataModule:
     return CartoonDataModule(**(DATA | changes))  # type: ignore[arg-type]
 
 
-def _trainer(root: Path, steps: int = 2, **changes: object) -> pl.Trainer:
-    settings = {
-        "max_steps": steps,
-        "default_root_dir": root,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "val_check_interval": 1,
-        "check_val_every_n_epoch": None,
-        "num_sanity_val_steps": 0,
-    }
-    return pl.Trainer(**(settings | changes))  # type: ignore[arg-type]
+def _fit(module: FactorTraining, root: Path, steps: int = 2, **options: Any) -> pl.Trainer:
+    often = dict(limit_val_batches=1.0, val_check_interval=1, check_val_every_n_epoch=None, num_sanity_val_steps=0)
+    return fit(module, steps, _data(), **(often | dict(default_root_dir=root) | options))
 
 
 def _module(**changes: object) -> FactorTraining:
@@ -55,15 +41,16 @@ def _weights(module: FactorTraining) -> Tensor:
     return torch.cat([p.detach().flatten() for p in module.network.parameters()])
 
 
+Trained = tuple[FactorTraining, pl.Trainer, Path]
+
+
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[FactorTraining, pl.Trainer, Path]:
-    root = tmp_path_factory.mktemp("run")
-    module, trainer = _module(), _trainer(root)
-    trainer.fit(module, _data())
-    return module, trainer, root
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    module, root = _module(), tmp_path_factory.mktemp("run")
+    return module, _fit(module, root), root
 
 
-def test_two_steps_export_a_network_that_loads(trained: tuple[FactorTraining, pl.Trainer, Path]) -> None:
+def test_two_steps_export_a_network_that_loads(trained: Trained) -> None:
     module, trainer, root = trained
     assert trainer.global_step == 2
     network = FactorNetwork.from_pretrained(root / "cartoon_features")
@@ -74,10 +61,9 @@ def test_two_steps_export_a_network_that_loads(trained: tuple[FactorTraining, pl
     assert CartoonFeatures(str(root / "cartoon_features"))(torch.zeros(1, 3, 32, 32)).shape == (1, 8)
 
 
-def test_curve_and_logged_metrics(trained: tuple[FactorTraining, pl.Trainer, Path]) -> None:
+def test_curve_and_logged_metrics(trained: Trained) -> None:
     _, trainer, root = trained
-    with (root / "cartoon_features" / "curve.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader((root / "cartoon_features" / "curve.csv").read_text().splitlines()))
     assert [row["step"] for row in rows] == ["1", "2"]
     assert all(float(row["train_loss"]) > 0 and 0 <= float(row["val_accuracy"]) <= 1 for row in rows)
     logged = set(trainer.callback_metrics)
@@ -86,20 +72,17 @@ def test_curve_and_logged_metrics(trained: tuple[FactorTraining, pl.Trainer, Pat
 
 
 def test_training_learns(tmp_path: Path) -> None:
-    module = _module(optimizer=OptimizerOptions(lr=1e-2, warmup=0))
-    _trainer(tmp_path, 30, val_check_interval=15).fit(module, _data())
+    module = _module()
+    _fit(module, tmp_path, 30, val_check_interval=15)
     assert module.curve[1][1] < module.curve[0][1]
 
 
 def test_same_seed_same_weights_and_resume_continues(tmp_path: Path) -> None:
-    whole = _module()
-    _trainer(tmp_path / "a", 4).fit(whole, _data())
-    first, trainer = _module(), _trainer(tmp_path / "b", 2)
+    whole, first, second = _module(), _module(), _module()
+    _fit(whole, tmp_path / "a", 4)
     # the learning rate is constant, so that it does not know that this run stops early
-    trainer.fit(first, _data())
-    trainer.save_checkpoint(tmp_path / "half.ckpt")
-    second = _module()
-    _trainer(tmp_path / "c", 4).fit(second, _data(), ckpt_path=tmp_path / "half.ckpt", weights_only=False)
+    _fit(first, tmp_path / "b", 2).save_checkpoint(tmp_path / "half.ckpt")
+    _fit(second, tmp_path / "c", 4, ckpt_path=tmp_path / "half.ckpt")
     assert torch.equal(_weights(whole), _weights(second))
     assert whole.curve == second.curve
 
@@ -109,26 +92,19 @@ def test_same_seed_same_weights_and_resume_continues(tmp_path: Path) -> None:
     [
         {"optimizer": OptimizerOptions(lr=1e-3, warmup=0)},
         {"optimizer": OptimizerOptions(lr=1e-2, warmup=0, clip=1e-6, arguments={"eps": 1.0})},
-        {"channels": (8, 8)},
-        {"features": 6},
-        {"value_weight": 1.0},
-        {"noise": 0.3},
-        {"blur": 0.2},
-        {"jitter": 0.0},
+        {"channels": (8, 8)}, {"features": 6}, {"value_weight": 1.0}, {"noise": 0.3}, {"blur": 0.2}, {"jitter": 0.0},
         {"seed": 1},
     ],
-)
-def test_every_argument_of_the_module_matters(
-    tmp_path: Path, trained: tuple[FactorTraining, pl.Trainer, Path], changes: dict[str, object]
-) -> None:
+)  # fmt: skip
+def test_every_argument_of_the_module_matters(tmp_path: Path, trained: Trained, changes: dict[str, object]) -> None:
     module = _module(**changes)
-    _trainer(tmp_path, limit_val_batches=0).fit(module, _data())
+    _fit(module, tmp_path, limit_val_batches=0)
     before, after = _weights(trained[0]), _weights(module)
     assert before.shape != after.shape or not torch.equal(before, after)
 
 
 def test_export_to_sets_the_folder(tmp_path: Path) -> None:
-    _trainer(tmp_path, 1, limit_val_batches=0).fit(_module(export_to=str(tmp_path / "x" / "y")), _data())
+    _fit(_module(export_to=str(tmp_path / "x" / "y")), tmp_path, 1, limit_val_batches=0)
     FactorNetwork.from_pretrained(tmp_path / "x" / "y")
     assert not (tmp_path / "cartoon_features").exists()
 
@@ -142,19 +118,14 @@ def test_impossible_amounts_are_refused(changes: dict[str, float]) -> None:
 def test_hidden_factors_get_no_gradient() -> None:
     module = _module()
     module.configure_model()
-    for domain, hidden in {
-        "cats": ("skin", "hair_style", "mouth"),
-        "faces": ("fur", "coat"),
-        "sunglasses": ("eye_colour",),
-    }.items():
+    hides = {"cats": ("skin", "hair_style", "mouth"), "faces": ("fur", "coat"), "sunglasses": ("eye_colour",)}
+    for domain, hidden in hides.items():
         module.zero_grad()
         labels = world.factors(range(6), domain)
         output = module.network(world.render(range(6), domain))
         module.loss(output, labels | {"noise": torch.zeros(6), "blur": torch.zeros(6)}).backward()
         for name, head in module.network.heads.items():
-            gradient = next(head.parameters()).grad
-            assert gradient is not None
-            touched = bool(gradient.abs().sum() > 0)
+            touched = bool(next(head.parameters()).grad.abs().sum() > 0)  # type: ignore[union-attr]
             if name in hidden:
                 assert not touched, f"{name} in {domain}"
             elif visible(labels)[name].any():
@@ -216,14 +187,9 @@ def test_stream_depends_on_seed_and_position_alone() -> None:
     assert not torch.equal(_rows(_data(seed=1))[0].images, large[0].images)
 
 
-@pytest.mark.parametrize(
-    ("changes", "shape"), [({"batch_size": 5}, (5, 3, 32, 32)), ({"resolution": 16}, (6, 3, 16, 16))]
-)
-def test_sizes_of_training_batches(changes: dict[str, int], shape: tuple[int, ...]) -> None:
-    assert _rows(_data(**changes))[0].images.shape == shape
-
-
-def test_pool_validation_sizes_and_domains() -> None:
+def test_sizes_and_domains() -> None:
+    assert _rows(_data(batch_size=5))[0].images.shape == (5, 3, 32, 32)
+    assert _rows(_data(resolution=16))[0].images.shape == (6, 3, 16, 16)
     data = _data(domains=["cats"], pool_size=1, val_size=5, eval_batch_size=3)
     assert [len(b.images) for b in data.val_dataloader()] == [3, 2]
     batch = _rows(data)[0]
@@ -234,14 +200,11 @@ def test_pool_validation_sizes_and_domains() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"domains": []}, "at least one"),
-        ({"domains": ["dogs"]}, "unknown cartoon domain"),
-        ({"pool_size": 0}, "pool_size"),
-        ({"val_size": 500_001}, "val_size"),
-        ({"batch_size": 0}, "batch_size"),
+        ({"domains": []}, "at least one"), ({"domains": ["dogs"]}, "unknown cartoon domain"),
+        ({"pool_size": 0}, "pool_size"), ({"val_size": 500_001}, "val_size"), ({"batch_size": 0}, "batch_size"),
         ({"eval_batch_size": 0}, "eval_batch_size"),
     ],
-)
+)  # fmt: skip
 def test_impossible_data_is_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _data(**changes)

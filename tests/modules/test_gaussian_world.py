@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.worlds import AffineStudent, Gaussian, Stream, fit, groups
+from tests.worlds import AffineStudent, Gaussian, Stream, fit, unidad
 from unidad_pl import OptimizerOptions, UniDAD
 from unidad_pl.schedules import karras
 
 SOURCE, TARGET = -2.0, 2.0
+# F must follow G closely, or the pair circles around the fixed point.
+STEADY = OptimizerOptions(lr=0.02, warmup=0, decay_to=0.02, arguments={"betas": (0.0, 0.95), "weight_decay": 0.0})
+QUICK = OptimizerOptions(lr=0.1, warmup=0, decay_to=0.02, arguments={"betas": (0.5, 0.9), "weight_decay": 0.0})
+EXACT: dict[str, Any] = dict(
+    student__num_steps=1, student__update_every=1, student__optimizer=STEADY, fake_score__optimizer=QUICK,
+    target_teacher__adaptation__optimizer=QUICK, gan=None, denoising__sigma_data=1.0, training__ema_decay=0.0,
+)  # fmt: skip
 
 
-def train(steps: int = 350, **options: object) -> UniDAD:
-    # F must follow G closely, or the pair circles around the fixed point.
-    slow = OptimizerOptions(lr=0.02, warmup=0, decay_to=0.02, arguments={"betas": (0.0, 0.95), "weight_decay": 0.0})
-    fast = OptimizerOptions(lr=0.1, warmup=0, decay_to=0.02, arguments={"betas": (0.5, 0.9), "weight_decay": 0.0})
+def train(**options: Any) -> UniDAD:
     target = dict(target_teacher__init_from=Gaussian(TARGET), target_teacher__adaptation=None)
-    module = UniDAD(
-        Gaussian(SOURCE), **groups(student__init_from=Gaussian(0.5, AffineStudent), **target,
-        student__num_steps=1, student__update_every=1, gan=None, denoising__weighting="edm", denoising__sigma_data=1.0,
-        student__optimizer=slow, fake_score__optimizer=fast, **options),
-    )  # fmt: skip
-    images = torch.zeros(8, 1, 8, 8, dtype=torch.uint8)
-    fit(module, steps, Stream(images, batch_size=32))
+    module = unidad(Gaussian(SOURCE), student__init_from=Gaussian(0.5, AffineStudent), **target, **(EXACT | options))
+    fit(module, 350, Stream(torch.zeros(8, 1, 8, 8, dtype=torch.uint8), batch_size=32))
     return module
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tests.modules.test_gaussian_world import fixed_point
-from tests.worlds import GaussianDenoiser, fit, groups
-from unidad_pl import AdaptationOptions, OptimizerOptions, UniDAD
+from tests.modules.test_gaussian_world import EXACT, fixed_point
+from tests.worlds import GaussianDenoiser, fit, unidad
+from unidad_pl import UniDAD
 from unidad_pl.data.batch import Batch
 from unidad_pl.data.stream import SeedBatches
 from unidad_pl.denoiser import Codec, Denoiser, DenoiserSource, Prediction
@@ -28,8 +28,6 @@ SUBJECT, CLASS = "a prt dog", "a dog"
 OTHER = "a cat"
 CLASS_MEAN, SUBJECT_MEAN, UNTAUGHT = -2.0, 2.0, 6.0
 WORDS = ["a", "prt", "dog", "cat"]
-STEADY = OptimizerOptions(lr=0.02, warmup=0, decay_to=0.02, arguments={"betas": (0.0, 0.95), "weight_decay": 0.0})
-QUICK = OptimizerOptions(lr=0.1, warmup=0, decay_to=0.02, arguments={"betas": (0.5, 0.9), "weight_decay": 0.0})
 
 
 class Texts(Codec):
@@ -99,16 +97,9 @@ class Photos(pl.LightningDataModule):
         return DataLoader(SeedBatches([batch] * 1000), batch_size=None)  # type: ignore[list-item]
 
 
-def personalise(a: float, adapted: bool = False) -> UniDAD:
-    means = [UNTAUGHT, CLASS_MEAN, 0.5]
-    target = dict(target_teacher__init_from=World([SUBJECT_MEAN, CLASS_MEAN, 0.5]), target_teacher__adaptation=None)
-    if not adapted:
-        target = dict(target_teacher__adaptation=AdaptationOptions(update="every", optimizer=QUICK))
-    module = UniDAD(
-        World(means), **groups(student__init_from=World([0.5, CLASS_MEAN, 0.5], OneStep), target_teacher__weight=a,
-        student__num_steps=1, student__update_every=1, denoising__sigma_data=1.0, gan=None,
-        student__optimizer=STEADY, fake_score__optimizer=QUICK, **target),
-    )  # fmt: skip
+def personalise(a: float, **target: Any) -> UniDAD:
+    world, student = World([UNTAUGHT, CLASS_MEAN, 0.5]), World([0.5, CLASS_MEAN, 0.5], OneStep)
+    module = unidad(world, student__init_from=student, target_teacher__weight=a, **(EXACT | target))
     fit(module, 350, Photos())
     return module
 
@@ -118,7 +109,7 @@ def mean_of(network: Any, prompt: str, shared_words: bool = False) -> float:
 
 
 def test_the_subjects_prompt_moves_and_the_class_stays() -> None:
-    module = personalise(1.0)
+    module = personalise(1.0, target_teacher__adaptation__update="every")
     assert mean_of(module.target_teacher, SUBJECT) == pytest.approx(SUBJECT_MEAN, abs=0.02)
     assert mean_of(module.student, SUBJECT) == pytest.approx(SUBJECT_MEAN, abs=0.05)
     for network in (module.student, module.fake_score, module.target_teacher):
@@ -138,22 +129,22 @@ def test_the_subjects_prompt_moves_and_the_class_stays() -> None:
 
 def test_the_source_pulls_the_subject_towards_its_class_by_the_closed_form() -> None:
     """Told the subject's prompt, S would pull to UNTAUGHT, on the other side of the subject."""
-    module = personalise(0.45, adapted=True)
+    target = World([SUBJECT_MEAN, CLASS_MEAN, 0.5])
+    module = personalise(0.45, target_teacher__init_from=target, target_teacher__adaptation=None)
     want = fixed_point(0.55, 0.45, karras().double()[20:981])
     assert CLASS_MEAN < want < SUBJECT_MEAN
     assert mean_of(module.student, SUBJECT) == pytest.approx(want, abs=0.07)
     assert mean_of(module.student, CLASS) == CLASS_MEAN
 
 
+SHARED = [-1.0, 0.0, -1.0, 1.5]  # the means of WORDS
+
+
 def teach(prior: float | None) -> Any:
     """T where prompts share their words: "a prt dog" begins at the class's mean, as "prt" means nothing yet."""
-    world = World([-1.0, 0.0, -1.0, 1.5], shared_words=True)
-    module = UniDAD(
-        world, **groups(student__init_from=World([-1.0, 0.0, -1.0, 1.5], OneStep, True), target_teacher__weight=1.0,
-        target_teacher__adaptation__update="every", student__num_steps=1, student__update_every=1000, gan=None,
-        denoising__sigma_data=1.0,
-        student__optimizer=STEADY, fake_score__optimizer=QUICK, target_teacher__adaptation__optimizer=QUICK),
-    )  # fmt: skip
+    still = dict(student__update_every=1000, student__init_from=World(SHARED, OneStep, True))
+    target = dict(target_teacher__weight=1.0, target_teacher__adaptation__update="every")
+    module = unidad(World(SHARED, shared_words=True), **(EXACT | still | target))
     fit(module, 300, Photos(prior))
     return module.target_teacher
 
@@ -170,9 +161,7 @@ def test_where_words_are_shared_pictures_of_the_class_keep_it_in_place() -> None
 
 def test_the_weight_of_the_prior_scales_its_gradient() -> None:
     def gradient(weight: float | None) -> Tensor:
-        module = UniDAD(
-            World([-1.0, 0.0, -1.0, 1.5], shared_words=True), **groups(target_teacher__weight=1.0, gan=None)
-        )
+        module = unidad(World(SHARED, shared_words=True), target_teacher__weight=1.0, gan=None)
         module.configure_model()
         module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
         batch = next(iter(Photos(weight).train_dataloader()))

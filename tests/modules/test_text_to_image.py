@@ -6,21 +6,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
-from tests.tiny_sd import save_tiny
-from tests.worlds import groups
-from unidad_pl import OptimizerOptions, UniDAD
+from tests.tiny_sd import listen, save_tiny, subject, text_unidad
+from tests.worlds import fit
+from unidad_pl import UniDAD
 from unidad_pl.backbones import NewUNet, StableDiffusion
 from unidad_pl.backbones.latents import LatentCodec
-from unidad_pl.data import SubjectDataModule
 from unidad_pl.training.networks import content_hash
-
-FAST = OptimizerOptions(lr=1e-3, warmup=0)
 
 
 @pytest.fixture(scope="module", params=["1.x", "xl"])
@@ -28,53 +24,12 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return save_tiny(tmp_path_factory.mktemp("sd") / "sd", xl=request.param == "xl")
 
 
-def module(folder: Path, **options: Any) -> UniDAD:
-    defaults: dict[str, Any] = dict(
-        source=StableDiffusion(str(folder)), student__num_steps=2, student__update_every=2,
-        target_teacher__adaptation__update="every", target_teacher__weight=0.75, matching__noise_table="model",
-        matching__normalizer="noisy", denoising__weighting="eps", matching__guidance_scale=7.5, gan__noise="shared",
-        student__optimizer=FAST, fake_score__optimizer=FAST, target_teacher__adaptation__optimizer=FAST,
-    )  # fmt: skip
-    return UniDAD(**groups(**{**defaults, **options}))
-
-
-def data(photos: Path, **options: Any) -> SubjectDataModule:
-    return SubjectDataModule(str(photos), "dog", **{"resolution": 16, "batch_size": 2, **options})
-
-
-def fit(
-    model: UniDAD, photos: Path, steps: int, folder: Path, ckpt_path: str | None = None, served: Any = None
-) -> pl.Trainer:
-    trainer = pl.Trainer(
-        max_steps=steps, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu",
-        default_root_dir=folder, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(model, served or data(photos), ckpt_path=ckpt_path)
-    return trainer
-
-
-def test_every_network_is_told_its_own_prompt(folder: Path, photos: Path, tmp_path: Path) -> None:
-    model = module(folder, matching__negative_prompt="a cat")
+def test_every_network_is_told_its_own_prompt(folder: Path, photos: Path) -> None:
+    model = text_unidad(folder, matching__negative_prompt="a cat")
     model.configure_model()
-    told: dict[str, set[str]] = {}
-    rows = {text: model.codec.embed([text])[0] for text in ("a prt dog", "a dog", "a cat", "")}
-
-    def spy(name: str, network: Any, method: str) -> None:
-        original = getattr(network, method)
-
-        def called(x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Any:
-            assert cond is not None
-            for row in cond:
-                told.setdefault(name, set()).update(text for text, known in rows.items() if torch.equal(row, known))
-            return original(x, sigma, cond)
-
-        setattr(network, method, called)
-
-    for name in ("student", "fake_score", "target_teacher", "source_teacher"):
-        for method in ("predict", "taps"):
-            spy(f"{name}.{method}", getattr(model, name), method)
-    fit(model, photos, 2, tmp_path)
-    assert told == {
+    told = listen(model, ["a prt dog", "a dog", "a cat", ""])
+    fit(model, 2, subject(photos), limit_val_batches=1.0)
+    assert {name: {text for call in calls for text in call} for name, calls in told.items()} == {
         "student.predict": {"a prt dog"},
         "fake_score.predict": {"a prt dog"},
         "fake_score.taps": {"a prt dog"},
@@ -85,7 +40,7 @@ def test_every_network_is_told_its_own_prompt(folder: Path, photos: Path, tmp_pa
 
 def test_guidance_and_its_negative_prompt_change_the_direction(folder: Path) -> None:
     def terms(**options: Any) -> Tensor:
-        model = module(folder, **options)
+        model = text_unidad(folder, **options)
         model.configure_model()
         torch.manual_seed(0)
         x = torch.randn(1, 4, 8, 8, requires_grad=True)
@@ -99,49 +54,40 @@ def test_guidance_and_its_negative_prompt_change_the_direction(folder: Path) -> 
     assert not torch.allclose(plain, terms(matching__guidance_scale=2.0))
     assert not torch.allclose(plain, terms(matching__negative_prompt="cat"))
     with pytest.raises(ValueError, match=r"guidance_scale must be at least 1, got 0\.5"):
-        module(folder, matching__guidance_scale=0.5)
+        text_unidad(folder, matching__guidance_scale=0.5)
 
 
-def test_training_moves_what_it_should_and_keeps_codec_and_source_out(
-    folder: Path, photos: Path, tmp_path: Path
-) -> None:
-    model = module(folder, training__ema_decay=0.5)
+def test_training_keeps_codec_and_source_as_they_are_and_out(folder: Path, photos: Path, tmp_path: Path) -> None:
+    model = text_unidad(folder, training__ema_decay=0.5)
     model.configure_model()
     before = {name: content_hash(getattr(model, name)) for name, _ in model.named_children() if name != "ema"}
-    trainer = fit(model, photos, 3, tmp_path)
-    after = {name: content_hash(getattr(model, name)) for name in before}
-    assert {name for name in before if before[name] == after[name]} == {"source_teacher"}
-    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    fit(model, 3, subject(photos), limit_val_batches=1.0).save_checkpoint(tmp_path / "one.ckpt")
+    assert {name for name in before if content_hash(getattr(model, name)) == before[name]} == {"source_teacher"}
     keys = torch.load(tmp_path / "one.ckpt", weights_only=True)["state_dict"]
-    networks = {"student", "fake_score", "target_teacher", "discriminator", "ema"}
-    assert {key.split(".")[0] for key in keys} == networks
+    assert {key.split(".")[0] for key in keys} == {"student", "fake_score", "target_teacher", "discriminator", "ema"}
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(folder: Path, photos: Path, tmp_path: Path) -> None:
-    whole = module(folder)
-    fit(whole, photos, 4, tmp_path)
-    first = module(folder)
-    fit(first, photos, 2, tmp_path).save_checkpoint(tmp_path / "half.ckpt")
-    second = module(folder)
-    fit(second, photos, 4, tmp_path, str(tmp_path / "half.ckpt"))
+    whole, first, second = (text_unidad(folder) for _ in range(3))
+    fit(whole, 4, subject(photos), limit_val_batches=1.0)
+    fit(first, 2, subject(photos), limit_val_batches=1.0).save_checkpoint(tmp_path / "half.ckpt")
+    fit(second, 4, subject(photos), tmp_path / "half.ckpt", limit_val_batches=1.0)
     for name in ("student", "fake_score", "target_teacher", "discriminator"):
         assert content_hash(getattr(second, name)) == content_hash(getattr(whole, name)), name
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 @pytest.mark.parametrize("gradient", ["unroll", "last", "backward_simulation"])
-def test_any_number_of_steps_trains_and_samples(
-    folder: Path, photos: Path, tmp_path: Path, steps: int, gradient: Any
-) -> None:
-    model = module(folder, student__num_steps=steps, student__gradient=gradient)
-    fit(model, photos, 1, tmp_path)
+def test_any_number_of_steps_trains_and_samples(folder: Path, photos: Path, steps: int, gradient: Any) -> None:
+    model = text_unidad(folder, student__num_steps=steps, student__gradient=gradient)
+    fit(model, 1, subject(photos))
     images = model.sample([0, 1], prompts=["a prt dog"] * 2)
     assert images.shape == (2, 3, 16, 16)
     assert images.abs().max() <= 1
 
 
 def test_one_step_from_the_last_timestep_is_the_formula(folder: Path) -> None:
-    model = module(folder, student__num_steps=1)
+    model = text_unidad(folder, student__num_steps=1)
     model.configure_model()
     cond = model.codec.embed(["a dog"])
     noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(3))[None]
@@ -156,13 +102,13 @@ def test_one_step_from_the_last_timestep_is_the_formula(folder: Path) -> None:
 
 def test_sigmas_that_even_spacing_ignores_are_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="sigma_min do nothing where the steps lie at even timesteps"):
-        module(folder, student__sigma_max=10.0).configure_model()
+        text_unidad(folder, student__sigma_max=10.0).configure_model()
     free = StableDiffusion(str(folder), spacing="log_linear")
-    module(folder, source=free, student__sigma_max=10.0).configure_model()
+    text_unidad(folder, source=free, student__sigma_max=10.0).configure_model()
 
 
 def test_an_image_depends_on_its_seed_and_prompt_alone(folder: Path) -> None:
-    model = module(folder)
+    model = text_unidad(folder)
     prompts = ["a prt dog", "a dog", "a cat"]
     together = model.sample([4, 5, 6], prompts=prompts)
     for i, prompt in enumerate(prompts):
@@ -247,18 +193,19 @@ def test_a_folder_without_a_text_encoder_is_named(folder: Path, tmp_path: Path) 
         file.unlink()
     (tmp_path / "sd" / "tokenizer" / "tokenizer_config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"has neither tokenizer/vocab\.json nor tokenizer/tokenizer\.json"):
-        module(tmp_path / "sd").configure_model()
+        text_unidad(tmp_path / "sd").configure_model()
     shutil.rmtree(tmp_path / "sd" / "text_encoder")
     with pytest.raises(FileNotFoundError, match="has no text_encoder/: the download is incomplete"):
-        module(tmp_path / "sd").configure_model()
+        text_unidad(tmp_path / "sd").configure_model()
 
 
 def test_v_prediction_trains_and_its_single_step_is_diffusers_ddim(photos: Path, tmp_path: Path) -> None:
-    model = module(save_tiny(tmp_path / "sd", prediction="v_prediction"), student__num_steps=1, student__update_every=1)
-    fit(model, photos, 1, tmp_path)
+    folder = save_tiny(tmp_path / "sd", prediction="v_prediction")
+    model = text_unidad(folder, student__num_steps=1, student__update_every=1)
+    fit(model, 1, subject(photos))
     cond = model.codec.embed(["a dog"])
     noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(3))[None]
-    scheduler = DDIMScheduler.from_pretrained(tmp_path / "sd" / "scheduler")
+    scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
     scheduler.set_timesteps(1000)
     with torch.no_grad():
         v = model.student.unet(noise, 999, encoder_hidden_states=cond).sample
@@ -266,7 +213,7 @@ def test_v_prediction_trains_and_its_single_step_is_diffusers_ddim(photos: Path,
     torch.testing.assert_close(model.sample([3], prompts=["a dog"]), want, atol=2e-5, rtol=1e-4)
 
 
-def test_wrong_pictures_and_prompts_are_named(folder: Path, photos: Path, tmp_path: Path) -> None:
+def test_wrong_pictures_and_prompts_are_named(folder: Path) -> None:
     codec = LatentCodec(folder, 16)
     with pytest.raises(ValueError, match=r"serves images of \(3, 8, 8\)"):
         codec.encode(torch.zeros(1, 3, 8, 8))
@@ -279,7 +226,7 @@ def test_wrong_pictures_and_prompts_are_named(folder: Path, photos: Path, tmp_pa
 def test_without_transformers_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unidad_pl.backbones.latents.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"unidad_pl\[sdp\]"):
-        module(folder).configure_model()
+        text_unidad(folder).configure_model()
 
 
 def test_prompts_for_a_pixel_model_are_refused() -> None:

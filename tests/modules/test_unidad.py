@@ -10,21 +10,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from tests.worlds import Stream, fit, groups, random_images, tiny_unet, weights_sha
-from unidad_pl import AdaptationOptions, GenerativeModule, MemoryOptions, OptimizerOptions, TargetTeacherOptions, UniDAD
-from unidad_pl.backbones import NewUNet
+from tests.worlds import Stream, fit, groups, random_images, tiny_unet, unidad, weights_sha
+from unidad_pl import MemoryOptions, OptimizerOptions, UniDAD
 from unidad_pl.training.networks import frozen
-
-FAST = OptimizerOptions(lr=1e-3, warmup=0)
-
-
-def unidad(source: NewUNet | None = None, **options: Any) -> UniDAD:
-    settings: dict[str, Any] = dict(
-        student__update_every=2, target_teacher__weight=0.5, training__ema_decay=0.9,
-        student__optimizer=FAST, fake_score__optimizer=FAST, target_teacher__adaptation__optimizer=FAST,
-    )  # fmt: skip
-    return UniDAD(source or tiny_unet(), **groups(**(settings | options)))
-
 
 NETWORKS = ("source_teacher", "target_teacher", "fake_score", "student", "discriminator")
 
@@ -34,13 +22,18 @@ def grads(module: UniDAD) -> set[str]:
 
 
 @pytest.fixture
-def ready(monkeypatch: pytest.MonkeyPatch) -> UniDAD:
-    """A built module whose losses can be called without a trainer."""
+def built() -> UniDAD:
     module = unidad()
     module.configure_model()
-    monkeypatch.setattr(module, "log", lambda *a, **k: None)
-    monkeypatch.setattr(module, "manual_backward", lambda loss, **k: loss.backward(**k))
     return module
+
+
+@pytest.fixture
+def ready(built: UniDAD, monkeypatch: pytest.MonkeyPatch) -> UniDAD:
+    """A module whose losses can be called without a trainer."""
+    monkeypatch.setattr(built, "log", lambda *a, **k: None)
+    monkeypatch.setattr(built, "manual_backward", lambda loss, **k: loss.backward(**k))
+    return built
 
 
 def test_each_loss_reaches_its_own_group_and_nothing_else(ready: UniDAD) -> None:
@@ -58,23 +51,22 @@ def test_each_loss_reaches_its_own_group_and_nothing_else(ready: UniDAD) -> None
 
 
 def test_no_graph_is_kept_for_the_networks_that_only_judge(ready: UniDAD) -> None:
-    x = ready.draw_student_images(2, None)
-    loss = ready.student_loss(x, None)
+    loss = ready.student_loss(ready.draw_student_images(2, None), None)
     loss.backward()  # without inputs=: whatever still required gradients would now get one
     assert grads(ready) == {"student"}
 
 
-def test_the_source_teacher_never_changes_and_never_trains() -> None:
-    module = unidad()
-    module.configure_model()
-    before = weights_sha(module.source_teacher)
-    module.requires_grad_(True)  # what un-froze the teachers in the released code
-    module.train()
-    fit(module, 3)
-    assert weights_sha(module.source_teacher) == before
-    assert all(p.grad is None for p in module.source_teacher.parameters())
-    assert not module.source_teacher.training
-    assert module.student.training
+def test_the_source_teacher_never_changes_and_never_trains(built: UniDAD) -> None:
+    before = weights_sha(built.source_teacher)
+    for name in ("student", "fake_score", "target_teacher"):  # the first iteration starts every network at the source
+        assert weights_sha(getattr(built, name)) == before
+    built.requires_grad_(True)  # what un-froze the teachers in the released code
+    built.train()
+    fit(built, 3)
+    assert weights_sha(built.source_teacher) == before
+    assert all(p.grad is None for p in built.source_teacher.parameters())
+    assert not built.source_teacher.training
+    assert built.student.training
 
 
 def test_frozen_restores_every_flag_even_after_an_error() -> None:
@@ -93,14 +85,6 @@ def test_frozen_restores_every_flag_even_after_an_error() -> None:
     assert [p.requires_grad for p in net.parameters()] == flags
 
 
-def test_the_first_iteration_starts_every_network_at_the_source() -> None:
-    module = unidad()
-    module.configure_model()
-    source = weights_sha(module.source_teacher)
-    for name in ("student", "fake_score", "target_teacher"):
-        assert weights_sha(getattr(module, name)) == source
-
-
 class Counting(UniDAD):
     """Notes which group stepped in which iteration."""
 
@@ -109,37 +93,31 @@ class Counting(UniDAD):
         return super().step(group)
 
 
-def run_counting(**options: Any) -> list[tuple[int, str]]:
-    module = Counting(tiny_unet(), **groups(student__update_every=3, target_teacher__weight=0.5, **options))
-    trainer = fit(module, 6)
-    assert trainer.global_step == 6
-    assert int(module.iteration) == 6
-    return module.__dict__["steps_seen"]
+@pytest.mark.parametrize(
+    ("adaptation", "target"),
+    [({}, [0, 3]), (dict(update="every"), [0, 1, 2, 3, 4, 5]), (dict(update="every", until=2), [0, 1])],
+)
+def test_who_steps_when(adaptation: dict[str, Any], target: list[int]) -> None:
+    options = {f"target_teacher__adaptation__{name}": value for name, value in adaptation.items()}
+    module = unidad(kind=Counting, student__update_every=3, **options)
+    assert fit(module, 6).global_step == int(module.iteration) == 6
+    seen = module.__dict__["steps_seen"]
+    for group, steps in (("fake", [0, 1, 2, 3, 4, 5]), ("student", [0, 3]), ("target", target)):
+        assert [i for i, g in seen if g == group] == steps
 
 
-def test_who_steps_when() -> None:
-    seen = run_counting()
-    assert [i for i, g in seen if g == "fake"] == list(range(6))
-    assert [i for i, g in seen if g == "student"] == [0, 3]
-    assert [i for i, g in seen if g == "target"] == [0, 3]
-    seen = run_counting(target_teacher__adaptation__update="every")
-    assert [i for i, g in seen if g == "target"] == list(range(6))
-    seen = run_counting(target_teacher__adaptation__update="every", target_teacher__adaptation__until=2)
-    assert [i for i, g in seen if g == "target"] == [0, 1]
+FIRST: dict[str, Any] = dict(target_teacher__adaptation__update="every", student__update_every=1)
 
 
 def test_adapting_first_moves_t_alone_and_starts_the_others_from_it() -> None:
     still = OptimizerOptions(lr=0.0, warmup=0)
-    adaptation = AdaptationOptions(pretrain=3, until=3, update="every", optimizer=FAST)
+    first = dict(target_teacher__adaptation__pretrain=3, target_teacher__adaptation__until=3) | FIRST
     for steps in (3, 5):
-        module = unidad(
-            target_teacher=TargetTeacherOptions(0.5, adaptation=adaptation), training__ema_decay=0.5,
-            student__update_every=1, student__optimizer=still, fake_score__optimizer=still,
-        )  # fmt: skip
+        module = unidad(student__optimizer=still, fake_score__optimizer=still, training__ema_decay=0.5, **first)
         module.configure_model()
-        source, first = weights_sha(module.source_teacher), module.updates_of("target", steps)
+        source, updates = weights_sha(module.source_teacher), module.updates_of("target", steps)
         trainer = fit(module, steps)
-        assert (trainer.global_step, int(module.iteration), first) == (steps, steps, 3)
+        assert (trainer.global_step, int(module.iteration), updates) == (steps, steps, 3)
         target = weights_sha(module.target_teacher)
         assert target != source
         assert module.ema is not None
@@ -159,20 +137,9 @@ def test_networks_that_a_run_is_too_short_for_are_named(recwarn: pytest.Warnings
 
 
 def test_a_run_resumed_where_the_others_start_goes_on_the_same(tmp_path: Path) -> None:
-    def make() -> UniDAD:
-        return UniDAD(
-            tiny_unet(),
-            **groups(
-                target_teacher__weight=0.5,
-                target_teacher__adaptation__pretrain=2,
-                target_teacher__adaptation__update="every",
-                student__update_every=1,
-            ),
-        )
-
-    whole, half, rest = make(), make(), make()
+    whole, half, rest = (unidad(target_teacher__adaptation__pretrain=2, **FIRST) for _ in range(3))
     fit(whole, 4)
-    fit(half, 2, enable_checkpointing=False).save_checkpoint(tmp_path / "two.ckpt")
+    fit(half, 2).save_checkpoint(tmp_path / "two.ckpt")
     fit(rest, 4, ckpt_path=tmp_path / "two.ckpt")
     assert weights_sha(rest) == weights_sha(whole)
 
@@ -186,13 +153,8 @@ def test_the_optimisers_count_their_own_steps() -> None:
 
 
 def train_sha(iterations: int = 3, **options: Any) -> str:
-    source = options.pop("source", None) or tiny_unet()
-    settings: dict[str, Any] = dict(
-        student__update_every=2, target_teacher__weight=0.5, student__optimizer=FAST, fake_score__optimizer=FAST,
-        target_teacher__adaptation__optimizer=FAST, training__ema_decay=0.5,
-    )  # fmt: skip
-    module = UniDAD(source, **groups(**(settings | options)))
-    fit(module, iterations, Stream(random_images(), batch_size=4))
+    module = unidad(**options)
+    fit(module, iterations)
     return weights_sha(module)
 
 
@@ -263,13 +225,13 @@ def test_every_argument_changes_what_is_trained(name: str, value: Any, base_shas
 
 def test_noise_table_of_the_model() -> None:
     vp = tiny_unet(prediction="epsilon")
-    module = UniDAD(vp, **groups(matching__noise_table="model"))
+    module = unidad(vp, matching__noise_table="model")
     module.configure_model()
     assert module.sigmas.shape == (1000,)
     assert float(module.sigmas[999]) == pytest.approx(157.4, rel=1e-3)
     assert train_sha(source=vp, matching__noise_table="model") != train_sha(source=vp)
     with pytest.raises(ValueError, match="karras"):
-        UniDAD(tiny_unet(), **groups(matching__noise_table="model")).configure_model()
+        unidad(matching__noise_table="model").configure_model()
 
 
 def test_training_is_deterministic_whatever_random_state_it_starts_in() -> None:
@@ -283,41 +245,30 @@ class Broken(UniDAD):
 
     until: int = 10**9
 
-    def student_loss(
-        self, x: torch.Tensor, cond: torch.Tensor | None, source_cond: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        loss = super().student_loss(x, cond, source_cond)
+    def student_loss(self, *given: Any) -> torch.Tensor:
+        loss = super().student_loss(*given)
         return loss * float("nan") if 2 <= int(self.iteration) < self.until else loss
 
 
 def test_a_non_finite_gradient_skips_only_its_own_step_and_finally_stops_the_run() -> None:
-    module = Broken(
-        tiny_unet(),
-        **groups(
-            student__update_every=1, target_teacher__weight=0.5, fake_score__optimizer=FAST, training__max_skipped=3
-        ),
-    )
+    module: Any = unidad(kind=Broken, student__update_every=1, training__max_skipped=3)
     module.until = 4
     trainer = fit(module, 6)
     assert trainer.global_step == 6
     assert all(bool(torch.isfinite(p).all()) for p in module.parameters())
     assert int(next(iter(trainer.optimizers[0].state.values()))["step"]) == 4
-    module = Broken(tiny_unet(), **groups(student__update_every=1, training__max_skipped=3))
     with pytest.raises(RuntimeError, match=r"3 iterations in a row had a non-finite loss or gradient for 'student'"):
-        fit(module, 8)
+        fit(unidad(kind=Broken, student__update_every=1, training__max_skipped=3), 8)
 
 
 def test_non_finite_images_do_not_poison_any_weight() -> None:
-    images = random_images()
-
     class Poisoned(UniDAD):
         def draw_student_images(self, batch: int, cond: Any) -> torch.Tensor:
             x = super().draw_student_images(batch, cond)
             return x * float("inf") if int(self.iteration) == 1 else x
 
-    module = Poisoned(tiny_unet(), **groups(student__update_every=1, training__ema_decay=0.5))
-    trainer = fit(module, 3, Stream(images))
-    assert trainer.global_step == 3
+    module = unidad(kind=Poisoned, student__update_every=1)
+    assert fit(module, 3).global_step == 3
     assert all(bool(torch.isfinite(t).all()) for t in module.state_dict().values())
 
 
@@ -336,8 +287,7 @@ def test_sample_17_is_the_same_in_any_batch() -> None:
 def test_image_gradients_of_the_loss_terms_add_up(ready: UniDAD) -> None:
     ready.keep_image_gradients = True
     x = ready.draw_student_images(2, None)
-    loss = ready.student_loss(x, None)
-    (total,) = torch.autograd.grad(loss, x)
+    (total,) = torch.autograd.grad(ready.student_loss(x, None), x)
     assert set(ready.image_gradients) == {"dmd_source", "dmd_target", "adversarial"}
     torch.testing.assert_close(sum(ready.image_gradients.values()), total)
 
@@ -346,7 +296,7 @@ def test_image_gradients_of_the_loss_terms_add_up(ready: UniDAD) -> None:
     ("options", "message"),
     [
         ({"target_teacher__weight": 1.5}, r"target_teacher\.weight.*1\.5"),
-        ({"target_teacher__weight": 0.0}, "target_teacher: null is 0"),
+        ({"target_teacher__weight": 0.0}, "target_teacher: null instead"),
         ({"student__update_every": 0}, "update_every"),
         ({"matching__source_weight": 0.0, "target_teacher": None}, "source_weight is 0 and target_teacher null"),
         ({"matching__range": (0.5, 0.1)}, r"range .*\[0\.5, 0\.1\]"),
@@ -378,51 +328,49 @@ def test_bad_arguments_are_refused_by_name(options: dict[str, Any], message: str
         unidad(**options)
 
 
-def test_unknown_tap_names_the_taps_there_are() -> None:
-    with pytest.raises(ValueError, match=r"in9.*in0, in1"):
-        unidad(gan__taps=["in9"]).configure_model()
+@pytest.mark.parametrize(
+    ("options", "size", "message"),
+    [
+        ({"gan__taps": ["in9"]}, 16, r"in9.*in0, in1"),
+        ({}, 32, r"32.*16"),
+        ({"training__accumulate": 3}, 16, r"batch of 4.*accumulate=3"),
+    ],
+    ids=["unknown tap", "images of another size", "uneven micro-batch"],
+)
+def test_what_does_not_fit_is_refused(options: dict[str, Any], size: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(unidad(**options), 1, Stream(random_images(size=size)))
 
 
-def test_images_of_another_size_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"32.*16"):
-        fit(unidad(), 1, Stream(random_images(size=32)))
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of four iterations."""
+    path = tmp_path_factory.mktemp("saved") / "four.ckpt"
+    fit(unidad(), 4).save_checkpoint(path)
+    return path
 
 
-def test_an_uneven_micro_batch_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"batch of 4.*accumulate=3"):
-        fit(unidad(training__accumulate=3), 1)
-
-
-def save_resume(tmp_path: Path, resumed: GenerativeModule) -> None:
-    fit(unidad(), 4, enable_checkpointing=False).save_checkpoint(tmp_path / "four.ckpt")
-    fit(resumed, 8, ckpt_path=tmp_path / "four.ckpt")
-
-
-def test_four_and_four_iterations_equal_eight(tmp_path: Path) -> None:
+def test_four_and_four_iterations_equal_eight(four: Path) -> None:
     eight, resumed = unidad(), unidad()
-    trainer = fit(eight, 8)
-    save_resume(tmp_path, resumed)
+    assert fit(eight, 8).global_step == 8
+    fit(resumed, 8, ckpt_path=four)
     assert weights_sha(resumed) == weights_sha(eight)
-    saved = torch.load(tmp_path / "four.ckpt", weights_only=True)
+    saved = torch.load(four, weights_only=True)
     assert not any(k.startswith("source_teacher.") for k in saved["state_dict"])
     assert len(saved["optimizer_states"]) == 3
-    assert trainer.global_step == 8
 
 
-def test_another_teacher_is_refused_on_resume(tmp_path: Path) -> None:
-    other = unidad()
-    other.configure_model()
-    next(other.source_teacher.parameters()).data.add_(1e-3)
+def test_another_teacher_is_refused_on_resume(four: Path, built: UniDAD) -> None:
+    next(built.source_teacher.parameters()).data.add_(1e-3)
     with pytest.raises(RuntimeError, match="another 'source_teacher'"):
-        save_resume(tmp_path, other)
+        fit(built, 8, ckpt_path=four)
 
 
-def test_a_checkpoint_of_another_set_of_frozen_networks_is_refused(tmp_path: Path) -> None:
-    fit(unidad(), 1).save_checkpoint(tmp_path / "one.ckpt")
+def test_a_checkpoint_of_another_set_of_frozen_networks_is_refused(four: Path) -> None:
     other = unidad(target_teacher__adaptation=None, target_teacher__init_from=tiny_unet(sigma_data=0.7))
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
     with pytest.raises(RuntimeError, match=r"\['source_teacher'\].*\['source_teacher', 'target_teacher'\]"):
-        trainer.test(other, Stream(random_images()), ckpt_path=tmp_path / "one.ckpt")
+        trainer.test(other, Stream(random_images()), ckpt_path=four)
 
 
 @pytest.mark.parametrize("gradient", ["unroll", "last"])
@@ -433,8 +381,7 @@ def test_autocast_loses_no_gradient(gradient: Any, monkeypatch: pytest.MonkeyPat
     real_step = UniDAD.step
 
     def step(self: UniDAD, group: str) -> bool:
-        parameters = [p for settings in self.groups()[group] for p in settings["params"]]
-        seen[group] = sum(p.grad is None for p in parameters)
+        seen[group] = sum(p.grad is None for settings in self.groups()[group] for p in settings["params"])
         return real_step(self, group)
 
     monkeypatch.setattr(UniDAD, "step", step)
@@ -447,18 +394,16 @@ def test_unsupported_precision_is_refused() -> None:
         fit(unidad(), 1, precision="bf16-true")
 
 
-def test_missing_and_unexpected_weights_are_refused_on_resume(tmp_path: Path) -> None:
-    fit(unidad(), 1).save_checkpoint(tmp_path / "one.ckpt")
-    saved = torch.load(tmp_path / "one.ckpt", weights_only=True)
+def test_missing_and_unexpected_weights_are_refused_on_resume(four: Path, tmp_path: Path) -> None:
+    saved = torch.load(four, weights_only=True)
     saved["state_dict"].pop("student.unet.conv_in.weight")
     torch.save(saved, tmp_path / "broken.ckpt")
     with pytest.raises(RuntimeError, match=r"student\.unet\.conv_in\.weight"):
-        fit(unidad(), 2, ckpt_path=tmp_path / "broken.ckpt")
+        fit(unidad(), 5, ckpt_path=tmp_path / "broken.ckpt")
 
 
 def test_class_conditional_models_take_labels() -> None:
-    source = tiny_unet(attention_levels=(), num_classes=3)
-    module = UniDAD(source)
+    module = UniDAD(tiny_unet(attention_levels=(), num_classes=3))
     module.configure_model()
     labels = torch.tensor([0, 2])
     assert module.draw_student_images(2, labels).shape == (2, 3, 16, 16)
@@ -473,7 +418,7 @@ def test_class_conditional_models_take_labels() -> None:
 
 def test_all_networks_see_the_same_labels_of_the_chosen_classes() -> None:
     seen: dict[str, list[int]] = {}
-    module = unidad(tiny_unet(attention_levels=(), num_classes=4), training__classes=[1, 3], target_teacher__weight=0.5)
+    module = unidad(tiny_unet(attention_levels=(), num_classes=4), training__classes=[1, 3])
     module.configure_model()
     for name in ("student", "fake_score", "source_teacher", "target_teacher"):
         network = getattr(module, name)

@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from tests.worlds import fit
 from unidad_pl.runs.checkpoints import (
     ABANDONED,
     DamagedCheckpoint,
@@ -91,10 +92,9 @@ def test_the_error_names_the_newest_intact_one(tmp_path: Path) -> None:
     for number in range(4):
         path = tmp_path / "run" / f"step={number}.ckpt"
         write_checkpoint(CONTENT, path)
+        if number >= 2:
+            os.truncate(path, 1000 * number)
         os.utime(path, (number, number))
-    for number in (2, 3):
-        os.truncate(tmp_path / "run" / f"step={number}.ckpt", 1000 * number)
-        os.utime(tmp_path / "run" / f"step={number}.ckpt", (number, number))
     with pytest.raises(DamagedCheckpoint, match=r"step=3\.ckpt' is damaged.*newest intact.*step=1\.ckpt"):
         DurableCheckpointIO().load_checkpoint(tmp_path / "run" / "step=3.ckpt")
     newest, passed_over = newest_intact(tmp_path)
@@ -167,19 +167,12 @@ class Line(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), 0.1)
 
-    def train_dataloader(self) -> Any:
-        return torch.utils.data.DataLoader(torch.ones(8, 1), batch_size=2)
-
 
 def test_in_a_plain_trainer(tmp_path: Path) -> None:
-    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = pl.Trainer(**options, enable_checkpointing=False, max_steps=2, plugins=[DurableCheckpointIO()])
-    trainer.fit(Line())
-    trainer.save_checkpoint(tmp_path / "two.ckpt")
-    assert zipfile.ZipFile(tmp_path / "two.ckpt").comment.startswith(b"sha256:")
-    again = pl.Trainer(**options, enable_checkpointing=False, max_steps=4, plugins=[DurableCheckpointIO()])
-    again.fit(Line(), ckpt_path=tmp_path / "two.ckpt")
-    assert again.global_step == 4
-    os.truncate(tmp_path / "two.ckpt", 900)
+    path, numbers = tmp_path / "two.ckpt", torch.utils.data.DataLoader(torch.ones(8, 1), batch_size=2)
+    fit(Line(), 2, numbers, plugins=[DurableCheckpointIO()]).save_checkpoint(path)
+    assert zipfile.ZipFile(path).comment.startswith(b"sha256:")
+    assert fit(Line(), 4, numbers, path, plugins=[DurableCheckpointIO()]).global_step == 4
+    os.truncate(path, 900)
     with pytest.raises(DamagedCheckpoint, match="none beside it is intact"):
-        again.fit(Line(), ckpt_path=tmp_path / "two.ckpt")
+        fit(Line(), 4, numbers, path, plugins=[DurableCheckpointIO()])

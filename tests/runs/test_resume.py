@@ -57,6 +57,11 @@ def fit(steps: int, *options: str) -> UnidadCLI:
     return run(["fit", "--config", "config.yaml", "--trainer.max_steps", str(steps), *options])
 
 
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("first")
@@ -68,20 +73,19 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def four(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def four(first: Path, here: None) -> Path:
     """A run of four iterations, with checkpoints of the second and the fourth."""
-    shutil.copytree(first, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
+    shutil.copytree(first, ".", dirs_exist_ok=True)
     return FOLDER
 
 
 def test_last_goes_on_in_the_same_folder_with_the_same_numbers(four: Path) -> None:
+    assert b"sha256:" in (four / "step=4.ckpt").read_bytes()[-80:]
     resumed = fit(6, "--ckpt_path", "last")
     assert os.listdir("runs/tiny") == ["version_0"]
     assert (four / "step=6.ckpt").is_file()
-    with open("runs/tiny/version_0/metrics.csv", newline="") as file:
-        steps = [int(row["step"]) for row in csv.DictReader(file)]
-    assert steps == [0, 1, 2, 3, 4, 5]
+    rows = csv.DictReader(Path("runs/tiny/version_0/metrics.csv").read_text().splitlines())
+    assert [int(row["step"]) for row in rows] == [0, 1, 2, 3, 4, 5]
     whole = fit(6, "--trainer.logger", "false", "--trainer.enable_checkpointing", "false", "--trainer.callbacks", "[]")
     assert weights_sha(resumed.model) == weights_sha(whole.model)
 
@@ -96,10 +100,8 @@ def test_last_passes_over_damaged_checkpoints_and_says_so(four: Path) -> None:
         fit(3, "--ckpt_path", str(four / "step=4.ckpt"))
     for path in four.iterdir():
         os.truncate(path, 1000)
-    with (
-        pytest.warns(UserWarning, match="passes over"),
-        pytest.raises(FileNotFoundError, match=r"no intact .* 'runs/tiny' \(2 damaged"),
-    ):
+    none_left = pytest.raises(FileNotFoundError, match=r"no intact .* 'runs/tiny' \(2 damaged")
+    with pytest.warns(UserWarning, match="passes over"), none_left:
         fit(3, "--ckpt_path", "last")
 
 
@@ -121,8 +123,8 @@ def test_another_batch_size_is_allowed(four: Path) -> None:
     assert fit(5, "--ckpt_path", "last", "--data.batch_size", "3").trainer.global_step == 5
 
 
-def test_auto_begins_where_there_is_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("here")
+def test_auto_begins_where_there_is_nothing() -> None:
     assert fit(2, "--ckpt_path", "auto").config_init["fit"]["ckpt_path"] is None
     assert fit(4, "--ckpt_path", "auto").config_init["fit"]["ckpt_path"].endswith("step=2.ckpt")
     assert os.listdir("runs/tiny") == ["version_0"]
@@ -138,11 +140,9 @@ class Signal(pl.Callback):
             os.kill(os.getpid(), self.number)
 
 
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
-def test_a_signal_saves_and_exits_and_last_goes_on(
-    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_signal_saves_and_exits_and_last_goes_on(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Signal, "number", number)
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as leaving:
@@ -162,12 +162,12 @@ def test_a_signal_saves_and_exits_and_last_goes_on(
         assert start["packages"]["torch"] == version("torch")
 
 
-def test_the_config_for_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("here")
+def test_the_config_for_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    here = ("--config", str(ROOT / "configs" / "trainer" / "slurm.yaml"), "--trainer.accelerator", "cpu")
+    slurm = ("--config", str(ROOT / "configs" / "trainer" / "slurm.yaml"), "--trainer.accelerator", "cpu")
     try:
-        cli = fit(1, *here, "--trainer.devices", "1")
+        cli = fit(1, *slurm, "--trainer.devices", "1")
     finally:
         torch.distributed.destroy_process_group()
     strategy = cli.trainer.strategy
@@ -176,12 +176,10 @@ def test_the_config_for_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert cli.config_init["fit"]["ckpt_path"] is None
 
 
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("name", ["csv", "wandb", "mlflow"])
-def test_the_configs_for_loggers(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_configs_for_loggers(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """wandb and mlflow need not be installed for their configs to be read."""
-    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as leaving:
         fit(1, "--config", str(ROOT / "configs" / "trainer" / f"{name}.yaml"), "--print_config")
     assert leaving.value.code == 0
@@ -205,14 +203,9 @@ def test_last_for_the_other_commands(four: Path) -> None:
     assert len(list(Path("runs").rglob("predictions/*.png"))) == 1
 
 
-def test_checkpoints_of_the_command_carry_a_checksum(four: Path) -> None:
-    assert b"sha256:" in (four / "step=4.ckpt").read_bytes()[-80:]
-
-
-def test_an_explicit_folder_of_checkpoints_is_searched_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("here")
+def test_an_explicit_folder_of_checkpoints_is_searched_too(tmp_path: Path) -> None:
     place = ("--trainer.callbacks.dirpath", "elsewhere")
     fit(2, *place)
-    assert fit(4, *place, "--ckpt_path", "last").config_init["fit"]["ckpt_path"] == str(
-        tmp_path / "elsewhere" / "step=2.ckpt"
-    )
+    found = fit(4, *place, "--ckpt_path", "last").config_init["fit"]["ckpt_path"]
+    assert found == str(tmp_path / "elsewhere" / "step=2.ckpt")

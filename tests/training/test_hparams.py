@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,14 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from tests.worlds import Stream, fit, groups, random_images, tiny_unet
+from tests import worlds
+from tests.worlds import FAST, Stream, fit, random_images, tiny_unet
 from unidad_pl import Diffusion, LogNormal, MemoryOptions, OptimizerOptions, SamplingOptions, UniDAD
 from unidad_pl.training.hparams import differences
 from unidad_pl.training.module import RECORD
 
-FAST = OptimizerOptions(lr=1e-3, warmup=0)
-
-
-def unidad(**options: Any) -> UniDAD:
-    settings: dict[str, Any] = dict(student__update_every=1, target_teacher__weight=0.5, fake_score__optimizer=FAST)
-    return UniDAD(options.pop("source", None) or tiny_unet(), **groups(**(settings | options)))
+FASTER, UNET = OptimizerOptions(lr=5e-3, warmup=0), tiny_unet()
+unidad = partial(worlds.unidad, student__update_every=1, training__ema_decay=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +36,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"student__gradient": "last"}, r"student.gradient was 'unroll' and is now 'last'"),
         ({"gan__loss": "hinge"}, r"gan.loss was 'bce' and is now 'hinge'"),
         ({"matching__range": (0.1, 0.9)}, r"matching.range was \[0.02, 0.98\] and is now \[0.1, 0.9\]"),
-        (
-            {"fake_score__optimizer": OptimizerOptions(lr=5e-3, warmup=0)},
-            r"fake_score.optimizer.lr was 0.001 and is now 0.005",
-        ),
+        ({"fake_score__optimizer": FASTER}, r"fake_score.optimizer.lr was 0.001 and is now 0.005"),
         ({"training__seed": 3}, r"training.seed was None and is now 3"),
         ({"source": tiny_unet(resolution=32)}, r"source.config.sample_size was 8 and is now 16"),
         ({"source": tiny_unet(sigma_data=0.7)}, r"source.spec.sigma_data was 0.5 and is now 0.7"),
-        (
-            {"student__init_from": tiny_unet()},
-            r"student.init_from was None and is now 'unidad_pl.backbones.unet.NewUNet'",
-        ),
+        ({"student__init_from": UNET}, r"student.init_from was None and is now 'unidad_pl.backbones.unet.NewUNet'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -82,28 +74,17 @@ def test_weights_may_be_used_with_other_options(saved: Path) -> None:
 
 def test_how_a_plain_model_is_sampled_may_change(tmp_path: Path) -> None:
     fit(Diffusion(tiny_unet(), FAST), 1).save_checkpoint(tmp_path / "one.ckpt")
-    fit(
-        Diffusion(tiny_unet(), FAST, sampling=SamplingOptions("ddim", 3)),
-        2,
-        ckpt_path=tmp_path / "one.ckpt",
-    )
+    fit(Diffusion(tiny_unet(), FAST, sampling=SamplingOptions("ddim", 3)), 2, ckpt_path=tmp_path / "one.ckpt")
     with pytest.raises(RuntimeError, match=r"lognormal.mean was '<not there>' and is now -1.2"):
         fit(Diffusion(tiny_unet(), optimizer=FAST, lognormal=LogNormal()), 2, ckpt_path=tmp_path / "one.ckpt")
 
 
-def test_the_row_of_skipped_steps_goes_on(saved: Path, tmp_path: Path) -> None:
+def test_the_row_of_skipped_steps_goes_on(tmp_path: Path) -> None:
     class Broken(UniDAD):
         def student_loss(self, x: torch.Tensor, *cond: torch.Tensor | None) -> torch.Tensor:
             return super().student_loss(x, *cond) * float("nan")
 
-    def broken() -> Broken:
-        return Broken(
-            tiny_unet(),
-            **groups(
-                student__update_every=1, target_teacher__weight=0.5, fake_score__optimizer=FAST, training__max_skipped=3
-            ),
-        )
-
+    broken = partial(unidad, kind=Broken, training__max_skipped=3)
     fit(broken(), 2).save_checkpoint(tmp_path / "two.ckpt")
     with pytest.raises(RuntimeError, match=r"3 iterations in a row .* for 'student' \(now at iteration 2\)"):
         fit(broken(), 4, ckpt_path=tmp_path / "two.ckpt")
@@ -114,6 +95,5 @@ def test_what_is_stored_is_plain(saved: Path) -> None:
     assert stored["options"]["gan.reduction"] == "mean_logit"
     assert stored["image_shape"] == [3, 16, 16]
     assert stored["trainer"] == {"devices": 1, "precision": "32-true", "max_steps": 2}
-    assert differences({"a": 1, "b": 2}, {"b": 3, "c": 4}) == {
-        "a": (1, "<not there>"), "b": (2, 3), "c": ("<not there>", 4),
-    }  # fmt: skip
+    found = differences({"a": 1, "b": 2}, {"b": 3, "c": 4})
+    assert found == {"a": (1, "<not there>"), "b": (2, 3), "c": ("<not there>", 4)}

@@ -9,22 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from tests.worlds import Gaussian, Stream, fit, groups, random_images, tiny_unet
+from tests.worlds import Gaussian, Stream, fit, groups, random_images, tiny_unet, unidad
 from unidad_pl import Diffusion, MemoryOptions, OptimizerOptions, UniDAD
 from unidad_pl.denoiser import Prediction
 from unidad_pl.training.networks import predict_on_own_device
 
-FAST = OptimizerOptions(lr=1e-3, warmup=0)
+STRONG: dict[str, Any] = dict(student__update_every=1, gan__student_weight=0.5, gan__critic_weight=0.5)
 
 
-def trained(memory: MemoryOptions, iterations: int = 2, precision: Any = "64-true", **options: Any) -> UniDAD:
-    settings: dict[str, Any] = dict(
-        student__update_every=1, target_teacher__weight=0.5, training__ema_decay=0.5,
-        gan__student_weight=0.5, gan__critic_weight=0.5,
-        student__optimizer=FAST, fake_score__optimizer=FAST, target_teacher__adaptation__optimizer=FAST,
-    )  # fmt: skip
-    module = UniDAD(tiny_unet(), **groups(memory=memory, **(settings | options)))
-    fit(module, iterations, Stream(random_images(4, 16)), precision=precision)
+def trained(iterations: int = 2, precision: Any = "64-true", **options: Any) -> UniDAD:
+    module = unidad(**(STRONG | options))
+    fit(module, iterations, Stream(random_images(4)), precision=precision)
     return module
 
 
@@ -34,44 +29,41 @@ def difference(one: torch.nn.Module, two: torch.nn.Module) -> float:
 
 
 @pytest.mark.parametrize("gradient", ["unroll", "last", "backward_simulation"])
-@pytest.mark.parametrize("kind", ["steps", "blocks", "both"])
-def test_checkpointing_changes_no_gradient(kind: Any, gradient: Any) -> None:
-    plain, saving = (trained(MemoryOptions(checkpointing=k), student__gradient=gradient) for k in ("none", kind))
-    for name in ("student", "fake_score", "target_teacher", "discriminator"):
-        assert difference(getattr(plain, name), getattr(saving, name)) < 1e-9, name
+def test_checkpointing_changes_no_gradient(gradient: Any) -> None:
+    plain = trained(student__gradient=gradient)
+    for kind in ("steps", "blocks", "both"):
+        saving = trained(student__gradient=gradient, memory__checkpointing=kind)
+        for name in ("student", "fake_score", "target_teacher", "discriminator"):
+            assert difference(getattr(plain, name), getattr(saving, name)) < 1e-9, (kind, name)
 
 
 def test_checkpointing_under_autocast() -> None:
-    plain, saving = (
-        trained(MemoryOptions(checkpointing=k), precision="bf16-mixed", iterations=1) for k in ("none", "both")
-    )
+    plain, saving = (trained(1, "bf16-mixed", memory__checkpointing=kind) for kind in ("none", "both"))
     assert difference(plain.student, saving.student) < 1e-4  # Adam's first step is +-1e-3 per weight
 
 
-@pytest.mark.parametrize(("kind", "calls"), [("none", 3), ("steps", 6), ("both", 6)])
-def test_checkpointing_computes_the_student_twice(kind: Any, calls: int) -> None:
-    module = UniDAD(tiny_unet(), **groups(memory=MemoryOptions(checkpointing=kind), student__update_every=1))
+BLOCK = "down_blocks.0.resnets.0"
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer", "calls"),
+    [("none", "conv_in", 3), ("steps", "conv_in", 6), ("both", "conv_in", 6), ("none", BLOCK, 3), ("blocks", BLOCK, 6)],
+)
+def test_checkpointing_computes_the_student_twice(kind: str, layer: str, calls: int) -> None:
+    module = unidad(memory__checkpointing=kind)
     module.configure_model()
     seen: list[int] = []
-    module.student.unet.conv_in.register_forward_pre_hook(lambda *_: seen.append(1))
+    module.student.unet.get_submodule(layer).register_forward_pre_hook(lambda *_: seen.append(1))
     module.draw_student_images(2, None).sum().backward()
     assert len(seen) == calls
-
-
-def test_blocks_are_computed_twice() -> None:
-    for kind, calls in (("none", 3), ("blocks", 6)):
-        module = UniDAD(tiny_unet(), **groups(memory=MemoryOptions(checkpointing=kind), student__update_every=1))  # type: ignore[arg-type]
-        module.configure_model()
-        seen: list[int] = []
-        module.student.unet.down_blocks[0].resnets[0].register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
-        module.draw_student_images(2, None).sum().backward()
-        assert len(seen) == calls
-        assert not module.source_teacher.unet.is_gradient_checkpointing
+    assert not module.source_teacher.unet.is_gradient_checkpointing
 
 
 def test_teachers_in_bfloat16(tmp_path: Path) -> None:
-    options: dict[str, Any] = dict(target_teacher=None, precision="32-true")
-    plain, half = trained(MemoryOptions(), **options), trained(MemoryOptions(teacher_dtype="bfloat16"), **options)
+    plain, half = (
+        trained(target_teacher=None, precision="32-true", memory__teacher_dtype=dtype)
+        for dtype in ("float32", "bfloat16")
+    )
     unet = half.source_teacher.unet
     assert unet.down_blocks[0].resnets[0].conv1.weight.dtype == torch.bfloat16
     assert unet.conv_out.weight.dtype == torch.float32
@@ -84,34 +76,18 @@ def test_teachers_in_bfloat16(tmp_path: Path) -> None:
     assert difference(plain.student, half.student) > 0
     # the hash is that of the source's weights, so a run may change this option when it is resumed
     half.trainer.save_checkpoint(tmp_path / "half.ckpt")
-    settings = dict(
-        gan=half.gan, training__ema_decay=0.5, target_teacher=None, student__update_every=1,
-        student__optimizer=FAST, fake_score__optimizer=FAST, target_teacher__adaptation__optimizer=FAST,
-    )  # fmt: skip
-    fit(UniDAD(tiny_unet(), **groups(**settings)), 3, Stream(random_images(4, 16)), ckpt_path=tmp_path / "half.ckpt")
+    fit(unidad(target_teacher=None, **STRONG), 3, Stream(random_images(4)), ckpt_path=tmp_path / "half.ckpt")
 
 
-def test_networks_with_a_place_of_their_own_stay_there() -> None:
-    module = UniDAD(
-        tiny_unet(),
-        **groups(
-            target_teacher=None, training__ema_decay=0.5, memory=MemoryOptions(teacher_device="cpu", ema_device="cpu")
-        ),
-    )
+@pytest.mark.parametrize(("of_teacher_and_ema", "of_student"), [("cpu", "meta"), ("meta", "cpu")])
+def test_networks_with_a_place_of_their_own_stay_there(of_teacher_and_ema: str, of_student: str) -> None:
+    own = MemoryOptions(teacher_device=of_teacher_and_ema, ema_device=of_teacher_and_ema)
+    module = unidad(target_teacher=None, memory=own)
     module.configure_model()
-    module.to("meta")  # as Lightning moves a module to its GPU
-    places = {
-        name: next(getattr(module, name).parameters()).device.type for name in ("source_teacher", "student", "ema")
-    }
-    assert places == {"source_teacher": "cpu", "student": "meta", "ema": "cpu"}
+    module.to(of_student)  # as Lightning moves a module to its GPU
+    places = {n: next(getattr(module, n).parameters()).device.type for n in ("source_teacher", "student", "ema")}
+    assert places == {"source_teacher": of_teacher_and_ema, "student": of_student, "ema": of_teacher_and_ema}
     assert {name.split(".")[0] for name in module.state_dict()} >= {"source_teacher", "ema"}
-    elsewhere = UniDAD(
-        tiny_unet(),
-        **groups(target_teacher=None, training__ema_decay=0.5, memory=MemoryOptions("none", "float32", "meta", "meta")),
-    )
-    elsewhere.configure_model()
-    places = {n: next(getattr(elsewhere, n).parameters()).device.type for n in ("source_teacher", "student", "ema")}
-    assert places == {"source_teacher": "meta", "student": "cpu", "ema": "meta"}
 
 
 def test_arguments_travel_to_the_network_and_the_answer_back() -> None:
@@ -128,18 +104,11 @@ def test_arguments_travel_to_the_network_and_the_answer_back() -> None:
 
 
 def test_options_are_checked() -> None:
-    assert {f.name for f in dataclasses.fields(MemoryOptions)} == {
-        "checkpointing",
-        "teacher_dtype",
-        "teacher_device",
-        "ema_device",
-    }
-    for options, message in (
-        ({"checkpointing": "all"}, "checkpointing must be one of"),
-        ({"teacher_dtype": "int8"}, "teacher_dtype must be one of"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            MemoryOptions(**options)  # type: ignore[arg-type]
+    options = {f.name for f in dataclasses.fields(MemoryOptions)}
+    assert options == {"checkpointing", "teacher_dtype", "teacher_device", "ema_device"}
+    for name, value in (("checkpointing", "all"), ("teacher_dtype", "int8")):
+        with pytest.raises(ValueError, match=f"{name} must be one of"):
+            MemoryOptions(**{name: value})  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="moon"):
         MemoryOptions(teacher_device="moon")
     for memory in (MemoryOptions(checkpointing="blocks"), MemoryOptions(teacher_dtype="bfloat16")):
@@ -155,16 +124,12 @@ def test_options_are_checked() -> None:
 
 def test_other_optimisers_by_class_path() -> None:
     plain, fused = (
-        trained(
-            MemoryOptions(),
-            fake_score__optimizer=OptimizerOptions(lr=1e-3, warmup=0, arguments=options),
-            precision="32-true",
-        )
-        for options in ({}, {"fused": True})
+        trained(precision="32-true", fake_score__optimizer=OptimizerOptions(lr=1e-3, warmup=0, arguments=arguments))
+        for arguments in ({}, {"fused": True})
     )
     assert fused.optimizers()[1].defaults["fused"]
     assert difference(plain.fake_score, fused.fake_score) < 1e-5
     with pytest.raises(ValueError, match=r"bitsandbytes\.optim\.AdamW8bit.*pip install bitsandbytes"):
-        trained(MemoryOptions(), fake_score__optimizer=OptimizerOptions(algorithm="bitsandbytes.optim.AdamW8bit"))
+        trained(fake_score__optimizer=OptimizerOptions(algorithm="bitsandbytes.optim.AdamW8bit"))
     with pytest.raises(ValueError, match=r"torch\.optim\.Nothing"):
-        trained(MemoryOptions(), fake_score__optimizer=OptimizerOptions(algorithm="torch.optim.Nothing"))
+        trained(fake_score__optimizer=OptimizerOptions(algorithm="torch.optim.Nothing"))

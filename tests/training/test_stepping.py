@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,12 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 
-from tests.worlds import fit, groups, tiny_unet, weights_sha
+from tests import worlds
+from tests.worlds import FAST, fit, optimizers, tiny_unet, weights_sha
 from unidad_pl import Diffusion, OptimizerOptions, UniDAD
 from unidad_pl.training.stepping import spoil_gradients
 
-FAST = OptimizerOptions(lr=1e-3, warmup=0)
-OPTIONS: dict[str, Any] = dict(
-    student__update_every=1,
-    target_teacher__weight=0.5,
-    student__optimizer=FAST,
-    fake_score__optimizer=FAST,
-    target_teacher__adaptation__optimizer=FAST,
-)
+unidad = partial(worlds.unidad, student__update_every=1)
 
 
 def half(scale: float) -> dict[str, Any]:
@@ -42,7 +37,7 @@ class InfiniteLoss(UniDAD):
 
 
 def test_an_infinite_loss_with_finite_gradients_is_skipped_too() -> None:
-    trainer = fit(InfiniteLoss(tiny_unet(), **groups(**OPTIONS)), 3)
+    trainer = fit(unidad(kind=InfiniteLoss), 3)
     assert trainer.global_step == 3
     assert steps(trainer) == [2, 3, 3]
     assert trainer.logged_metrics["skipped/student"] == 1
@@ -59,49 +54,40 @@ def test_a_finite_loss_changes_no_gradient() -> None:
 
 
 class Watched(InfiniteLoss):
-    """Keeps every logged number, and never moves."""
-
-    def __init__(self) -> None:
-        setting = OptimizerOptions(lr=0.0, warmup=0, clip=0.0, arguments={"weight_decay": 0.0})
-        names = ("student__optimizer", "fake_score__optimizer", "target_teacher__adaptation__optimizer")
-        super().__init__(tiny_unet(), **groups(**(OPTIONS | dict.fromkeys(names, setting))))
-        self.seen: dict[str, list[float]] = {}
+    """Keeps every logged number."""
 
     def log(self, name: str, value: Any, **options: Any) -> None:
-        self.seen.setdefault(name, []).append(float(value))
+        self.__dict__.setdefault("seen", {}).setdefault(name, []).append(float(value))
 
 
 def test_every_group_is_unscaled_by_the_scale_its_loss_had() -> None:
     """Also in iteration 1, where the student, which steps first, overflows and makes the scale smaller."""
-    exact, scaled = Watched(), Watched()
+    still = OptimizerOptions(lr=0.0, warmup=0, clip=0.0, arguments={"weight_decay": 0.0})
+    exact, scaled = (unidad(kind=Watched, **optimizers(still)) for _ in range(2))
     fit(exact, 2)
     trainer = fit(scaled, 2, **half(2.0**7))
     assert trainer.global_step == 2
     assert steps(trainer) == [1, 2, 2]
     assert trainer.precision_plugin.scaler.get_scale() == 2.0**6
     for group in ("student", "fake", "target"):
-        expected = exact.seen[f"grad_norm/{group}"]
-        assert scaled.seen[f"grad_norm/{group}"] == pytest.approx(expected, rel=0.02, nan_ok=True)
+        found, expected = (module.seen[f"grad_norm/{group}"] for module in (scaled, exact))
+        assert found == pytest.approx(expected, rel=0.02, nan_ok=True)
 
 
 def test_overflow_counts_as_a_skip_and_halves_the_scale_once_an_iteration() -> None:
-    module = UniDAD(tiny_unet(), **groups(**OPTIONS))
-    trainer = fit(module, 2, **half(2.0**126))
+    trainer = fit(unidad(), 2, **half(2.0**126))
     assert trainer.global_step == 2
     assert steps(trainer) == [0, 0, 0]
     assert trainer.precision_plugin.scaler.get_scale() == 2.0**124
     with pytest.raises(RuntimeError, match="2 iterations in a row had a non-finite loss or gradient"):
-        fit(UniDAD(tiny_unet(), **groups(**OPTIONS, training__max_skipped=2)), 3, **half(2.0**126))
+        fit(unidad(training__max_skipped=2), 3, **half(2.0**126))
 
 
 def test_the_scale_is_resumed(tmp_path: Path) -> None:
-    def denoiser() -> Diffusion:
-        return Diffusion(tiny_unet(), **groups(optimizer=FAST))
-
-    whole, resumed = denoiser(), denoiser()
+    whole, first, resumed = (Diffusion(tiny_unet(), FAST) for _ in range(3))
     trainer = fit(whole, 4, **half(2.0**8))
     assert trainer.precision_plugin.scaler.get_scale() == 2.0**9  # grown once, after three iterations
-    fit(denoiser(), 2, **half(2.0**8)).save_checkpoint(tmp_path / "two.ckpt")
+    fit(first, 2, **half(2.0**8)).save_checkpoint(tmp_path / "two.ckpt")
     trainer = fit(resumed, 4, ckpt_path=tmp_path / "two.ckpt", **half(2.0**4))
     assert trainer.precision_plugin.scaler.get_scale() == 2.0**9
     assert weights_sha(resumed) == weights_sha(whole)

@@ -8,14 +8,6 @@ from unidad_pl.backbones.stable_diffusion import StableDiffusion, StableDiffusio
 from unidad_pl.backbones.unet import NewUNet, PretrainedUNet, UNetDenoiser
 
 __all__ = [
-    "ADMConfig",
-    "ADMSource",
-    "ADMStateDictAdapter",
-    "LoRA",
-    "NewUNet",
-    "PretrainedUNet",
-    "StableDiffusion",
-    "StableDiffusionUNet",
-    "UNetDenoiser",
-    "UNetSpec",
-]
+    "ADMConfig", "ADMSource", "ADMStateDictAdapter", "LoRA", "NewUNet", "PretrainedUNet", "StableDiffusion",
+    "StableDiffusionUNet", "UNetDenoiser", "UNetSpec",
+]  # fmt: skip

@@ -85,8 +85,8 @@ class ADMStateDictAdapter:
 
 
 def _check_keys(kind: str, expected: set[str], seen: set[str]) -> None:
-    missing, unexpected = sorted(expected - seen), sorted(seen - expected)
-    if missing or unexpected:
+    if expected != seen:
+        missing, unexpected = sorted(expected - seen), sorted(seen - expected)
         raise ValueError(
             f"{kind} weights do not fit the config: {len(missing)} keys missing {_some(missing)}, "
             f"{len(unexpected)} unexpected {_some(unexpected)}"
@@ -106,7 +106,7 @@ def _parameters(adm: ADMConfig) -> Iterator[tuple[str, tuple[tuple[str, ...], Ru
 
 
 def _layers(adm: ADMConfig) -> Iterator[tuple[str, str, Rule]]:
-    """(ADM layer, diffusers layer, rule) of the whole network."""
+    """(ADM layer, diffusers layer, rule) of the network."""
     levels, blocks = len(adm.widths), adm.num_res_blocks
     yield "time_embed.0", "time_embedding.linear_1", "same"
     yield "time_embed.2", "time_embedding.linear_2", "same"
@@ -190,6 +190,8 @@ def adm_denoiser(adm: ADMConfig, state: Mapping[str, Tensor]) -> UNetDenoiser:
 class ADMSource(DenoiserSource):
     """A guided-diffusion checkpoint, such as FFHQ 256x256 of ddpm-segmentation.
 
+        >>> source = ADMSource("models/ffhq.pt", "ffhq256")  # nothing is read before source.build()
+
     Args:
         checkpoint: a file written by ``torch.save`` or as ``.safetensors``, see
             :func:`~unidad_pl.backbones.weights.read_weights`.
@@ -213,8 +215,7 @@ class ADMSource(DenoiserSource):
                 f"no ADM checkpoint at {self.checkpoint!r}: put {PUBLISHED[str(self.config)]} there, or give its path "
                 f"as --model.source.init_args.checkpoint"
             )
-        state = {name: value.float() for name, value in read_weights(self.checkpoint).items()}
-        return adm_denoiser(adm, state)
+        return adm_denoiser(adm, {name: value.float() for name, value in read_weights(self.checkpoint).items()})
 
     def architecture(self) -> UNetDenoiser:
         from diffusers import UNet2DModel

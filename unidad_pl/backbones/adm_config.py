@@ -128,7 +128,7 @@ class ADMConfig:
             ValueError: the file is not a JSON object of known flags.
         """
         if str(name) in PRESETS:
-            return cls.preset(str(name))
+            return PRESETS[str(name)]
         if not Path(name).is_file():
             raise FileNotFoundError(
                 f"ADM config {str(name)!r} is neither a file nor a preset ({', '.join(PRESETS)}). Write the flags the "
@@ -164,43 +164,28 @@ class ADMConfig:
         """How the network is read. Guided-diffusion scales the betas so that any length ends at the same noise."""
         scale = 1000 / self.diffusion_steps
         return UNetSpec(
-            prediction="sample" if self.predict_xstart else "epsilon",
-            timestep="nearest",
+            prediction="sample" if self.predict_xstart else "epsilon", timestep="nearest",
             beta_schedule="linear" if self.noise_schedule == "linear" else "squaredcos_cap_v2",
-            beta_start=1e-4 * scale,
-            beta_end=0.02 * scale,
-            train_timesteps=self.diffusion_steps,
-        )
+            beta_start=1e-4 * scale, beta_end=0.02 * scale, train_timesteps=self.diffusion_steps,
+        )  # fmt: skip
 
 
 _LSUN = ADMConfig(
-    image_size=256,
-    num_channels=256,
-    attention_resolutions="32,16,8",
-    num_head_channels=64,
-    resblock_updown=True,
+    image_size=256, num_channels=256, attention_resolutions="32,16,8", num_head_channels=64, resblock_updown=True,
     learn_sigma=True,
-)
+)  # fmt: skip
 
 # Some were trained with dropout 0.1, which acts in training mode only.
 PRESETS = {
     "ffhq256": _LSUN,
     "lsun256": _LSUN,
-    "imagenet64": ADMConfig(
-        image_size=64,
-        num_channels=192,
-        num_res_blocks=3,
-        attention_resolutions="32,16,8",
-        num_head_channels=64,
-        resblock_updown=True,
-        use_new_attention_order=True,
-        learn_sigma=True,
-        class_cond=True,
+    "imagenet64": replace(
+        _LSUN, image_size=64, num_channels=192, num_res_blocks=3, use_new_attention_order=True, class_cond=True,
         noise_schedule="cosine",
     ),
     "imagenet256": replace(_LSUN, class_cond=True),
     "imagenet256_uncond": _LSUN,
-}
+}  # fmt: skip
 """The published models that a ``UNet2DModel`` represents. Not among them: ImageNet 128 (a fixed number of heads)
 and 512 (``channel_mult`` starts with 0.5)."""
 
@@ -216,29 +201,17 @@ PUBLISHED = {
 
 def unet2d_config(adm: ADMConfig) -> dict[str, Any]:
     """Constructor arguments of the ``UNet2DModel`` that computes the same function as the ADM network."""
-    plain = "ResnetDownsampleBlock2D" if adm.resblock_updown else "DownBlock2D"
+    plain, resample = ("ResnetDownsampleBlock2D", "resnet") if adm.resblock_updown else ("DownBlock2D", "conv")
     down = ["AttnDownBlock2D" if attention else plain for attention in adm.attention]
-    resample = "resnet" if adm.resblock_updown else "conv"
     return dict(
-        sample_size=adm.image_size,
-        in_channels=adm.in_channels,
+        sample_size=adm.image_size, in_channels=adm.in_channels,
         out_channels=adm.in_channels * (2 if adm.learn_sigma else 1),
-        down_block_types=tuple(down),
-        up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
-        block_out_channels=adm.widths,
-        layers_per_block=adm.num_res_blocks,
-        downsample_type=resample,
-        upsample_type=resample,
-        downsample_padding=1,
-        time_embedding_type="positional",
-        flip_sin_to_cos=True,
-        freq_shift=0,
-        act_fn="silu",
-        attention_head_dim=adm.num_head_channels,
-        norm_num_groups=32,
-        norm_eps=1e-5,
+        down_block_types=tuple(down), up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
+        block_out_channels=adm.widths, layers_per_block=adm.num_res_blocks,
+        downsample_type=resample, upsample_type=resample, downsample_padding=1,
+        time_embedding_type="positional", flip_sin_to_cos=True, freq_shift=0, act_fn="silu",
+        attention_head_dim=adm.num_head_channels, norm_num_groups=32, norm_eps=1e-5,
         attn_norm_num_groups=32,  # without it the middle attention loses its norm under scale_shift
         resnet_time_scale_shift="scale_shift" if adm.use_scale_shift_norm else "default",
-        num_class_embeds=adm.classes,
-        dropout=adm.dropout,
-    )
+        num_class_embeds=adm.classes, dropout=adm.dropout,
+    )  # fmt: skip

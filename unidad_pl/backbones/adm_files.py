@@ -10,7 +10,6 @@ import torch
 
 from unidad_pl.backbones.adm import ADMStateDictAdapter, adm_denoiser
 from unidad_pl.backbones.adm_config import ADMConfig
-from unidad_pl.backbones.unet import DENOISER_FILE
 from unidad_pl.backbones.weights import read_weights
 from unidad_pl.files import replacing
 
@@ -27,8 +26,7 @@ def import_adm(checkpoint: str, out: str, preset: str | None = None, config: str
     Args:
         checkpoint: the file, written by torch.save or as .safetensors.
         out: the folder to make.
-        preset: name of a published model: ffhq256, lsun256, imagenet64, imagenet256 or
-            imagenet256_uncond.
+        preset: name of a published model: ffhq256, lsun256, imagenet64, imagenet256 or imagenet256_uncond.
         config: JSON file with the flags the checkpoint was trained with. Give this or a preset.
 
     Returns:
@@ -40,8 +38,6 @@ def import_adm(checkpoint: str, out: str, preset: str | None = None, config: str
         ValueError: neither or both of preset and config, flags that a ``UNet2DModel`` cannot represent, or weights
             that do not fit them (names keys and shapes).
     """
-    from diffusers import DDPMScheduler
-
     if (preset is None) == (config is None):
         raise ValueError(f"give either a preset or a config, got preset={preset!r} and config={config!r}")
     target = Path(out)
@@ -49,18 +45,10 @@ def import_adm(checkpoint: str, out: str, preset: str | None = None, config: str
         raise FileExistsError(f"{out!r} is there already: choose another folder, or remove it")
     adm = ADMConfig.preset(preset) if preset is not None else ADMConfig.load(str(config))
     denoiser = adm_denoiser(adm, read_weights(checkpoint))
-    scheduler = DDPMScheduler(
-        num_train_timesteps=adm.spec.train_timesteps,
-        beta_start=adm.spec.beta_start,
-        beta_end=adm.spec.beta_end,
-        beta_schedule=adm.spec.beta_schedule,
-        prediction_type=adm.spec.prediction,
-        variance_type="learned_range" if adm.learn_sigma else "fixed_small",
-    )
+    variance = "learned_range" if adm.learn_sigma else "fixed_small"
     with replacing(target) as part:
-        denoiser.unet.save_pretrained(part)
-        scheduler.save_pretrained(part / "scheduler")
-        (part / DENOISER_FILE).write_text(json.dumps(asdict(adm.spec), indent=2) + "\n")
+        denoiser.save_pretrained(part, denoiser.unet.dtype)
+        adm.spec.scheduler("DDPMScheduler", variance_type=variance).save_pretrained(part / "scheduler")
         (part / FLAGS_FILE).write_text(json.dumps(asdict(adm), indent=2) + "\n")
     return target
 

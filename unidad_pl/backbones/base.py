@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -9,7 +12,7 @@ from torch import Tensor, nn
 
 from unidad_pl.backbones.lora import store_in_bfloat16
 from unidad_pl.backbones.spec import UNetSpec
-from unidad_pl.denoiser import Denoiser
+from unidad_pl.denoiser import Denoiser, Parameterization, Prediction
 from unidad_pl.schedules import abar_from_sigma, sigma_from_abar
 
 
@@ -28,8 +31,25 @@ class _Float32Conv2d(nn.Conv2d):
         return same
 
 
+def read_unet(kind: Any, folder: Path, use_safetensors: bool | None = True) -> Any:
+    """The diffusers network of class ``kind`` with the weights in ``folder``, float32.
+
+    Raises:
+        OSError: a file is missing.
+        ValueError: weights are missing or unexpected.
+    """
+    unet, report = kind.from_pretrained(
+        folder, torch_dtype=torch.float32, use_safetensors=use_safetensors, output_loading_info=True,
+        low_cpu_mem_usage=False, local_files_only=True,
+    )  # fmt: skip
+    wrong = {problem: keys for problem, keys in report.items() if keys}
+    if wrong:
+        raise ValueError(f"weights in {folder} do not fit its config.json: {wrong}")
+    return unet
+
+
 class DiffusersNetwork(Denoiser):
-    """A diffusers UNet with its noise levels; the base of the backbones.
+    """A diffusers UNet with its noise levels; the base of the backbones, which run it and add its condition.
 
     Args:
         unet: the network; its parameters live under ``unet.`` in the state dict. Its output layer computes in float32
@@ -44,6 +64,44 @@ class DiffusersNetwork(Denoiser):
         self.unet.conv_out = _Float32Conv2d.of(unet.conv_out)
         self.register_buffer("abar", spec.abar(), persistent=False)
         self.abar: Tensor
+
+    every_layer = False
+    """Whether taps are the outputs of the first convolution and of every layer behind it, not of the down blocks."""
+
+    @abstractmethod
+    def _output(self, x: Tensor, c_in: Tensor, time: Tensor, cond: Tensor | None) -> Tensor:
+        """The network's output [B, C, H, W] at ``c_in * x``."""
+
+    @abstractmethod
+    def _conditioned(self, emb: Tensor, cond: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The time embedding [B, E] with the condition's, and what blocks with cross-attention take besides."""
+
+    def _folded(self, x: Tensor) -> Tensor:
+        return x
+
+    def predict(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Prediction:
+        how = Parameterization.of(self.spec.prediction, sigma, self.spec.sigma_data)
+        return how.prediction(x, self._output(x, how.c_in, self.time(sigma), cond))
+
+    def taps(
+        self, x: Tensor, sigma: Tensor, cond: Tensor | None = None, names: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
+        c_in = Parameterization.of(self.spec.prediction, sigma, self.spec.sigma_data).c_in
+        h = self._folded(c_in * x).to(self.dtype)
+        if self.unet.config["center_input_sample"]:
+            h = 2 * h - 1.0
+        emb = self.unet.time_embedding(self.unet.time_proj(self.time(sigma)).to(h.dtype))
+        emb, crossed = self._conditioned(emb, cond)
+        h = self.unet.conv_in(h)
+        outputs, depth = [h] if self.every_layer else [], self.depth_of(names)
+        for block in self.unet.down_blocks:
+            if len(outputs) < depth:
+                crosses = getattr(block, "has_cross_attention", False)
+                h, states = block(hidden_states=h, temb=emb, **(crossed if crosses else {}))
+                outputs += states if self.every_layer else [h]
+        if len(outputs) < depth:
+            outputs.append(self.unet.mid_block(h, emb, **crossed))
+        return dict(zip(self.tap_channels, outputs, strict=names is None))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -25,6 +25,8 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 class LoRA:
     """What is trained of a UNet in place of all its weights: ``W + (alpha / rank) B A`` in some layers.
 
+        >>> attention_and_convolutions = LoRA(rank=8, target_modules=("to_q", "to_v", "conv1"))
+
     Attributes:
         rank: of the update of each layer.
         alpha: scale of the update, times ``rank``; null: the rank, a scale of 1.

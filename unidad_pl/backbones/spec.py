@@ -60,11 +60,17 @@ class UNetSpec:
         """Cumulative signal variance of the trained timesteps, [train_timesteps] float32, descending."""
         if self.beta_schedule == "linear":
             return linear_abar(self.train_timesteps, self.beta_start, self.beta_end)
-        from diffusers import DDPMScheduler
-
-        scheduler = DDPMScheduler(self.train_timesteps, self.beta_start, self.beta_end, self.beta_schedule)
-        abar: Tensor = scheduler.alphas_cumprod
+        abar: Tensor = self.scheduler("DDPMScheduler").alphas_cumprod
         return abar
+
+    def scheduler(self, name: str, **options: Any) -> Any:
+        """The diffusers scheduler called ``name`` (variance-preserving networks) at these noise levels."""
+        import diffusers
+
+        return getattr(diffusers, name)(
+            num_train_timesteps=self.train_timesteps, beta_start=self.beta_start, beta_end=self.beta_end,
+            beta_schedule=self.beta_schedule, prediction_type=self.prediction, **options,
+        )  # fmt: skip
 
 
 def find_scheduler(folder: Path) -> Path | None:
@@ -99,9 +105,6 @@ def spec_of_scheduler(path: Path) -> UNetSpec:
     if prediction not in ("epsilon", "v_prediction", "sample"):
         raise ValueError(f"{path}: prediction_type {prediction!r} is not one of epsilon, v_prediction, sample")
     return UNetSpec(
-        prediction=prediction,
-        beta_schedule=schedule,
-        beta_start=config.get("beta_start", 1e-4),
-        beta_end=config.get("beta_end", 0.02),
-        train_timesteps=config.get("num_train_timesteps", 1000),
-    )
+        prediction, beta_schedule=schedule, beta_start=config.get("beta_start", 1e-4),
+        beta_end=config.get("beta_end", 0.02), train_timesteps=config.get("num_train_timesteps", 1000),
+    )  # fmt: skip

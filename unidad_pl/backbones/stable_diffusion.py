@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor
 
-from unidad_pl.backbones.base import DiffusersNetwork
+from unidad_pl.backbones.base import DiffusersNetwork, read_unet
 from unidad_pl.backbones.latents import LatentCodec
 from unidad_pl.backbones.lora import LoRA, add_adapters, base_names
 from unidad_pl.backbones.sd_files import find_pipeline, weights_of
 from unidad_pl.backbones.spec import UNetSpec, find_scheduler, spec_of_scheduler
 from unidad_pl.backbones.weights import read_weights
 from unidad_pl.checks import check_choices
-from unidad_pl.denoiser import Codec, DenoiserSource, Parameterization, Prediction
+from unidad_pl.denoiser import Codec, DenoiserSource
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -42,7 +41,7 @@ class StableDiffusionUNet(DiffusersNetwork):
     Args:
         unet: the network.
         spec: how to read it; only variance-preserving networks with discrete timesteps exist.
-        resolution: side of the images in pixels, which SDXL is told; None: the side its config was made for.
+        resolution: side of the images in pixels, an input of SDXL; None: the side its config was made for.
         vae_scale: pixels per latent, along each axis.
         spacing: see :class:`StableDiffusion`.
 
@@ -92,35 +91,16 @@ class StableDiffusionUNet(DiffusersNetwork):
         self.pooled = config["projection_class_embeddings_input_dim"] - sizes if added else 0
         self.condition_shape = (TOKENS - (-self.pooled // self.width), self.width)
 
-    def predict(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Prediction:
-        how = Parameterization.of(self.spec.prediction, sigma, self.spec.sigma_data)
+    def _output(self, x: Tensor, c_in: Tensor, time: Tensor, cond: Tensor | None) -> Tensor:
         tokens, added = self._conditions(cond, len(x))
-        out = self.unet(
-            (how.c_in * x).to(self.dtype), self.time(sigma), encoder_hidden_states=tokens,
-            added_cond_kwargs=added,
+        return self.unet(
+            (c_in * x).to(self.dtype), time, encoder_hidden_states=tokens, added_cond_kwargs=added
         ).sample  # fmt: skip
-        return how.prediction(x, out)
 
-    def taps(
-        self, x: Tensor, sigma: Tensor, cond: Tensor | None = None, names: Collection[str] | None = None
-    ) -> dict[str, Tensor]:
-        how = Parameterization.of(self.spec.prediction, sigma, self.spec.sigma_data)
-        tokens, added = self._conditions(cond, len(x))
-        h = (how.c_in * x).to(self.dtype)
-        if self.unet.config["center_input_sample"]:
-            h = 2 * h - 1.0
-        emb = self.unet.time_embedding(self.unet.get_time_embed(sample=h, timestep=self.time(sigma)))
+    def _conditioned(self, emb: Tensor, cond: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        tokens, added = self._conditions(cond, len(emb))
         extra = self.unet.get_aug_embed(emb=emb, encoder_hidden_states=tokens, added_cond_kwargs=added)
-        emb = emb if extra is None else emb + extra
-        h = self.unet.conv_in(h)
-        outputs, depth = [], self.depth_of(names)
-        for block in self.unet.down_blocks[:depth]:
-            crossed = {"encoder_hidden_states": tokens} if getattr(block, "has_cross_attention", False) else {}
-            h, _ = block(hidden_states=h, temb=emb, **crossed)
-            outputs.append(h)
-        if len(outputs) < depth:
-            outputs.append(self.unet.mid_block(h, emb, encoder_hidden_states=tokens))
-        return dict(zip(self.tap_channels, outputs, strict=names is None))
+        return emb if extra is None else emb + extra, {"encoder_hidden_states": tokens}
 
     @property
     def tap_channels(self) -> dict[str, int]:
@@ -169,6 +149,8 @@ class StableDiffusionUNet(DiffusersNetwork):
 class StableDiffusion(DenoiserSource):
     """A diffusers Stable Diffusion model: 1.x, 2.x or XL.
 
+        >>> source = StableDiffusion("models/stable-diffusion-v1-5", lora=LoRA(rank=32))
+
     Args:
         path: the pipeline's folder, with ``unet/``, ``vae/``, ``scheduler/`` and the text encoders; or the id of a
             model on Hugging Face that was downloaded before (nothing is downloaded here).
@@ -213,13 +195,7 @@ class StableDiffusion(DenoiserSource):
                 raise ValueError(f"{self.unet_weights!r} does not fit {folder / 'unet'}: {error}") from error
             return self._denoiser(unet, folder)
         with weights_of(folder / "unet"):
-            unet, report = UNet2DConditionModel.from_pretrained(
-                folder / "unet", torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True,
-                low_cpu_mem_usage=False, local_files_only=True,
-            )  # fmt: skip
-        wrong: dict[str, Any] = {kind: keys for kind, keys in report.items() if keys}
-        if wrong:
-            raise ValueError(f"weights in {folder / 'unet'} do not fit its config.json: {wrong}")
+            unet = read_unet(UNet2DConditionModel, folder / "unet")
         return self._denoiser(unet, folder)
 
     def codec(self) -> Codec:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unidad_pl.backbones.base import DiffusersNetwork
+from unidad_pl.backbones.base import DiffusersNetwork, read_unet
 from unidad_pl.backbones.spec import SCHEDULER_FILE, UNetSpec, find_scheduler, spec_of_scheduler
-from unidad_pl.denoiser import DenoiserSource, Parameterization, Prediction, PredictionType
+from unidad_pl.denoiser import DenoiserSource, PredictionType
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
@@ -38,6 +38,8 @@ class UNetDenoiser(DiffusersNetwork):
         ValueError: the network's channels do not fit ``spec.patch_size``, or its sample size is unknown.
     """
 
+    every_layer = True
+
     def __init__(self, unet: UNet2DModel, spec: UNetSpec) -> None:
         size, fold = unet.config["sample_size"], spec.patch_size**2
         channels = unet.config["in_channels"]
@@ -53,29 +55,20 @@ class UNetDenoiser(DiffusersNetwork):
         self.image_shape = (channels // fold, height * spec.patch_size, width * spec.patch_size)
         self.num_classes = unet.config["num_class_embeds"]
 
-    def predict(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Prediction:
-        how = Parameterization.of(self.spec.prediction, sigma, self.spec.sigma_data)
-        folded = F.pixel_unshuffle(how.c_in * x, self.spec.patch_size)
-        out = self.unet(folded.to(self.dtype), self.time(sigma), class_labels=cond).sample[:, : folded.shape[1]]
-        return how.prediction(x, F.pixel_shuffle(out, self.spec.patch_size))
+    def _folded(self, x: Tensor) -> Tensor:
+        return F.pixel_unshuffle(x, self.spec.patch_size)
 
-    def taps(
-        self, x: Tensor, sigma: Tensor, cond: Tensor | None = None, names: Collection[str] | None = None
-    ) -> dict[str, Tensor]:
-        how = Parameterization.of(self.spec.prediction, sigma, self.spec.sigma_data)
-        h = F.pixel_unshuffle(how.c_in * x, self.spec.patch_size).to(self.dtype)
-        if self.unet.config["center_input_sample"]:
-            h = 2 * h - 1.0
-        emb = self._embedding(self.time(sigma), cond, h.dtype)
-        h = self.unet.conv_in(h)
-        outputs, depth = [h], self.depth_of(names)
-        for block in self.unet.down_blocks:
-            if len(outputs) < depth:
-                h, states = block(hidden_states=h, temb=emb)
-                outputs += states
-        if len(outputs) < depth:
-            outputs.append(self.unet.mid_block(h, emb))
-        return dict(zip(self.tap_channels, outputs, strict=names is None))
+    def _output(self, x: Tensor, c_in: Tensor, time: Tensor, cond: Tensor | None) -> Tensor:
+        folded = self._folded(c_in * x)
+        out = self.unet(folded.to(self.dtype), time, class_labels=cond).sample[:, : folded.shape[1]]
+        return F.pixel_shuffle(out, self.spec.patch_size)
+
+    def _conditioned(self, emb: Tensor, cond: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.unet.class_embedding is not None:
+            if cond is None:
+                raise ValueError("this UNet is class-conditional: pass class labels as cond")
+            emb = emb + self.unet.class_embedding(cond).to(self.dtype)
+        return emb, {}
 
     @property
     def tap_channels(self) -> dict[str, int]:
@@ -86,18 +79,8 @@ class UNetDenoiser(DiffusersNetwork):
             channels += [width] * (layers + (level < len(widths) - 1))
         return {f"in{i}": c for i, c in enumerate(channels)} | {"mid": widths[-1]}
 
-    def _embedding(self, time: Tensor, cond: Tensor | None, dtype: torch.dtype) -> Tensor:
-        emb = self.unet.time_embedding(self.unet.time_proj(time).to(dtype))
-        if self.unet.class_embedding is not None:
-            if cond is None:
-                raise ValueError("this UNet is class-conditional: pass class labels as cond")
-            emb = emb + self.unet.class_embedding(cond).to(dtype)
-        return emb
-
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write ``config.json``, ``diffusion_pytorch_model.safetensors`` and ``denoiser.json`` into ``folder``."""
-        import copy
-
         same = self.unet.dtype == dtype
         (self.unet if same else copy.deepcopy(self.unet).to(dtype)).save_pretrained(folder)
         (Path(folder) / DENOISER_FILE).write_text(json.dumps(asdict(self.spec), indent=2) + "\n")
@@ -105,6 +88,9 @@ class UNetDenoiser(DiffusersNetwork):
 
 class PretrainedUNet(DenoiserSource):
     """A ``UNet2DModel`` folder with weights.
+
+        >>> PretrainedUNet("builtin:cartoon_teacher").build().image_shape
+        (3, 32, 32)
 
     Args:
         path: a folder with a network's ``config.json`` and weights, as diffusers writes it (a whole pipeline's folder,
@@ -133,13 +119,7 @@ class PretrainedUNet(DenoiserSource):
 
         folder = self._unet_folder()
         spec = self._spec(folder)
-        unet, report = UNet2DModel.from_pretrained(
-            folder, torch_dtype=torch.float32, use_safetensors=not (folder / BIN_FILE).is_file() or None,
-            output_loading_info=True, low_cpu_mem_usage=False, local_files_only=True,
-        )  # fmt: skip
-        wrong = {kind: keys for kind, keys in report.items() if keys}
-        if wrong:
-            raise ValueError(f"weights in {folder} do not fit its config.json: {wrong}")
+        unet = read_unet(UNet2DModel, folder, use_safetensors=not (folder / BIN_FILE).is_file() or None)
         return UNetDenoiser(unet, spec).eval()
 
     def architecture(self) -> UNetDenoiser:
@@ -176,6 +156,9 @@ class PretrainedUNet(DenoiserSource):
 class NewUNet(DenoiserSource):
     """A randomly initialised ``UNet2DModel``, for training from scratch.
 
+        >>> list(NewUNet(channels=(32, 64), attention_levels=(1,)).build().tap_channels)
+        ['in0', 'in1', 'in2', 'in3', 'mid']
+
     Args:
         resolution: image side in pixels.
         channels: widths of the levels, finest first.
@@ -186,9 +169,7 @@ class NewUNet(DenoiserSource):
         image_channels: colour channels.
         num_classes: number of class labels; null for an unconditional model.
         dropout: dropout inside residual blocks.
-        prediction: see :class:`UNetSpec`.
-        sigma_data: see :class:`UNetSpec`.
-        patch_size: see :class:`UNetSpec`.
+        prediction, sigma_data, patch_size: see :class:`UNetSpec`.
     """
 
     def __init__(
@@ -206,11 +187,8 @@ class NewUNet(DenoiserSource):
         sigma_data: float = 0.5,
         patch_size: int = 2,
     ) -> None:
-        if resolution % (patch_size * 2 ** (len(channels) - 1)):
-            raise ValueError(
-                f"resolution {resolution} must be divisible by patch_size * 2^(levels - 1) = "
-                f"{patch_size * 2 ** (len(channels) - 1)}"
-            )
+        if resolution % (factor := patch_size * 2 ** (len(channels) - 1)):
+            raise ValueError(f"resolution {resolution} must be divisible by patch_size * 2^(levels - 1) = {factor}")
         for level in {*attention_levels, len(channels) - 1}:  # the middle block always attends
             if not 0 <= level < len(channels) or channels[level] % head_channels:
                 raise ValueError(
@@ -220,21 +198,14 @@ class NewUNet(DenoiserSource):
         self.spec = UNetSpec(prediction=prediction, sigma_data=sigma_data, patch_size=patch_size)
         attention = [level in attention_levels for level in range(len(channels))]
         self.config: dict[str, Any] = dict(
-            sample_size=resolution // patch_size,
-            in_channels=image_channels * patch_size**2,
-            out_channels=image_channels * patch_size**2,
-            block_out_channels=tuple(channels),
-            layers_per_block=layers,
+            sample_size=resolution // patch_size, block_out_channels=tuple(channels), layers_per_block=layers,
+            in_channels=image_channels * patch_size**2, out_channels=image_channels * patch_size**2,
             down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
             up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
-            downsample_padding=1,
-            attention_head_dim=head_channels,
-            norm_num_groups=norm_groups,
-            attn_norm_num_groups=norm_groups,
-            resnet_time_scale_shift="scale_shift",
-            num_class_embeds=num_classes,
+            downsample_padding=1, attention_head_dim=head_channels, norm_num_groups=norm_groups,
+            attn_norm_num_groups=norm_groups, resnet_time_scale_shift="scale_shift", num_class_embeds=num_classes,
             dropout=dropout,
-        )
+        )  # fmt: skip
 
     def build(self) -> UNetDenoiser:
         """Make the network with diffusers' default initialisation, from torch's global random state."""

@@ -19,6 +19,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from unidad_pl.checks import check_at_least, check_choices
+
+Layer = Literal["factors", "pooled"]
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 BUILTIN = "builtin:"
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -79,7 +82,15 @@ class FactorNetwork(nn.Module):
         self.categories = {name: list(values) for name, values in categories.items()}
         self.ranges = {name: (float(low), float(high)) for name, (low, high) in ranges.items()}
         self.channels, self.num_features = tuple(channels), features
-        self._check()
+        for name, values in self.categories.items():
+            if len(values) < 2:
+                raise ValueError(f"categorical factor {name!r} needs at least two values, got {values}")
+        for name, (low, high) in self.ranges.items():
+            if low >= high:
+                raise ValueError(f"the range of {name!r} must go up, got [{low}, {high}]")
+        if not 1 <= len(self.channels) <= 5 or any(c < _GROUPS or c % _GROUPS for c in self.channels):
+            raise ValueError(f"channels must be 1 to 5 multiples of {_GROUPS}, got {self.channels}")
+        check_at_least(1, features=features)
         layers: list[nn.Module] = [nn.Conv2d(3, channels[0], 3, padding=1)]
         for narrow, wide in pairwise(channels):
             layers += [nn.GroupNorm(_GROUPS, narrow), nn.SiLU(), nn.Conv2d(narrow, wide, 3, 2, 1), _Residual(wide)]
@@ -96,18 +107,6 @@ class FactorNetwork(nn.Module):
         self.register_buffer("pooled_std", torch.ones(sum(channels[1:])))
         self.pooled_mean: Tensor
         self.pooled_std: Tensor
-
-    def _check(self) -> None:
-        for name, values in self.categories.items():
-            if len(values) < 2:
-                raise ValueError(f"categorical factor {name!r} needs at least two values, got {values}")
-        for name, (low, high) in self.ranges.items():
-            if low >= high:
-                raise ValueError(f"the range of {name!r} must go up, got [{low}, {high}]")
-        if not 1 <= len(self.channels) <= 5 or any(c < _GROUPS or c % _GROUPS for c in self.channels):
-            raise ValueError(f"channels must be 1 to 5 multiples of {_GROUPS}, got {self.channels}")
-        if self.num_features < 1:
-            raise ValueError(f"features must be at least 1, got {self.num_features}")
 
     def features(self, images: Tensor) -> Tensor:
         """Features [N, D] of ``images`` [N, 3, H, W], float in [-1, 1] (clamped, as a picture file would).
@@ -144,9 +143,8 @@ class FactorNetwork(nn.Module):
 
     def _input(self, images: Tensor) -> Tensor:
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise ValueError(
-                f"expected float images [N, 3, H, W] in [-1, 1], got {images.dtype} of shape {tuple(images.shape)}"
-            )
+            seen = f"{images.dtype} of shape {tuple(images.shape)}"
+            raise ValueError(f"expected float images [N, 3, H, W] in [-1, 1], got {seen}")
         x = images.to(self.project.weight.dtype)
         if x.shape[-2:] != (INPUT_SIZE, INPUT_SIZE):
             x = F.interpolate(x, size=(INPUT_SIZE, INPUT_SIZE), mode="bilinear", antialias=True)
@@ -158,14 +156,6 @@ class FactorNetwork(nn.Module):
         logits = {name: self.heads[name](features) for name in self.categories}
         values = dict(zip(self.ranges, self.regression(features).unbind(1), strict=True))
         return FactorOutput(features, logits, values)
-
-    def predict(self, images: Tensor) -> dict[str, Tensor]:
-        """The likeliest value of every categorical factor: name -> [N] int64, positions in :attr:`categories`."""
-        return {name: logits.argmax(1) for name, logits in self(images).logits.items()}
-
-    def estimate(self, images: Tensor) -> dict[str, Tensor]:
-        """Every continuous factor in its own units: name -> [N]."""
-        return {name: self.denormalise(name, value) for name, value in self(images).values.items()}
 
     def normalise(self, name: str, value: Tensor) -> Tensor:
         """The range of factor ``name`` -> [-1, 1]."""
@@ -182,11 +172,9 @@ class FactorNetwork(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {
-            "categories": self.categories,
-            "ranges": {name: list(limits) for name, limits in self.ranges.items()},
-            "channels": list(self.channels),
+            "categories": self.categories, "ranges": self.ranges, "channels": self.channels,
             "features": self.num_features,
-        }
+        }  # fmt: skip
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         weights = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in self.state_dict().items()}
         (folder / WEIGHTS_FILE).write_bytes(save(weights))
@@ -202,8 +190,7 @@ class FactorNetwork(nn.Module):
         folder = Path(folder)
         with torch.random.fork_rng(devices=[]):  # layers are initialised before the weights are read
             network = cls(**read_config(folder))
-        weights = load_file(_existing(folder, WEIGHTS_FILE))
-        own = network.state_dict()
+        weights, own = load_file(_existing(folder, WEIGHTS_FILE)), network.state_dict()
         _same_names(set(own), set(weights), folder / WEIGHTS_FILE)
         for name, tensor in weights.items():
             if tensor.shape != own[name].shape:
@@ -211,7 +198,7 @@ class FactorNetwork(nn.Module):
                     f"{folder / WEIGHTS_FILE}: {name!r} has shape {tuple(tensor.shape)}, but {CONFIG_FILE} describes "
                     f"{tuple(own[name].shape)}: the two files do not belong together. Rebuild with: {REBUILD}"
                 )
-        network.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+        network.load_state_dict(weights)
         return network
 
 
@@ -266,10 +253,9 @@ class CartoonFeatures(nn.Module):
         ValueError: another ``layer``.
     """
 
-    def __init__(self, path: str = "builtin:cartoon_features", layer: Literal["factors", "pooled"] = "factors") -> None:
+    def __init__(self, path: str = "builtin:cartoon_features", layer: Layer = "factors") -> None:
         super().__init__()
-        if layer not in ("factors", "pooled"):
-            raise ValueError(f"layer must be 'factors' or 'pooled', got {layer!r}")
+        check_choices(layer=(layer, Layer))
         self.path, self.layer = path, layer
         self.name = "cartoon_features" + ("-pooled" if layer == "pooled" else "")
         self._loaded: list[FactorNetwork] = []  # in a list, so that torch does not register it
@@ -277,9 +263,7 @@ class CartoonFeatures(nn.Module):
     @property
     def folder(self) -> Path:
         """Where the network lies."""
-        if self.path.startswith(BUILTIN):
-            return ASSETS / self.path.removeprefix(BUILTIN)
-        return Path(self.path)
+        return ASSETS / self.path.removeprefix(BUILTIN) if self.path.startswith(BUILTIN) else Path(self.path)
 
     @property
     def categories(self) -> dict[str, list[str]]:
@@ -310,4 +294,5 @@ class CartoonFeatures(nn.Module):
     def predict(self, images: Tensor) -> dict[str, Tensor]:
         """The likeliest value of every categorical factor: name -> [N] int64, positions in :attr:`categories`."""
         with torch.autocast(images.device.type, enabled=False):
-            return self.load().to(images.device).predict(images)
+            logits = self.load().to(images.device)(images).logits
+        return {name: values.argmax(1) for name, values in logits.items()}

@@ -66,16 +66,11 @@ _PALETTES: dict[str, tuple[str, ...]] = {
     "fur": ("e08a3c", "8d939b", "2e2c30", "f4efe6", "7b5236", "ead2a4"),
     "cat_eye": ("e0b93a", "5fb8e8", "7bc65a", "cfa03a"),
 }
-
-
 _ZOOM = 0.9  # half image width in drawing units: below 1 the head fills more of the frame
-
-
-def _rgb(hexes: Sequence[str]) -> Tensor:
-    return torch.tensor([[int(h[i : i + 2], 16) / 255 for i in (0, 2, 4)] for h in hexes])
-
-
-_COLOURS = {name: _rgb(hexes) for name, hexes in _PALETTES.items()}
+_COLOURS = {
+    name: torch.tensor([[int(h[i : i + 2], 16) / 255 for i in (0, 2, 4)] for h in hexes])
+    for name, hexes in _PALETTES.items()
+}
 
 
 def _uniform(indices: np.ndarray, stream: int) -> np.ndarray:
@@ -152,12 +147,9 @@ class _Canvas:
         dx, dy = self.x - self.f["shift_x"], self.y - self.f["shift_y"]
         self.hx, self.hy = cos * dx + sin * dy, -sin * dx + cos * dy  # head frame: moved and tilted
 
-    def cover(self, distance: Tensor) -> Tensor:
-        return (0.5 - distance / self.pixel).clamp(0, 1)
-
     def paint(self, colour: Tensor, distance: Tensor, when: Tensor | float = 1.0) -> None:
         """``colour`` [N, 3] or [3] over the pixels where the signed ``distance`` is negative."""
-        alpha = (self.cover(distance) * when)[:, None]
+        alpha = ((0.5 - distance / self.pixel).clamp(0, 1) * when)[:, None]
         self.rgb += alpha * (colour.reshape(-1, 3, 1, 1) - self.rgb)
 
 

@@ -48,7 +48,8 @@ domain from about ten images, in one training run (Uni-DAD).
 LOGGER = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "runs", "name": None}}
 """A name of null is that of the first config."""
 TRAINER_DEFAULTS: dict[str, Any] = {
-    "check_val_every_n_epoch": None, "num_sanity_val_steps": 0, "log_every_n_steps": 50, "logger": LOGGER
+    "check_val_every_n_epoch": None, "num_sanity_val_steps": 0, "log_every_n_steps": 50, "devices": 1,
+    "logger": LOGGER,
 }  # fmt: skip
 
 
@@ -139,7 +140,7 @@ class UnidadCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        """The checkpoint to go on from, or the untrained weights' metrics for the summary.
+        """The checkpoint to resume from, or the untrained weights' metrics for the summary.
 
         Raises:
             FileNotFoundError: ``--ckpt_path`` leads to no file; Lightning would train from the start after a warning.

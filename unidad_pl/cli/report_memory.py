@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from unidad_pl.checks import check_at_least, check_choices
 from unidad_pl.data.batch import Batch
 from unidad_pl.denoiser import Codec, Denoiser, DenoiserSource
-from unidad_pl.runs.config import build_module, merge_configs
+from unidad_pl.runs.config import build_module, merge_configs, read_config
 from unidad_pl.training.module import GenerativeModule
 
+Precision = Literal["32-true", "64-true", "bf16-mixed"]
 GIB = 2**30
 ADAM_STATES = 2
 
@@ -52,11 +54,8 @@ class MemoryReport:
             (f"{name} ({self.parameters[name]:,} parameters{', elsewhere' if name in self.elsewhere else ''})", size)
             for name, size in self.weights.items()
         ]
-        rows += [
-            ("gradients", self.gradients),
-            ("optimiser states", self.optimizers),
-            ("activations", self.activations),
-        ]
+        rows += [("gradients", self.gradients), ("optimiser states", self.optimizers)]
+        rows += [("activations", self.activations)]
         width = max(len(name) for name, _ in rows)
         lines = [f"{name:<{width}}  {size / GIB:9.3f} GiB" for name, size in rows]
         return "\n".join([*lines, f"{'peak':<{width}}  {self.peak / GIB:9.3f} GiB", ""])
@@ -72,14 +71,10 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        known = {
-            tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)
-        }
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in known and storage._cdata not in self._seen:
-                    self._add(storage)
+        known = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in _storages(result):
+            if storage._cdata not in known and storage._cdata not in self._seen:
+                self._add(storage)
         return result
 
     def _add(self, storage: Any) -> None:
@@ -94,27 +89,24 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-class Architecture(DenoiserSource):
-    """A source's network without weights and without storage."""
+def _storages(values: Any) -> list[Any]:
+    return [value.untyped_storage() for value in tree_leaves(values) if isinstance(value, Tensor)]
 
-    def __init__(self, source: DenoiserSource, mode: Any) -> None:
-        self.source, self.mode = source, mode
 
-    def build(self) -> Denoiser:
-        """The network, its parameters fake tensors, its buffers real."""
-        with torch.device("meta"):
-            network = self.source.architecture()
-        for layer in network.modules():
-            for name, weight in layer.named_parameters(recurse=False):
-                with self.mode:
-                    without_storage = torch.empty(weight.shape, dtype=weight.dtype)
-                layer.register_parameter(name, nn.Parameter(without_storage, weight.requires_grad))
-            for name, buffer in layer.named_buffers(recurse=False):
-                layer.register_buffer(name, torch.zeros(buffer.shape, dtype=buffer.dtype), persistent=False)
-        spec = getattr(network, "spec", None)
-        if spec is not None:
-            network.register_buffer("abar", spec.abar(), persistent=False)
-        return network
+def without_weights(source: DenoiserSource, mode: Any) -> Denoiser:
+    """The network of ``source``, its parameters fake tensors of ``mode`` without storage, its buffers real."""
+    with torch.device("meta"):
+        network = source.architecture()
+    for layer in network.modules():
+        for name, weight in layer.named_parameters(recurse=False):
+            with mode:
+                without_storage = torch.empty(weight.shape, dtype=weight.dtype)
+            layer.register_parameter(name, nn.Parameter(without_storage, weight.requires_grad))
+        for name, buffer in layer.named_buffers(recurse=False):
+            layer.register_buffer(name, torch.zeros(buffer.shape, dtype=buffer.dtype), persistent=False)
+    if (spec := getattr(network, "spec", None)) is not None:
+        network.register_buffer("abar", spec.abar(), persistent=False)
+    return network
 
 
 def predict_memory(module: GenerativeModule, batch_size: int, precision: str = "32-true") -> MemoryReport:
@@ -131,8 +123,7 @@ def predict_memory(module: GenerativeModule, batch_size: int, precision: str = "
     Raises:
         ValueError: an unknown precision.
     """
-    if precision not in ("32-true", "64-true", "bf16-mixed"):
-        raise ValueError(f"precision must be 32-true, 64-true or bf16-mixed, got {precision!r}")
+    check_choices(precision=(precision, Precision))
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if precision == "64-true" else torch.float32)
     try:
@@ -145,18 +136,19 @@ def _predict(module: Any, batch_size: int, precision: str) -> MemoryReport:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    module.build = lambda source: Architecture(source, mode).build()
+    module.build = lambda source: without_weights(source, mode)
     module._hashes = dict.fromkeys(module.frozen_networks, "")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch asks a copied parameter where its storage is
         module.configure_model()
     elsewhere = module.frozen_networks if module.memory.teacher_device is not None else ()
     elsewhere += ("ema",) if module.memory.ema_device is not None else ()
-    networks = {name: child for name, child in module.named_children() if isinstance(child, nn.Module)}
+    networks = dict(module.named_children())
     own = _own_parameters(networks)
     weights = {name: _bytes([*own[name], *network.buffers()]) for name, network in networks.items()}
     autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else nullcontext()
-    with _rehearsed(module) as gradients, mode, LiveBytes() as live, autocast, warnings.catch_warnings():
+    gradients = _rehearse(module)
+    with mode, LiveBytes() as live, autocast, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's, about logging without a trainer
         module.training_step(_batch(module, batch_size), 0)
     states = sum(_states(module, name, parameters) for name, parameters in _groups(module).items())
@@ -170,11 +162,10 @@ def _predict(module: Any, batch_size: int, precision: str) -> MemoryReport:
 
 def _own_parameters(networks: dict[str, nn.Module]) -> dict[str, list[nn.Parameter]]:
     """The parameters of each network that none before it has: a base under adapters is there once."""
-    seen: set[int] = set()
     own: dict[str, list[nn.Parameter]] = {}
     for name, network in networks.items():
+        seen = {id(p) for parameters in own.values() for p in parameters}
         own[name] = [p for p in network.parameters() if id(p) not in seen]
-        seen |= {id(p) for p in own[name]}
     return own
 
 
@@ -198,9 +189,8 @@ def _batch(module: GenerativeModule, size: int) -> Batch:
     return Batch(images, prompts=["a prt dog"] * size, source_prompts=["a dog"] * size)
 
 
-@contextmanager
-def _rehearsed(module: Any) -> Iterator[dict[str, int]]:
-    """Iterations without a trainer: gradients are made and dropped where they would be; yields their bytes."""
+def _rehearse(module: Any) -> dict[str, int]:
+    """Iterations without a trainer: gradients are made and dropped where they would be; their bytes, once they were."""
     module.iteration = module.costliest_iteration()
     groups = _groups(module)
     gradients: dict[str, int] = {}
@@ -215,7 +205,7 @@ def _rehearsed(module: Any) -> Iterator[dict[str, int]]:
         return True
 
     module.backward_into, module.step, module.finish_iteration = backward_into, step, lambda stepped: None
-    yield gradients
+    return gradients
 
 
 def _groups(module: GenerativeModule) -> dict[str, list[nn.Parameter]]:
@@ -245,19 +235,13 @@ def report_memory(config: list[str], batch_size: int | None = None, precision: s
     Raises:
         FileNotFoundError, ValueError: a config that cannot be read or used; says why.
     """
-    import yaml
-
     for path in config:
         if not Path(path).is_file():
             raise FileNotFoundError(f"no config at {path!r}")
-    try:
-        merged = merge_configs([yaml.safe_load(Path(path).read_text()) or {} for path in config])
-    except yaml.YAMLError as error:
-        raise ValueError(f"{config} is not YAML: {error}") from error
+    merged = merge_configs([read_config(path) or {} for path in config])
     module = build_module(merged, ", ".join(config))
     data = (merged.get("data") or {}).get("init_args") or {}
     size = batch_size if batch_size is not None else int(data.get("batch_size", 1))
-    if size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {size}")
+    check_at_least(1, batch_size=size)
     kind = precision if precision is not None else str((merged.get("trainer") or {}).get("precision", "32-true"))
     return f"one process, batch {size}, {kind}\n{predict_memory(module, size, kind).table()}"

@@ -37,15 +37,18 @@ def report_subjects(runs: str, stage: str = "test", out: str | None = None) -> s
     names = list(dict.fromkeys(name for record in found.values() for name in record["values"]))
     rows: dict[str, dict[str, float | None]] = {subject: found[subject]["values"] for subject in sorted(found)}
     rows[MEAN] = {name: _mean([row.get(name) for row in rows.values()]) for name in names}
-    cells = [[subject, *(_text(row.get(name)) for name in names)] for subject, row in rows.items()]
-    table = [["subject", *names], *cells]
+    table = [["subject", *names]]
+    for subject, row in rows.items():
+        table.append([subject, *("" if (value := row.get(name)) is None else f"{value:.4f}" for name in names)])
     if out is not None:
         path = Path(out)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(table)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ["  ".join(_padded(row, widths)).rstrip() for row in table]
+    left = [subject.ljust(widths[0]) for subject, *_ in table]
+    right = [[f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True)] for row in table]
+    lines = ["  ".join([subject, *cells]).rstrip() for subject, cells in zip(left, right, strict=True)]
     return "\n".join([*lines[:-1], "-" * max(map(len, lines)), lines[-1]]) + "\n"
 
 
@@ -87,11 +90,3 @@ def _check_alike(records: list[dict[str, Any]]) -> None:
 def _mean(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
-
-
-def _text(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
-
-
-def _padded(row: list[str], widths: list[int]) -> list[str]:
-    return [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]

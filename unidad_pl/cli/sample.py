@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from unidad_pl.backbones.stable_diffusion import StableDiffusionUNet
+from unidad_pl.checks import check_at_least
 from unidad_pl.data.pictures import as_uint8, grid, write_png
 from unidad_pl.export.student import load_export
 from unidad_pl.files import replacing
@@ -61,13 +63,14 @@ def sample(
         FileNotFoundError, ValueError: the model cannot be loaded; says why.
         OSError: a file cannot be written.
     """
-    for name, value in (("num", num), ("batch_size", batch_size), ("num_steps", num_steps), ("seed + 1", seed + 1)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    check_at_least(1, num=num, batch_size=batch_size, num_steps=num_steps)
+    check_at_least(0, seed=seed)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     student = load_student(model, weights, config) if Path(model).is_file() else load_export(model)
-    _check_prompts(prompts, student, model)
+    if bool(prompts) != isinstance(student.network, StableDiffusionUNet):
+        wanted = "no text-to-image model: leave prompts out" if prompts else "a text-to-image model: give --prompts"
+        raise ValueError(f"{model!r} is {wanted}")
     labels = ClassLabels(student.network.num_classes, class_labels or student.classes)
     trained = len(student.sampler)
     if num_steps is not None and num_steps > trained:
@@ -84,13 +87,6 @@ def sample(
     return folder
 
 
-def _check_prompts(prompts: list[str] | None, student: TrainedStudent, model: str) -> None:
-    """Raise ``ValueError`` unless prompts are there exactly where the model needs some."""
-    if bool(prompts) != isinstance(student.network, StableDiffusionUNet):
-        wanted = "no text-to-image model: leave prompts out" if prompts else "a text-to-image model: give --prompts"
-        raise ValueError(f"{model!r} is {wanted}")
-
-
 def _path(folder: Path, seed: int) -> Path:
     return folder / f"{seed:06d}.png"
 
@@ -103,10 +99,9 @@ def _record(
     now |= {"prompts": prompts} if prompts else {}
     path = folder / RECORD
     if path.is_file():
-        try:
+        before: dict[str, Any] = {}
+        with suppress(ValueError):
             before = json.loads(path.read_text())
-        except ValueError:
-            before = {}
         other = {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
         if other:
             raise ValueError(
@@ -122,15 +117,9 @@ def _record(
 
 
 def _draw(
-    student: TrainedStudent,
-    num_steps: int | None,
-    labels: ClassLabels,
-    prompts: list[str] | None,
-    seeds: list[int],
-    batch_size: int,
-    device: str,
-    folder: Path,
-) -> None:
+    student: TrainedStudent, num_steps: int | None, labels: ClassLabels, prompts: list[str] | None, seeds: list[int],
+    batch_size: int, device: str, folder: Path,
+) -> None:  # fmt: skip
     from tqdm import tqdm
 
     network, sampler = student.network.to(device), student.with_steps(num_steps)

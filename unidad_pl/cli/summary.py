@@ -37,19 +37,15 @@ def fit_summary(
             cells = [f"{before[name]:.4g}" if name in before else "-"] if before else []
             table.add_row(name, *cells, f"{after[name]:.4g}")
         console.print(table)
-    checkpoint = _last_checkpoint(trainer)
-    console.print(f"run folder    {folder}", soft_wrap=True, highlight=False)
-    for label, path in (("pictures", folder / "samples"), ("numbers", folder / "metrics.jsonl")):
-        if path.exists():
-            console.print(f"{label:<13} {path}", soft_wrap=True, highlight=False)
-    if checkpoint is not None:
-        console.print(f"checkpoint    {checkpoint}", soft_wrap=True, highlight=False)
-        unidad = _command()
-        following = {"next": f"{unidad} predict --config {folder / 'config.yaml'} --ckpt_path {checkpoint}"}
+    places = {"run folder": folder, "pictures": folder / "samples", "numbers": folder / "metrics.jsonl"}
+    lines = {label: str(path) for label, path in places.items() if label == "run folder" or path.exists()}
+    if (checkpoint := _last_checkpoint(trainer)) is not None:
+        unidad, lines["checkpoint"] = _command(), checkpoint
+        lines["next"] = f"{unidad} predict --config {folder / 'config.yaml'} --ckpt_path {checkpoint}"
         if isinstance(trainer.lightning_module, UniDAD):
-            following["hand on"] = f"{unidad} export --ckpt_path {checkpoint} --out {folder / 'export'}"
-        for label, command in following.items():
-            console.print(f"{label:<13} {command}", soft_wrap=True, highlight=False)
+            lines["hand on"] = f"{unidad} export --ckpt_path {checkpoint} --out {folder / 'export'}"
+    for label, text in lines.items():
+        console.print(f"{label:<13} {text}", soft_wrap=True, highlight=False)
 
 
 def _command() -> str:

@@ -5,13 +5,6 @@ from unidad_pl.data.few_shot import Augmentation, Evaluation, FewShotDataModule,
 from unidad_pl.data.subject import Prior, PromptOptions, SubjectDataModule, SubjectEvaluation
 
 __all__ = [
-    "Augmentation",
-    "Batch",
-    "Evaluation",
-    "FewShotDataModule",
-    "Prior",
-    "PromptOptions",
-    "Reference",
-    "SubjectDataModule",
-    "SubjectEvaluation",
-]
+    "Augmentation", "Batch", "Evaluation", "FewShotDataModule", "Prior", "PromptOptions", "Reference",
+    "SubjectDataModule", "SubjectEvaluation",
+]  # fmt: skip

@@ -15,8 +15,7 @@ class Batch:
         images: [B, C, H, W] float32 in [-1, 1].
         cond: condition of the B rows (class labels [B] int64), or None.
         prompts: B prompts instead, for a text-to-image model.
-        source_prompts: what the source teacher is told in their place, e.g. without the subject's rare token; None: the
-            same.
+        source_prompts: the source teacher's in their place, e.g. without the subject's rare token; None: the same.
         prior: images of the subject's class and their prompts, as many as images, that the target teacher must not
             forget; None: none.
         weight: of the loss on this batch, where it is a ``prior``.

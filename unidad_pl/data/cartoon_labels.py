@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from unidad_pl.cartoons import world
+from unidad_pl.checks import check_at_least
 from unidad_pl.data.image_sets import CartoonImages
-from unidad_pl.data.stream import PositionStream
+from unidad_pl.data.stream import PositionStream, place_in
 from unidad_pl.denoiser import to_float
 from unidad_pl.seeds import mix_seed
 
@@ -79,12 +80,8 @@ class CartoonDataModule(pl.LightningDataModule):
             raise ValueError(f"domains must name at least one of {', '.join(world.DOMAINS)}, got none")
         for domain in domains:
             world.check_domain(domain)
-        for name, value in (("pool_size", pool_size), ("val_size", val_size)):
-            if not 1 <= value <= _SPAN:
-                raise ValueError(f"{name} must be in 1..{_SPAN}, got {value}")
-        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_at_least(1, _SPAN, pool_size=pool_size, val_size=val_size)
+        check_at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
         self.domains, self.pool_size, self.val_size = tuple(domains), pool_size, val_size
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.resolution, self.seed = resolution, seed
@@ -93,22 +90,20 @@ class CartoonDataModule(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Render the training pool once, into memory; nothing at validation alone."""
         if self._pool is None and stage == "fit":
-            step = len(self.domains)
+            indices = range(TRAIN_START, TRAIN_START + self.pool_size)
             parts = [
-                draw(range(TRAIN_START + start, TRAIN_START + self.pool_size, step), domain, self.resolution)
+                draw(indices[start :: len(self.domains)], domain, self.resolution)
                 for start, domain in enumerate(self.domains[: self.pool_size])
             ]
             labels = {name: torch.cat([part.labels[name] for part in parts]) for name in parts[0].labels}
-            images, domain_ = torch.cat([p.images for p in parts]), torch.cat([p.domain for p in parts])
-            self._pool = LabelledBatch(images, labels, domain_)
+            images, domains = (torch.cat([getattr(p, name) for p in parts]) for name in ("images", "domain"))
+            self._pool = LabelledBatch(images, labels, domains)
 
     def train_dataloader(self) -> DataLoader[LabelledBatch]:
         self.setup("fit")
         assert self._pool is not None
-        trainer = self.trainer
-        world, rank = (trainer.world_size, trainer.global_rank) if trainer is not None else (1, 0)
-        start = (lambda: trainer.global_step) if trainer is not None else (lambda: 0)
-        return DataLoader(LabelledStream(self._pool, self.batch_size, self.seed, start, world, rank), batch_size=None)
+        stream = LabelledStream(self._pool, self.batch_size, self.seed, *place_in(self.trainer))
+        return DataLoader(stream, batch_size=None)
 
     def val_dataloader(self) -> DataLoader[LabelledBatch]:
         held_out = range(VALIDATION_START, VALIDATION_START + self.val_size)
@@ -127,25 +122,16 @@ class LabelledStream(PositionStream[LabelledBatch]):
         pool: labelled images, [N, 3, R, R] uint8.
         batch_size: images per batch.
         seed: of the draws.
-        start: returns the iterations already done; asked whenever an epoch begins.
-        world: number of ranks; each takes its own share of every global batch.
-        rank: this rank.
+        start, world, rank: see :class:`~unidad_pl.data.stream.PositionStream`.
     """
 
     def __init__(
-        self,
-        pool: LabelledBatch,
-        batch_size: int,
-        seed: int,
-        start: Callable[[], int] = lambda: 0,
-        world: int = 1,
-        rank: int = 0,
+        self, pool: LabelledBatch, batch_size: int, seed: int, start: Callable[[], int], world: int, rank: int
     ) -> None:
         super().__init__(batch_size, start, world, rank)
         self.pool, self.seed = pool, seed
 
     def batch_at(self, positions: range) -> LabelledBatch:
-        """The images at ``positions`` of the stream."""
         rows = torch.tensor([mix_seed(self.seed, 3, position) % len(self.pool.images) for position in positions])
         labels = {name: values[rows] for name, values in self.pool.labels.items()}
         return _as_float(LabelledBatch(self.pool.images[rows], labels, self.pool.domain[rows]))

@@ -19,7 +19,7 @@ from unidad_pl.checks import check_at_least
 from unidad_pl.data.batch import Batch
 from unidad_pl.data.image_sets import BUILTIN, CartoonImages, ImageSet, open_images
 from unidad_pl.data.images import image_hash
-from unidad_pl.data.stream import SeedBatches, ShotStream
+from unidad_pl.data.stream import SeedBatches, ShotStream, place_in
 from unidad_pl.denoiser import to_float
 from unidad_pl.seeds import mix_seed
 
@@ -27,6 +27,8 @@ from unidad_pl.seeds import mix_seed
 @dataclass
 class Augmentation:
     """How training images are varied.
+
+        >>> still = Augmentation(flip=False)
 
     Attributes:
         flip: mirror images at random, left to right.
@@ -45,6 +47,8 @@ class Augmentation:
 class Reference:
     """The images that metrics compare with.
 
+        >>> held_out = Reference("builtin:cats:200")  # its first 200 renders
+
     Attributes:
         root: any place :func:`~unidad_pl.data.image_sets.open_images` knows; null: the images of the data's own root
             that are not shots (all of it, if that leaves fewer than 2), for a built-in domain 1000 held-out renders.
@@ -58,6 +62,8 @@ class Reference:
 @dataclass
 class Evaluation:
     """Which samples are drawn in evaluations: one per seed, ``first_seed, first_seed + 1, ...``.
+
+        >>> quick = Evaluation(val_samples=100, test_samples=5000)
 
     Attributes:
         val_samples: seeds at validation.
@@ -222,7 +228,7 @@ class FewShotDataModule(pl.LightningDataModule):
         """Compare with the data of the run that is resumed; another batch size is allowed, and logged.
 
         Raises:
-            RuntimeError: training would go on with other data; names both values.
+            RuntimeError: training would continue with other data; names both values.
         """
         if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
@@ -261,11 +267,8 @@ class FewShotDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         self.setup()
         assert self._shots is not None
-        trainer = self.trainer
-        world, rank = (trainer.world_size, trainer.global_rank) if trainer is not None else (1, 0)
-        start = (lambda: trainer.global_step) if trainer is not None else (lambda: 0)
         stream = ShotStream(
-            self._shots, self.batch_size, self.augmentation.flip, self.seed, start, world, rank,
+            self._shots, self.batch_size, self.augmentation.flip, self.seed, *place_in(self.trainer),
             self.augmentation.shift, self.shot_labels,
         )  # fmt: skip
         return DataLoader(stream, batch_size=None)
@@ -280,8 +283,7 @@ class FewShotDataModule(pl.LightningDataModule):
         return self._seed_loader(self.evaluation.predict_samples)
 
     def _seed_loader(self, samples: int) -> DataLoader[dict[str, Tensor]]:
-        trainer = self.trainer
-        world, rank = (trainer.world_size, trainer.global_rank) if trainer is not None else (1, 0)
+        _, world, rank = place_in(self.trainer)
         first, size = self.evaluation.first_seed, self.evaluation.batch_size
         seeds = torch.arange(first, first + samples)
         batches = [{"seeds": part} for part in seeds[rank::world].split(size) if len(part)]

@@ -6,8 +6,7 @@ import re
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -86,7 +85,7 @@ def open_images(root: str | Path) -> ImageSet:
     return FolderImages(place)
 
 
-def _is_picture(path: PurePosixPath) -> bool:
+def _is_picture(path: PurePath) -> bool:
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
     return not hidden and path.suffix.lower() in EXTENSIONS
 
@@ -107,13 +106,12 @@ class FolderImages(ImageSet):
             )
         self.folder = folder
         inside = sorted(p.relative_to(folder) for p in folder.rglob("*"))
-        self.files = [p for p in inside if _is_picture(PurePosixPath(p.as_posix())) and not (folder / p).is_dir()]
-        self.names = [p.as_posix() for p in self.files]
-        if not self.files:
+        self.names = [p.as_posix() for p in inside if _is_picture(p) and not (folder / p).is_dir()]
+        if not self.names:
             raise _nothing("image folder", folder, [str(p) for p in inside])
 
     def read(self, index: int, resolution: int) -> Tensor:
-        return load_image(self.folder / self.files[index], resolution)
+        return load_image(self.folder / self.names[index], resolution)
 
 
 class ZipImages(ImageSet):
@@ -126,7 +124,7 @@ class ZipImages(ImageSet):
                 inside = sorted(opened.namelist())
         except (zipfile.BadZipFile, OSError) as error:
             raise ValueError(f"{str(path)!r} is a file, but no zip of images that can be read: {error}") from error
-        self.names = [name for name in inside if _is_picture(PurePosixPath(name)) and not name.endswith("/")]
+        self.names = [name for name in inside if _is_picture(PurePath(name)) and not name.endswith("/")]
         if not self.names:
             raise _nothing("zip", path, inside)
 
@@ -140,9 +138,9 @@ class ZipImages(ImageSet):
 
 
 class LMDBImages(ImageSet):
-    """The released code's LMDB: raw CHW bytes ``images_<i>_data``, the shape of all as text, labels or prompts.
+    """The released code's LMDB: raw CHW bytes ``images_<i>_data``, the shape of all as text, labels.
 
-    Numbers are plain (few-shot sets) or have six digits (subjects, which have ``prompts_<i>_data`` too).
+    Numbers are plain (few-shot sets) or have six digits (subjects).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -186,19 +184,12 @@ class LMDBImages(ImageSet):
             raise ValueError(f"LMDB {str(self.folder)!r}: label {index} must be 8 bytes (int64), got {len(value)}")
         return int.from_bytes(value, "little", signed=True)
 
-    @cached_property
-    def prompts(self) -> list[str] | None:
-        """The images' prompts, where the LMDB has them."""
-        keys = [f"prompts_{self._number % i}_data" for i in range(len(self))]
-        return [self._record(key).decode() for key in keys] if keys[0] in self._records else None
-
     def read(self, index: int, resolution: int) -> Tensor:
         from PIL import Image
 
         pixels = np.frombuffer(self._record(self.names[index]), np.uint8).reshape(self._shape)
-        return square(
-            Image.fromarray(np.ascontiguousarray(pixels.repeat(3 // len(pixels), 0).transpose(1, 2, 0))), resolution
-        )
+        pixels = pixels.repeat(3 // len(pixels), 0).transpose(1, 2, 0)
+        return square(Image.fromarray(np.ascontiguousarray(pixels)), resolution)
 
 
 class HuggingFaceImages(ImageSet):

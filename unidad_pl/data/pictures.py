@@ -11,7 +11,6 @@ from unidad_pl.denoiser import to_uint8
 from unidad_pl.files import replacing
 
 LINE = 2  # pixels, before scaling, between the shots and the samples
-LINE_VALUE = 255
 
 
 def to_rows(images: Tensor, columns: int) -> Tensor:
@@ -35,7 +34,7 @@ def grid(samples: Tensor, shots: Tensor | None, columns: int, scale: int) -> Ten
     """
     parts = [to_rows(as_uint8(samples), columns)]
     if shots is not None:
-        line = parts[0].new_full((3, LINE, parts[0].shape[2]), LINE_VALUE)
+        line = parts[0].new_full((3, LINE, parts[0].shape[2]), 255)
         parts = [to_rows(as_uint8(shots), columns), line, *parts]
     return torch.cat(parts, 1).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from itertools import count
-from typing import Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from unidad_pl.seeds import mix_seed
 T = TypeVar("T")
 
 
-class PositionStream(IterableDataset[T], ABC, Generic[T]):
+class PositionStream(IterableDataset[T], ABC):
     """Endless batches; a subclass makes the batch at given positions, which must depend on nothing else.
 
     Args:
@@ -39,6 +39,13 @@ class PositionStream(IterableDataset[T], ABC, Generic[T]):
         for iteration in count(self.start()):
             first = (iteration * self.world + self.rank) * self.batch_size
             yield self.batch_at(range(first, first + self.batch_size))
+
+
+def place_in(trainer: Any) -> tuple[Callable[[], int], int, int]:
+    """``start``, ``world`` and ``rank`` of a :class:`PositionStream` in ``trainer``, or without one."""
+    if trainer is None:
+        return lambda: 0, 1, 0
+    return lambda: trainer.global_step, trainer.world_size, trainer.global_rank
 
 
 class SeedBatches(IterableDataset[dict[str, Tensor]]):
@@ -64,36 +71,23 @@ class ShotStream(PositionStream[Batch]):
         batch_size: images per batch.
         flip: mirror half of the positions.
         seed: of orders, flips and shifts.
-        start: returns the iterations already done; asked whenever an epoch begins.
-        world: number of ranks; each takes its own share of every global batch.
-        rank: this rank.
+        start, world, rank: see :class:`PositionStream`.
         shift: largest translation in pixels, along each axis.
         labels: [N] class numbers, which batches carry then.
     """
 
     def __init__(
-        self,
-        images: Tensor,
-        batch_size: int,
-        flip: bool,
-        seed: int,
-        start: Callable[[], int] = lambda: 0,
-        world: int = 1,
-        rank: int = 0,
-        shift: int = 0,
-        labels: Tensor | None = None,
-    ) -> None:
+        self, images: Tensor, batch_size: int, flip: bool, seed: int, start: Callable[[], int] = lambda: 0,
+        world: int = 1, rank: int = 0, shift: int = 0, labels: Tensor | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(batch_size, start, world, rank)
         self.images, self.flip, self.seed, self.shift, self.labels = images, flip, seed, shift, labels
         self._orders: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def batch_at(self, positions: range) -> Batch:
-        """The images at ``positions`` of the stream."""
-        drawn = [self._image_at(position) for position in positions]
-        chosen = [number for number, _ in drawn]
-        return Batch(
-            to_float(torch.stack([image for _, image in drawn])), None if self.labels is None else self.labels[chosen]
-        )
+        numbers, images = zip(*map(self._image_at, positions), strict=True)
+        labels = None if self.labels is None else self.labels[list(numbers)]
+        return Batch(to_float(torch.stack(images)), labels)
 
     def _image_at(self, position: int) -> tuple[int, Tensor]:
         epoch, place = divmod(position, len(self.images))

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -27,6 +26,8 @@ NAMED, CLASS = 3, 4  # numbers of the streams of draws that choose prompts and p
 @dataclass
 class PromptOptions:
     """Prompt templates with ``{}`` in the subject's place: one, a list, or a ``.txt`` file with one a line.
+
+        >>> two = PromptOptions(["a photo of a {}", "a {} outdoors"])
 
     Attributes:
         train: templates of training.
@@ -51,6 +52,8 @@ class Prior:
     """Other members of the subject's class, which the target teacher is also trained on, so that it does not forget the
     class for the subject (DreamBooth's prior preservation). As many per iteration as photos.
 
+        >>> dogs = Prior("builtin:cats:100", template="a photo of a {}", weight=0.5)
+
     Attributes:
         root: pictures made by the source model, or found; see :func:`~unidad_pl.data.image_sets.open_images`.
         template: template they go with, filled in with the class word.
@@ -69,6 +72,8 @@ class Prior:
 @dataclass
 class SubjectEvaluation:
     """Which samples are drawn in evaluations: of every training prompt at validation, else of every evaluation prompt.
+
+        >>> thorough = SubjectEvaluation(samples_per_prompt=16)
 
     Attributes:
         samples_per_prompt: images of each prompt.
@@ -212,16 +217,13 @@ class SubjectDataModule(FewShotDataModule):
 
     def _prompted(self, loader: DataLoader[dict[str, Tensor]], templates: list[str]) -> DataLoader[dict[str, Tensor]]:
         batches: Any = loader.dataset
-        named: list[dict[str, Any]] = [
-            {**batch, "prompts": [self.subject_prompt(templates[n]) for n in self._template_of(batch["seeds"])]}
-            for batch in batches
-        ]
-        return DataLoader(SeedBatches(named), batch_size=None)
-
-    def _template_of(self, seeds: Tensor) -> list[int]:
         first, each = self.evaluation.first_seed, self.samples_per_prompt
-        numbers: list[int] = torch.div(seeds - first, each, rounding_mode="floor").tolist()
-        return numbers
+
+        def prompt(seed: int) -> str:
+            return self.subject_prompt(templates[(seed - first) // each])
+
+        named = [{**batch, "prompts": [*map(prompt, batch["seeds"].tolist())]} for batch in batches]
+        return DataLoader(SeedBatches(named), batch_size=None)
 
 
 class PromptedStream(ShotStream):
@@ -236,24 +238,17 @@ class PromptedStream(ShotStream):
         super().__init__(
             shots.images, shots.batch_size, shots.flip, shots.seed, shots.start, shots.world, shots.rank, shots.shift
         )
-        self.data = data
-        self.prior: ShotStream | None = None
-        if data.class_images is not None and data.prior is not None:
-            self.weight, seed = data.prior.weight, mix_seed(shots.seed, CLASS)
-            self.prior = ShotStream(data.class_images, shots.batch_size, shots.flip, seed, shift=shots.shift)
+        self.data, seed = data, mix_seed(shots.seed, CLASS)
+        self.prior = None if data.class_images is None else ShotStream(
+            data.class_images, shots.batch_size, shots.flip, seed, shift=shots.shift
+        )  # fmt: skip
 
     def batch_at(self, positions: range) -> Batch:
-        templates = self.data.templates
-        drawn = [templates[mix_seed(self.seed, NAMED, position) % len(templates)] for position in positions]
-        return Batch(
-            super().batch_at(positions).images,
-            prompts=[self.data.subject_prompt(template) for template in drawn],
-            source_prompts=[self.data.class_prompt(template) for template in drawn],
-            prior=self._prior_at(positions),
-        )
-
-    def _prior_at(self, positions: range) -> Batch | None:
-        if self.prior is None:
-            return None
-        prompts = [self.data.class_prompt(self.data.class_template)] * len(positions)
-        return Batch(self.prior.batch_at(positions).images, prompts=prompts, weight=self.weight)
+        data, batch = self.data, super().batch_at(positions)
+        drawn = [data.templates[mix_seed(self.seed, NAMED, place) % len(data.templates)] for place in positions]
+        batch.prompts, batch.source_prompts = [*map(data.subject_prompt, drawn)], [*map(data.class_prompt, drawn)]
+        if self.prior is not None and data.prior is not None:
+            batch.prior = self.prior.batch_at(positions)
+            batch.prior.prompts = [data.class_prompt(data.class_template)] * len(positions)
+            batch.prior.weight = data.prior.weight
+        return batch

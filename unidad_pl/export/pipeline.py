@@ -82,8 +82,8 @@ class FewStepPipeline(DiffusionPipeline):
         """
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type must be pil, np or pt, got {output_type!r}")
-        sources = self._generators(batch_size, seeds, generator)
-        count = len(sources)
+        generators = self._generators(batch_size, seeds, generator)
+        count = len(generators)
         labels = self._labels(class_labels, seeds, count)
         channels, side = self.unet.config.in_channels, self.unet.config.sample_size
         height, width = (side, side) if isinstance(side, int) else side
@@ -92,7 +92,7 @@ class FewStepPipeline(DiffusionPipeline):
         device = self._execution_device
 
         def noise() -> torch.Tensor:
-            return torch.stack([torch.randn(*shape, generator=source) for source in sources]).to(device)
+            return torch.stack([torch.randn(*shape, generator=one) for one in generators]).to(device)
 
         sigmas = self._sigmas(num_inference_steps)
         x = sigmas[0] * noise()

@@ -12,8 +12,9 @@ import torch
 
 from unidad_pl.backbones.stable_diffusion import StableDiffusionUNet
 from unidad_pl.backbones.unet import PretrainedUNet, UNetDenoiser
+from unidad_pl.denoiser import DenoiserSource
 from unidad_pl.export.card import model_card
-from unidad_pl.export.text_to_image import is_text_export, load_text_export, write_text_pipeline
+from unidad_pl.export.text_to_image import is_text_export, read_text_export, write_text_pipeline
 from unidad_pl.files import replacing
 from unidad_pl.runs.student import TrainedStudent, Weights, load_student
 from unidad_pl.sampling import FewStepSampler
@@ -39,7 +40,7 @@ def export_student(
         weights: ``ema``, ``raw`` or ``auto`` (ema where the checkpoint has it).
         config: the run's config.yaml; null: the one of the checkpoint's run folder.
         adapters: of a text-to-image student trained as adapters (LoRA): write them alone, for ``load_lora_weights``,
-            and not the whole pipeline with the adapters merged into it.
+            and not the pipeline with the adapters merged into it.
 
     Returns:
         The directory.
@@ -72,15 +73,19 @@ def load_export(folder: str | Path) -> TrainedStudent:
     Raises:
         FileNotFoundError, ValueError: it is none, or is broken; says what.
     """
-    if is_text_export(Path(folder)):
-        return load_text_export(Path(folder))
-    if not _is_export(Path(folder)):
+    place = Path(folder)
+    model: DenoiserSource = PretrainedUNet(str(folder))
+    if is_text_export(place):
+        model, record = read_text_export(place)
+    elif _is_export(place):
+        record = {name.removeprefix("_"): value for name, value in json.loads((place / INDEX).read_text()).items()}
+    else:
         raise ValueError(f"{str(folder)!r} is neither a checkpoint nor a directory that 'unidad export' wrote")
-    index = json.loads((Path(folder) / INDEX).read_text())
-    network = PretrainedUNet(str(folder)).build().requires_grad_(False)
-    sampler = FewStepSampler(torch.tensor(index["sigmas"], dtype=torch.float64))
-    return TrainedStudent(network, sampler, index["sigma_min"], index["_weights"], index["_iteration"],
-                          index["classes"], {}, Path(folder))  # fmt: skip
+    sampler = FewStepSampler(torch.tensor(record["sigmas"], dtype=torch.float64))
+    return TrainedStudent(
+        model.build().requires_grad_(False), sampler, record["sigma_min"], record["weights"], record["iteration"],
+        record.get("classes"), {}, place, model.codec(),
+    )  # fmt: skip
 
 
 def _is_export(folder: Path) -> bool:
@@ -94,36 +99,24 @@ def _is_export(folder: Path) -> bool:
 
 
 def _write(student: TrainedStudent, network: UNetDenoiser, folder: Path) -> None:
-    spec = network.spec
+    spec, scheduler = network.spec, _scheduler(network.spec)
     network.save_pretrained(folder / "unet")
-    scheduler = _scheduler(spec)
     scheduler.save_pretrained(folder / "scheduler")
     shutil.copyfile(Path(__file__).with_name("pipeline.py"), folder / "pipeline.py")
     index = {
-        "_class_name": ["pipeline", PIPELINE],
-        "_diffusers_version": version("diffusers"),
-        "unet": ["diffusers", "UNet2DModel"],
-        "scheduler": ["diffusers", type(scheduler).__name__],
-        "sigmas": student.sampler.sigmas,
-        "sigma_min": student.sigma_min,
-        "prediction": spec.prediction,
-        "sigma_data": spec.sigma_data,
-        "patch_size": spec.patch_size,
-        "timestep": spec.timestep,
-        "classes": student.classes,
-        "_weights": student.weights,
-        "_iteration": student.iteration,
-    }
+        "_class_name": ["pipeline", PIPELINE], "_diffusers_version": version("diffusers"),
+        "unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", type(scheduler).__name__],
+        "sigmas": student.sampler.sigmas, "sigma_min": student.sigma_min, "prediction": spec.prediction,
+        "sigma_data": spec.sigma_data, "patch_size": spec.patch_size, "timestep": spec.timestep,
+        "classes": student.classes, "_weights": student.weights, "_iteration": student.iteration,
+    }  # fmt: skip
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _scheduler(spec: UNetSpec) -> Any:
     """A diffusers scheduler of the network's noise levels, for other samplers."""
-    from diffusers import DDPMScheduler, EDMEulerScheduler
+    if spec.prediction != "edm":
+        return spec.scheduler("DDPMScheduler")
+    from diffusers import EDMEulerScheduler
 
-    if spec.prediction == "edm":
-        return EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=spec.sigma_data)
-    return DDPMScheduler(
-        num_train_timesteps=spec.train_timesteps, beta_start=spec.beta_start, beta_end=spec.beta_end,
-        beta_schedule=spec.beta_schedule, prediction_type=spec.prediction,
-    )  # fmt: skip
+    return EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=spec.sigma_data)

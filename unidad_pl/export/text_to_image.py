@@ -6,13 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from unidad_pl.backbones.latents import LatentCodec
 from unidad_pl.backbones.lora import adapter_weights, merged
 from unidad_pl.backbones.stable_diffusion import StableDiffusion, StableDiffusionUNet
 from unidad_pl.runs.student import TrainedStudent
-from unidad_pl.sampling import FewStepSampler
 
 RECORD = "unidad.json"
 ZEROS = "force_zeros_for_empty_prompt"
@@ -35,40 +32,30 @@ def write_text_pipeline(
         ValueError: the student's steps are not those that scheduler can hold; says which spacing can. Or it has no
             adapters.
     """
-    import diffusers
-
-    codec, spec, sampler = student.codec, network.spec, student.sampler
+    codec, sampler = student.codec, student.sampler
     if not isinstance(codec, LatentCodec) or sampler.sigmas != network.even_sigmas(len(sampler)):
         raise ValueError(
             f"diffusers' LCMScheduler holds evenly spaced timesteps only, this student was trained at the sigmas "
             f"{[round(sigma, 3) for sigma in sampler.sigmas]}: sample it with 'unidad sample', or train with the "
             f"source's spacing: even"
         )
-    scheduler = diffusers.LCMScheduler(
-        num_train_timesteps=spec.train_timesteps, beta_start=spec.beta_start, beta_end=spec.beta_end,
-        beta_schedule=spec.beta_schedule, prediction_type=spec.prediction, original_inference_steps=len(sampler),
-        clip_sample=False,
-    )  # fmt: skip
+    scheduler = network.spec.scheduler("LCMScheduler", original_inference_steps=len(sampler), clip_sample=False)
     if adapters and not network.shared_weights:
         raise ValueError("this student was trained without adapters (its source has no lora): export it whole")
-    source = codec.parts
-    kind: Any = type(source)
+    pipeline = codec.parts
+    kind: Any = type(pipeline)
     if adapters:
         kind.save_lora_weights(folder, unet_lora_layers=adapter_weights(network.unet))
         scheduler.save_pretrained(folder / "scheduler")
     else:
         unet = merged(network.unet) if network.shared_weights else network.unet
-        unet.register_to_config(sample_size=network.image_shape[-1])  # the size that pipelines draw unless told
-        parts: dict[str, Any] = {**source.components, "unet": unet, "scheduler": scheduler}
-        if "requires_safety_checker" in source.config:
-            parts["requires_safety_checker"] = False
-        if ZEROS in source.config:
-            parts[ZEROS] = source.config[ZEROS]
-        kind(**parts).save_pretrained(folder)
+        unet.register_to_config(sample_size=network.image_shape[-1])  # the size that pipelines draw by default
+        settings = {"requires_safety_checker": False, ZEROS: pipeline.config.get(ZEROS)}
+        settings = {name: value for name, value in settings.items() if name in pipeline.config}
+        kind(**pipeline.components | {"unet": unet, "scheduler": scheduler} | settings).save_pretrained(folder)
     record = {
-        "adapters": adapters,
-        "sigmas": sampler.sigmas, "sigma_min": student.sigma_min, "resolution": network.resolution,
-        "weights": student.weights, "iteration": student.iteration,
+        "adapters": adapters, "sigmas": sampler.sigmas, "sigma_min": student.sigma_min,
+        "resolution": network.resolution, "weights": student.weights, "iteration": student.iteration,
     }  # fmt: skip
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
@@ -78,11 +65,11 @@ def is_text_export(folder: Path) -> bool:
     return (folder / RECORD).is_file()
 
 
-def load_text_export(folder: Path) -> TrainedStudent:
-    """The student of such a folder.
+def read_text_export(folder: Path) -> tuple[StableDiffusion, dict[str, Any]]:
+    """The model in such a folder, and what its ``unidad.json`` says of the student.
 
     Raises:
-        FileNotFoundError, ValueError: it is broken; says what.
+        ValueError: it holds adapters alone.
     """
     record = json.loads((folder / RECORD).read_text())
     if record["adapters"]:
@@ -90,8 +77,4 @@ def load_text_export(folder: Path) -> TrainedStudent:
             f"{str(folder)!r} holds adapters only: load them in diffusers with load_lora_weights, or export the run "
             f"whole, without --adapters"
         )
-    source = StableDiffusion(str(folder), record["resolution"])
-    network = source.build().requires_grad_(False)
-    sampler = FewStepSampler(torch.tensor(record["sigmas"], dtype=torch.float64))
-    return TrainedStudent(network, sampler, record["sigma_min"], record["weights"], record["iteration"], None, {},
-                          folder, source.codec())  # fmt: skip
+    return StableDiffusion(str(folder), record["resolution"]), record

@@ -1,28 +1,6 @@
-"""LightningModules: the method, and plain diffusion training."""
+"""LightningModules: the method, and plain diffusion training; what configs set of them is in ``options``."""
 
-from unidad_pl.modules.diffusion import Diffusion, ExportOptions, LogNormal, SamplingOptions
-from unidad_pl.modules.options import (
-    AdaptationOptions,
-    DenoisingOptions,
-    FakeScoreOptions,
-    GANOptions,
-    MatchingOptions,
-    StudentOptions,
-    TargetTeacherOptions,
-)
+from unidad_pl.modules.diffusion import Diffusion
 from unidad_pl.modules.unidad import UniDAD
 
-__all__ = [
-    "AdaptationOptions",
-    "DenoisingOptions",
-    "Diffusion",
-    "ExportOptions",
-    "FakeScoreOptions",
-    "GANOptions",
-    "LogNormal",
-    "MatchingOptions",
-    "SamplingOptions",
-    "StudentOptions",
-    "TargetTeacherOptions",
-    "UniDAD",
-]
+__all__ = ["Diffusion", "UniDAD"]

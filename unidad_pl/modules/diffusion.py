@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from unidad_pl.checks import check_at_least, check_options
+from unidad_pl.checks import check_at_least, check_options, check_positive
 from unidad_pl.data.batch import Batch
 from unidad_pl.denoiser import Denoiser, DenoiserSource
 from unidad_pl.losses import denoising_loss
@@ -24,7 +24,10 @@ from unidad_pl.training.optimization import OptimizerOptions
 
 @dataclass
 class LogNormal:
-    """Training sigmas ``exp(N(mean, std))`` (Karras et al. 2022).
+    """Training sigmas ``exp(N(mean, std))`` (Karras et al. 2022), e.g. ``Diffusion(source, lognormal=LogNormal())``.
+
+        >>> LogNormal()
+        LogNormal(mean=-1.2, std=1.2)
 
     Attributes:
         mean: of ``ln sigma``.
@@ -34,10 +37,17 @@ class LogNormal:
     mean: float = -1.2
     std: float = 1.2
 
+    def __post_init__(self) -> None:
+        check_at_least(-100, 100, mean=self.mean)
+        check_positive(std=self.std)
+
 
 @dataclass
 class SamplingOptions:
     """How a plain diffusion model is sampled.
+
+        >>> SamplingOptions("few_step", num_steps=3)
+        SamplingOptions(sampler='few_step', num_steps=3)
 
     Attributes:
         sampler: ``heun`` or ``ddim`` over Karras sigmas, or ``few_step`` (the student's sampler, to compare a plain
@@ -56,6 +66,9 @@ class SamplingOptions:
 @dataclass
 class ExportOptions:
     """Where the network (its average, if there is one) is written when the fit ends.
+
+        >>> ExportOptions("models/adapted", half=True)
+        ExportOptions(folder='models/adapted', half=True)
 
     Attributes:
         folder: in the form :class:`~unidad_pl.backbones.PretrainedUNet` reads.

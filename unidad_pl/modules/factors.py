@@ -70,16 +70,14 @@ class FactorTraining(pl.LightningModule):
         self.export_to, self.seed = export_to, seed
         self.curve: list[tuple[int, float, float]] = []
         self._losses: list[Tensor] = []
-        self._built = False
 
     def configure_model(self) -> None:
-        if self._built:
+        if hasattr(self, "network"):
             return
         ranges = RANGES | {"noise": (0.0, self.noise), "blur": (0.0, self.blur)}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mix_seed(self.seed, 0xFAC))
             self.network = FactorNetwork(CATEGORIES, ranges, self.channels, self.features)
-        self._built = True
 
     def configure_optimizers(self) -> Any:
         updates = self.trainer.max_steps if self.trainer.max_steps > 0 else 2**62
@@ -117,8 +115,7 @@ class FactorTraining(pl.LightningModule):
         total = seen.features.new_zeros(())
         shown = visible(labels)
         for name, logits in seen.logits.items():
-            errors = F.cross_entropy(logits, labels[name], reduction="none")
-            total = total + _mean_where(errors, shown[name])
+            total = total + _mean_where(F.cross_entropy(logits, labels[name], reduction="none"), shown[name])
         for name, value in seen.values.items():
             target = self.network.normalise(name, labels[name])
             errors = F.smooth_l1_loss(value, target, reduction="none", beta=0.1)

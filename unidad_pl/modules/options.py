@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from unidad_pl.checks import check_at_least, check_options
+from unidad_pl.checks import check_at_least, check_options, check_positive
 from unidad_pl.denoiser import DenoiserSource
 from unidad_pl.discriminator import HeadKind, Reduction
 from unidad_pl.losses import GANLoss, Normalizer, Weighting
@@ -47,11 +47,32 @@ class StudentOptions:
     def __post_init__(self) -> None:
         check_options(self)
         check_at_least(1, num_steps=self.num_steps, update_every=self.update_every)
+        check_positive(sigma_max=self.sigma_max, sigma_min=self.sigma_min)
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """Largest and smallest sigma, where the steps can be chosen."""
+        return 80.0 if self.sigma_max is None else self.sigma_max, 0.5 if self.sigma_min is None else self.sigma_min
+
+    def refuse_sigmas(self) -> None:
+        """For a network whose steps follow from their number.
+
+        Raises:
+            ValueError: a sigma was given.
+        """
+        if (self.sigma_max, self.sigma_min) != (None, None):
+            raise ValueError(
+                "student.sigma_max and student.sigma_min do nothing where the steps lie at even timesteps: leave them "
+                "null, or use the source's spacing: log_linear"
+            )
 
 
 @dataclass
 class FakeScoreOptions:
     """The fake score F, which follows the student's images.
+
+        >>> FakeScoreOptions(optimizer=OptimizerOptions(lr=1e-3)).optimizer.warmup
+        500
 
     Attributes:
         init_from: where F starts from instead of the source model, e.g. the fake score of an earlier distillation.
@@ -65,6 +86,9 @@ class FakeScoreOptions:
 @dataclass
 class AdaptationOptions:
     """How the target teacher T is trained on the shots.
+
+        >>> AdaptationOptions(until=500, update="every").updates
+        1
 
     Attributes:
         pretrain: iterations at the start in which T alone is trained; G and F then start from what it has become: for a
@@ -91,8 +115,7 @@ class AdaptationOptions:
         check_options(self)
         check_at_least(0, pretrain=self.pretrain)
         check_at_least(1, until=self.until, updates=self.updates)
-        if not 0 <= self.low_noise_share <= 1:
-            raise ValueError(f"low_noise_share must be in [0, 1], got {self.low_noise_share}")
+        check_at_least(0, 1, low_noise_share=self.low_noise_share)
         if self.until is not None and self.pretrain > self.until:
             raise ValueError(
                 f"pretrain trains T for {self.pretrain} iterations, but until ends its training after {self.until}: "
@@ -122,8 +145,9 @@ target_teacher.init_from, or an adaptation
     adaptation: AdaptationOptions | None = field(default_factory=AdaptationOptions)
 
     def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise ValueError(f"target_teacher.weight (a) must be above 0, got {self.weight}: target_teacher: null is 0")
+        if self.weight == 0:
+            raise ValueError("target_teacher.weight (a) is 0: set target_teacher: null instead")
+        check_positive(weight=self.weight)
         if self.adaptation is None and self.init_from is None:
             raise ValueError(
                 "a frozen target teacher that starts from the source model is the source model: give "
@@ -134,6 +158,11 @@ target_teacher.init_from, or an adaptation
 @dataclass
 class MatchingOptions:
     """Dual-domain distribution matching (paper, eq. 3-5).
+
+        >>> MatchingOptions(negative_prompt="blurred")
+        Traceback (most recent call last):
+        ...
+        ValueError: negative_prompt 'blurred' does nothing without guidance: set guidance_scale above 1
 
     Attributes:
         source_weight: weight of ``g_S``; null: ``1 - a``. 0: the source teacher is not built.
@@ -168,6 +197,9 @@ class MatchingOptions:
 class DenoisingOptions:
     """The denoising losses of F and T (paper, eq. 6-7).
 
+        >>> DenoisingOptions("eps")  # the plain eps-MSE
+        DenoisingOptions(weighting='eps', sigma_data=0.5)
+
     Attributes:
         weighting: ``edm`` or ``eps``, see :func:`~unidad_pl.losses.denoising_weight`.
         sigma_data: standard deviation of the data in the ``edm`` weighting, and what ``low_noise_share`` goes by.
@@ -178,13 +210,14 @@ class DenoisingOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
-        if not self.sigma_data > 0:
-            raise ValueError(f"sigma_data must be above 0, got {self.sigma_data}")
+        check_positive(sigma_data=self.sigma_data)
 
 
 @dataclass
 class GANOptions:
     """The multi-head GAN on F's encoder (paper, eq. 8-9).
+
+        >>> one_head = GANOptions(taps=["mid"], loss="hinge")
 
     Attributes:
         student_weight: lambda_G, weight of the adversarial term in the student's loss; 0: the heads shape F alone.
@@ -216,11 +249,12 @@ class GANOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
-        check_at_least(0, student_weight=self.student_weight, r1=self.r1, gradient_penalty=self.gradient_penalty)
-        if not self.critic_weight > 0:
-            raise ValueError(
-                f"gan.critic_weight must be above 0, got {self.critic_weight}: gan: null is no discriminator"
-            )
+        check_at_least(
+            0, student_weight=self.student_weight, r1=self.r1, gradient_penalty=self.gradient_penalty, lr=self.lr
+        )  # fmt: skip
+        if self.critic_weight == 0:
+            raise ValueError("gan.critic_weight is 0: gan: null is no discriminator")
+        check_positive(critic_weight=self.critic_weight, sigma_max=self.sigma_max)
 
 
 def teacher_weights(matching: MatchingOptions | None, target: TargetTeacherOptions | None) -> dict[str, float]:

@@ -88,9 +88,7 @@ class UniDAD(GenerativeModule):
         self.source, self.student_options, self.fake_options = source, student, fake_score
         self.matching, self.denoising, self.gan = matching, denoising, gan
         self.pretrain = self.adaptation.pretrain if self.adaptation else 0
-        largest = 80.0 if student.sigma_max is None else student.sigma_max
-        self.sigma_min = 0.5 if student.sigma_min is None else student.sigma_min
-        sigmas = log_linear(student.num_steps, largest, self.sigma_min)
+        sigmas = log_linear(student.num_steps, *student.sigma_range)
         self.sampler = FewStepSampler(sigmas, student.gradient, memory.checkpointing in ("steps", "both"))
         self.keep_image_gradients = False
         self.image_gradients: dict[str, Tensor] = {}
@@ -111,15 +109,11 @@ class UniDAD(GenerativeModule):
             self.source_teacher = source
         if self.gan is not None:
             self.fake_score.depth_of(self.gan.taps)  # refuses what is no tap
-            channels = self.fake_score.tap_channels
-            taps = channels if self.gan.taps is None else {name: channels[name] for name in self.gan.taps}
+            channels, chosen = self.fake_score.tap_channels, self.gan.taps
+            taps = channels if chosen is None else {name: channels[name] for name in chosen}
             self.discriminator = MultiHeadDiscriminator(taps, self.gan.kind, self.gan.reduction)
-        given = (self.student_options.sigma_max, self.student_options.sigma_min) != (None, None)
-        if given and not self.student.free_steps:
-            raise ValueError(
-                "student.sigma_max and student.sigma_min do nothing where the steps lie at even timesteps: leave them "
-                "null, or use the source's spacing: log_linear"
-            )
+        if not self.student.free_steps:
+            self.student_options.refuse_sigmas()
         self.sampler = self.sampler.fitted_to(self.student)
         own_table = self.matching is not None and self.matching.noise_table == "model"
         self.register_buffer("sigmas", source.native_sigmas if own_table else karras(), persistent=False)
@@ -137,7 +131,7 @@ class UniDAD(GenerativeModule):
         return self.student_options.init_from or self.source
 
     def few_step(self) -> tuple[FewStepSampler, float]:
-        return self.sampler, self.sigma_min
+        return self.sampler, self.student_options.sigma_range[1]
 
     def optimizers_of_groups(self) -> dict[str, OptimizerOptions]:
         found = {"student": self.student_options.optimizer, "fake": self.fake_options.optimizer}

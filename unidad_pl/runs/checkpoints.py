@@ -32,7 +32,7 @@ ABANDONED = 3600.0  # seconds after which a temporary file belongs to a run that
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint file that is not what was written; the message says which, and where to go on from."""
+    """A checkpoint file that is not what was written; the message says which, and what to resume from."""
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -104,7 +104,7 @@ class _Sink:
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write ``checkpoint`` to ``path``, which holds the old file or the whole new one at any moment.
+    """Write ``checkpoint`` to ``path``, which holds the old file or the new one at any moment.
 
     Raises:
         OSError: names the file, the reason and the way out; nothing is left behind.
@@ -148,7 +148,7 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power failure, where the filesystem can be told to."""
+    """Make a rename survive a power failure, where the filesystem can do that."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -164,16 +164,14 @@ def verify_checkpoint(path: str | Path) -> None:
         FileNotFoundError: there is none.
         DamagedCheckpoint: says what is wrong with it.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not (path := Path(path)).is_file():
         raise FileNotFoundError(f"no checkpoint at {str(path)!r}")
     size = path.stat().st_size
     with path.open("rb") as file:
         file.seek(max(0, size - END_SIZE - COMMENT))
         tail = file.read()
         if tail[-END_SIZE:].startswith(END) and tail.endswith(b"\0\0"):
-            _check_zip(path)
-            return
+            return _check_zip(path)
         record, comment = tail[:END_SIZE], tail[END_SIZE:]
         length = COMMENT.to_bytes(2, "little")
         if not (record.startswith(END) and record.endswith(length) and comment.startswith(MARK)):

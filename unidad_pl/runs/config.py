@@ -23,36 +23,33 @@ def find_config(ckpt_path: str | Path, config: str | None = None) -> Path:
     )
 
 
-def load_module(config: str | Path) -> Any:
-    """The LightningModule a run's config describes; its networks are not built yet.
+def read_config(path: str | Path) -> Any:
+    """The content of a YAML file.
 
     Raises:
-        ValueError: the file is no config with a ``model``, or its values are refused.
+        ValueError: it is not YAML.
     """
     import yaml
 
     try:
-        content = yaml.safe_load(Path(config).read_text())
+        return yaml.safe_load(Path(path).read_text())
     except yaml.YAMLError as error:
-        raise ValueError(f"{str(config)!r} is not YAML: {error}") from error
-    return build_module(content, str(config))
+        raise ValueError(f"{str(path)!r} is not YAML: {error}") from error
 
 
 def merge_configs(configs: list[Any]) -> Any:
     """Configs on top of each other: entries of later ones win, mappings are merged."""
     merged: Any = {}
     for config in configs:
-        both = isinstance(merged, dict) and isinstance(config, dict)
-        merged = (
-            merged | {k: merge_configs([merged[k], v]) if k in merged else v for k, v in config.items()}
-            if both
-            else config
-        )
+        if isinstance(merged, dict) and isinstance(config, dict):
+            merged = merged | {k: merge_configs([merged[k], v]) if k in merged else v for k, v in config.items()}
+        else:
+            merged = config
     return merged
 
 
 def build_module(config: Any, name: str) -> Any:
-    """The LightningModule of a config that was read already; ``name`` is what errors call it.
+    """The LightningModule of a config, its networks not built yet; ``name`` is what errors call it.
 
     Raises:
         ValueError: it has no ``model``, or its values are refused.

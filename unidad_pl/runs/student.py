@@ -9,7 +9,7 @@ from typing import Any, Literal
 from unidad_pl.checks import check_choices
 from unidad_pl.denoiser import Codec, Denoiser
 from unidad_pl.runs.checkpoints import read_checkpoint
-from unidad_pl.runs.config import find_config, load_module
+from unidad_pl.runs.config import build_module, find_config, read_config
 from unidad_pl.sampling import FewStepSampler
 from unidad_pl.schedules import log_linear
 from unidad_pl.training.module import RECORD
@@ -21,6 +21,10 @@ Weights = Literal["auto", "ema", "raw"]
 @dataclass
 class TrainedStudent:
     """A few-step generator and where it comes from.
+
+        >>> from unidad_pl import load_student
+        >>> student = load_student("RUN/checkpoints/last.ckpt")  # doctest: +SKIP
+        >>> images = student.sampler(student.network, noise)  # doctest: +SKIP
 
     Attributes:
         network: the student, in eval mode, on the CPU.
@@ -65,15 +69,6 @@ def read_run(ckpt_path: str | Path) -> dict[str, Any]:
     return content
 
 
-def _check_base(network: Denoiser, seen: str | None, place: Path) -> None:
-    """Raise ``ValueError`` if a network's adapters were trained over another base."""
-    if network.shared_weights and seen != content_hash(network, network.shared_weights):
-        raise ValueError(
-            f"the adapters were trained over a base with sha256 {str(seen)[:16]}..., the source in {str(place)!r} is "
-            f"another one: point its path at the model the run started with"
-        )
-
-
 def load_student(ckpt_path: str | Path, weights: Weights = "auto", config: str | None = None) -> TrainedStudent:
     """The trained network of a checkpoint of :class:`~unidad_pl.modules.UniDAD`, or of a few-step ``Diffusion``.
 
@@ -87,24 +82,25 @@ def load_student(ckpt_path: str | Path, weights: Weights = "auto", config: str |
         ValueError: they cannot be read or do not fit each other (names keys), an average that is not there, or a
             module that has no few-step sampler.
     """
-    import yaml
-
     check_choices(weights=(weights, Weights))
-    content = read_run(ckpt_path)
-    state = content["state_dict"]
-    place = find_config(ckpt_path, config)
-    module = load_module(place)
-    few_step = getattr(module, "few_step", None)
-    if few_step is None:
+    content, place = read_run(ckpt_path), find_config(ckpt_path, config)
+    state, settings = content["state_dict"], read_config(place)
+    module = build_module(settings, str(place))
+    if not hasattr(module, "few_step"):
         raise ValueError(f"{type(module).__name__} in {str(place)!r} is not one of unidad_pl's modules")
-    sampler, sigma_min = few_step()
+    sampler, sigma_min = module.few_step()
     averaged = any(name.startswith("ema.module.") for name in state)
     if weights == "ema" and not averaged:
         raise ValueError(f"{str(ckpt_path)!r} has no average of the weights (ema_decay was 0): use --weights raw")
     chosen = "ema" if averaged and weights != "raw" else "raw"
     prefix = "ema.module." if chosen == "ema" else f"{module.sampled_name}."
     network = module.sampled_source.build()
-    _check_base(network, content.get("frozen_sha256", {}).get(module.sampled_name), place)
+    base = content.get("frozen_sha256", {}).get(module.sampled_name)
+    if network.shared_weights and base != content_hash(network, network.shared_weights):
+        raise ValueError(
+            f"the adapters were trained over a base with sha256 {str(base)[:16]}..., the source in {str(place)!r} is "
+            f"another one: point its path at the model the run started with"
+        )
     own = {name: value for name, value in network.state_dict().items() if name in network.shared_weights}
     own |= {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     try:
@@ -112,8 +108,7 @@ def load_student(ckpt_path: str | Path, weights: Weights = "auto", config: str |
     except RuntimeError as error:
         raise ValueError(f"the weights {prefix}* in {str(ckpt_path)!r} do not fit {str(place)!r}: {error}") from error
     classes = list(range(network.num_classes)) if network.num_classes is not None else None
-    iteration, config = content[RECORD]["iteration"], yaml.safe_load(place.read_text())
     return TrainedStudent(
-        network.eval().requires_grad_(False), sampler.fitted_to(network), sigma_min, chosen, iteration,
-        module.classes or classes, config, place.parent, module.sampled_source.codec(),
+        network.eval().requires_grad_(False), sampler.fitted_to(network), sigma_min, chosen,
+        content[RECORD]["iteration"], module.classes or classes, settings, place.parent, module.sampled_source.codec(),
     )  # fmt: skip

@@ -16,6 +16,9 @@ NAME = "unidad_ddp"
 class ManualDDPStrategy(FailFastStrategy, DDPStrategy):
     """``ddp`` that leaves the module unwrapped: ``GenerativeModule`` averages gradients itself.
 
+        >>> from datetime import timedelta
+        >>> strategy = ManualDDPStrategy(timeout=timedelta(minutes=10))  # for pl.Trainer(strategy=strategy)
+
     DistributedDataParallel expects every parameter in every backward pass; with three optimisers each backward has
     its own parameters. Here one flat all-reduce per optimiser step moves that group's gradients and nothing else.
     Registered as ``unidad_ddp``. Takes the arguments of ``DDPStrategy``; ``timeout`` is how long a rank waits for the

@@ -75,9 +75,9 @@ def share_failure(exception: Exception, rank: int, world: int, died: Callable[[]
     try:
         store.set(f"{KEY}/{rank}", "" if lost else f"{type(exception).__name__}: {exception}")
         if lost:
-            told = _read(store, f"{KEY}/", everyone, died)
-            silent = everyone - set(told)
-            causes = [f"rank {r} failed with {text}" for r, text in sorted(told.items()) if text]
+            said = _read(store, f"{KEY}/", everyone, died)
+            silent = everyone - set(said)
+            causes = [f"rank {r} failed with {text}" for r, text in sorted(said.items()) if text]
             causes = causes or [f"rank {r} does not answer (dead or hung)" for r in sorted(silent)]
             exception.args = ("; ".join([*causes, f"what rank {rank} saw: {exception}"]),)
         else:
@@ -101,11 +101,11 @@ def _is_silence(exception: Exception) -> bool:
 def _read(store: Any, prefix: str, ranks: set[int], died: Callable[[], set[int]]) -> dict[int, str]:
     """What the ``ranks`` have set under ``prefix``, waiting :data:`GRACE` seconds for the slower ones."""
     until = time.monotonic() + GRACE
-    told: dict[int, str] = {}
+    said: dict[int, str] = {}
     while True:
-        for rank in ranks - set(told):
+        for rank in ranks - set(said):
             if store.check([f"{prefix}{rank}"]):
-                told[rank] = store.get(f"{prefix}{rank}").decode()
-        if ranks <= set(told) | died() or time.monotonic() > until:
-            return told
+                said[rank] = store.get(f"{prefix}{rank}").decode()
+        if ranks <= set(said) | died() or time.monotonic() > until:
+            return said
         time.sleep(0.02)

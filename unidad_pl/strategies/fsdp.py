@@ -25,6 +25,8 @@ METHODS = ("predict", "taps")
 class ShardedStrategy(FailFastStrategy, ModelParallelStrategy):
     """``model_parallel`` over all ranks, without tensor parallelism, with one file per checkpoint.
 
+        >>> strategy = ShardedStrategy(timeout=timedelta(minutes=10))  # for pl.Trainer(strategy=strategy)
+
     :class:`~unidad_pl.training.module.GenerativeModule` shards its networks with :func:`shard`. Registered as
     ``unidad_fsdp``.
 

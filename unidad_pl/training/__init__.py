@@ -1,4 +1,4 @@
-"""What generative modules share: networks and their memory, optimiser steps by hand, micro-batches, resuming."""
+"""What generative modules share: networks and their memory, manual optimisation, micro-batches, resuming."""
 
 from unidad_pl.training.hparams import TrainingOptions
 from unidad_pl.training.module import GenerativeModule

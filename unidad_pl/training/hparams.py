@@ -9,12 +9,20 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
+from unidad_pl.checks import check_at_least
+
 ABSENT = "<not there>"
+LARGEST_DECAY = 0.999999
 
 
 @dataclass
 class TrainingOptions:
     """How a run goes, whatever it trains.
+
+        >>> TrainingOptions(ema_decay=1.0)
+        Traceback (most recent call last):
+        ...
+        ValueError: ema_decay must be in [0, 0.999999], got 1.0
 
     Attributes:
         seed: seed of every random draw in training and of the initialisation of new layers; null: 0, or the command
@@ -33,11 +41,8 @@ class TrainingOptions:
     classes: list[int] | None = None
 
     def __post_init__(self) -> None:
-        if self.accumulate < 1 or self.max_skipped < 1 or not 0 <= self.ema_decay < 1:
-            raise ValueError(
-                f"accumulate and max_skipped must be >= 1 and ema_decay in [0, 1), "
-                f"got {self.accumulate}, {self.max_skipped} and {self.ema_decay}"
-            )
+        check_at_least(1, accumulate=self.accumulate, max_skipped=self.max_skipped)
+        check_at_least(0, LARGEST_DECAY, ema_decay=self.ema_decay)
 
 
 def given_arguments(constructor: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

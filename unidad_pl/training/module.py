@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -24,27 +23,28 @@ from unidad_pl.data.batch import Batch, EncodedBatch
 from unidad_pl.denoiser import Codec, Denoiser, DenoiserSource
 from unidad_pl.sampling import FewStepSampler
 from unidad_pl.seeds import mix_seed
-from unidad_pl.strategies import ManualDDPStrategy, ShardedStrategy
 from unidad_pl.training.conditions import ClassLabels, check_prompts, encode_prior
 from unidad_pl.training.hparams import TrainingOptions, flatten, given_arguments, log_changes, refuse_changes
 from unidad_pl.training.networks import MemoryOptions, Networks
-from unidad_pl.training.stepping import ManualSteps
+from unidad_pl.training.stepping import ManualOptimization
 
-PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
-STRATEGIES = (SingleDeviceStrategy, ManualDDPStrategy, ShardedStrategy)
 RECORD = "unidad_pl"
 """Entry of a checkpoint with what is not weights: options, iteration, image size."""
 
 
-class GenerativeModule(ManualSteps, Networks):
+class GenerativeModule(ManualOptimization, Networks):
     """Base of :class:`~unidad_pl.modules.unidad.UniDAD` and :class:`~unidad_pl.modules.diffusion.Diffusion`.
+
+        >>> from unidad_pl import Diffusion, NewUNet  # the shortest subclass, to start from
+        >>> isinstance(Diffusion(NewUNet()), GenerativeModule)
+        True
 
     A subclass builds its networks in :meth:`build_networks`, names its trained parameters in :meth:`groups`, and
     computes its losses in ``training_step``.
 
     Args:
         sampled_name: the attribute, and the prefix in checkpoints, of the network that is sampled and averaged.
-        clock: the group that steps in every iteration.
+        clock: the group that is updated in every iteration.
         training: see :class:`~unidad_pl.training.hparams.TrainingOptions`.
         memory: see :class:`~unidad_pl.training.networks.MemoryOptions`.
         frozen_networks: attributes that hold frozen networks.
@@ -167,26 +167,6 @@ class GenerativeModule(ManualSteps, Networks):
 
     # -- one iteration -------------------------------------------------------------------------------------------
 
-    def setup(self, stage: str) -> None:
-        """Refuse what would run wrongly without an error, before anything has begun.
-
-        Raises:
-            RuntimeError: another strategy than ``unidad_ddp`` or ``unidad_fsdp`` on several processes
-                (DistributedDataParallel expects every parameter in every backward pass), or a precision that the sigma
-                range does not survive.
-        """
-        if stage == "fit" and not isinstance(self.trainer.strategy, STRATEGIES):
-            name = type(self.trainer.strategy).__name__
-            raise RuntimeError(
-                f"strategy {name} cannot step several optimisers that each own their gradients. Use "
-                f"--trainer.strategy unidad_ddp: processes as in ddp, gradients averaged once per optimiser step; or "
-                f"unidad_fsdp, which also shards the networks over the ranks."
-            )
-        if self.trainer.precision not in PRECISIONS:
-            raise RuntimeError(
-                f"precision {self.trainer.precision!r} is not supported: use one of {', '.join(PRECISIONS)}"
-            )
-
     def on_fit_start(self) -> None:
         check_prompts(self.codec, getattr(self.trainer, "datamodule", None))
 
@@ -237,9 +217,9 @@ class GenerativeModule(ManualSteps, Networks):
         """A draw in [0, high) that is the same on every rank and for every micro-batch of this iteration."""
         return mix_seed(self.seed, self.iteration, 0x5EED) % high
 
-    def finish_iteration(self, sampled_network_stepped: bool) -> None:
+    def finish_iteration(self, sampled_network_updated: bool) -> None:
         """Advance the iteration count; update the average if the sampled network changed."""
-        if sampled_network_stepped and self.ema is not None:
+        if sampled_network_updated and self.ema is not None:
             self.ema.update_parameters(self.sampled_network)
         self.update_scale()
         self.iteration += 1

@@ -150,17 +150,17 @@ class Networks(pl.LightningModule):
         Raises:
             RuntimeError: they are others; names the network.
         """
-        if set(hashes) != set(self.frozen_hashes()):
+        own = self.frozen_hashes()
+        if set(hashes) != set(own):
             raise RuntimeError(
-                f"the checkpoint was trained with the frozen networks {sorted(hashes)}, this run has "
-                f"{sorted(self.frozen_hashes())}: use the config the run started with"
+                f"the checkpoint was trained with the frozen networks {sorted(hashes)}, this run has {sorted(own)}: "
+                f"use the config the run started with"
             )
         for name, seen in hashes.items():
-            own = self.frozen_hash(name)
-            if own != seen:
+            if own[name] != seen:
                 raise RuntimeError(
                     f"the checkpoint was trained with another {name!r} network: its sha256 is {seen[:16]}..., "
-                    f"this run's is {own[:16]}.... Point the config at the network the run started with."
+                    f"this run's is {own[name][:16]}.... Point the config at the network the run started with."
                 )
 
     # -- sharded over ranks --------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def content_hash(module: nn.Module, names: Collection[str] | None = None) -> str
 
 
 def trained(*networks: nn.Module) -> list[nn.Parameter]:
-    """The parameters of ``networks`` that an optimiser steps: all but the base under adapters."""
+    """The parameters of ``networks`` that are trained: all but the base under adapters."""
     return [p for network in networks for p in network.parameters() if p.requires_grad]
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from unidad_pl.checks import check_at_least
+
 
 @dataclass
 class OptimizerOptions:
@@ -42,9 +44,8 @@ class OptimizerOptions:
     clip: float = 10.0
 
     def __post_init__(self) -> None:
-        numbers = (self.lr, self.warmup, self.decay_to, self.clip, self.decay_from)
-        if not all(0 <= number < math.inf for number in numbers) or self.decay_from > 1:
-            raise ValueError(f"optimiser settings must be numbers >= 0 and decay_from at most 1, got {self}")
+        check_at_least(0, lr=self.lr, warmup=self.warmup, decay_to=self.decay_to, clip=self.clip)
+        check_at_least(0, 1, decay_from=self.decay_from)
         if "." not in self.algorithm:
             raise ValueError(f"algorithm must be a full class path such as torch.optim.AdamW, got {self.algorithm!r}")
 

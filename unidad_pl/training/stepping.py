@@ -1,4 +1,4 @@
-"""Backward passes and optimiser steps by hand: each loss into its own group, one all-reduce per step, a guard."""
+"""Manual optimisation: each loss into its own group, one all-reduce per update of a group, a guard."""
 
 from __future__ import annotations
 
@@ -10,17 +10,22 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
+from unidad_pl.strategies import ManualDDPStrategy, ShardedStrategy
 from unidad_pl.strategies.fsdp import full, is_sharded, local_shard
 from unidad_pl.training.optimization import OptimizerOptions
 
+PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
+STRATEGIES = (SingleDeviceStrategy, ManualDDPStrategy, ShardedStrategy)
 
-class ManualSteps(pl.LightningModule):
-    """Steps groups of parameters, so that ``trainer.global_step`` counts an iteration once.
+
+class ManualOptimization(pl.LightningModule):
+    """Updates groups of parameters by hand, so that ``trainer.global_step`` counts an iteration once.
 
     Args:
-        clock: the group that steps in every iteration; ``trainer.global_step`` counts its steps.
+        clock: the group that is updated in every iteration; ``trainer.global_step`` counts its updates.
         accumulate: micro-batches whose gradients are averaged.
         max_skipped: iterations in a row with a non-finite loss or gradient after which the run ends.
         others: for the next class.
@@ -32,6 +37,26 @@ class ManualSteps(pl.LightningModule):
         self.clock, self.accumulate, self.max_skipped = clock, accumulate, max_skipped
         self.iteration = 0
         self._skipped_in_a_row: dict[str, int] = {}
+
+    def setup(self, stage: str) -> None:
+        """Refuse what would run wrongly without an error, before anything has begun.
+
+        Raises:
+            RuntimeError: another strategy than ``unidad_ddp`` or ``unidad_fsdp`` on several processes
+                (DistributedDataParallel expects every parameter in every backward pass), or a precision that the sigma
+                range does not survive.
+        """
+        if stage == "fit" and not isinstance(self.trainer.strategy, STRATEGIES):
+            name = type(self.trainer.strategy).__name__
+            raise RuntimeError(
+                f"strategy {name} cannot step several optimisers that each own their gradients. Use "
+                f"--trainer.strategy unidad_ddp: processes as in ddp, gradients averaged once per optimiser step; or "
+                f"unidad_fsdp, which also shards the networks over the ranks."
+            )
+        if self.trainer.precision not in PRECISIONS:
+            raise RuntimeError(
+                f"precision {self.trainer.precision!r} is not supported: use one of {', '.join(PRECISIONS)}"
+            )
 
     def optimizers_of_groups(self) -> dict[str, OptimizerOptions]:
         """Group name -> its optimiser settings, in the order they step."""
@@ -77,14 +102,14 @@ class ManualSteps(pl.LightningModule):
     def step(self, group: str) -> bool:
         """Average the group's gradient over ranks, clip it, step its optimiser and schedule.
 
-        A non-finite loss or gradient skips the step (on every rank alike: the average spreads it), is counted and
+        A non-finite loss or gradient skips the update (on every rank alike: the average spreads it), is counted and
         logged.
 
         Returns:
             Whether the optimiser stepped.
 
         Raises:
-            RuntimeError: ``max_skipped`` steps in a row were skipped.
+            RuntimeError: ``max_skipped`` updates in a row were skipped.
         """
         optimizer, schedule = self._optimizer(group)
         parameters = [p for settings in optimizer.param_groups for p in settings["params"] if p.grad is not None]
@@ -105,7 +130,7 @@ class ManualSteps(pl.LightningModule):
         return finite
 
     def _advance(self, group: str, optimizer: Any) -> None:
-        """One step of the optimiser; Lightning's counter sees the clock's steps only."""
+        """One update; Lightning's counter sees the clock's only."""
         if self._scaler is not None:
             # Lightning would unscale again, and change the scale before the other groups are unscaled.
             Precision.optimizer_step(self.trainer.precision_plugin, optimizer.optimizer, self, lambda: None)
