@@ -24,7 +24,7 @@ from unidad_pl.cli.main import main
 from unidad_pl.cli.sample import sample
 from unidad_pl.export import export_student as export
 from unidad_pl.export import load_export
-from unidad_pl.runs.config import build_module, read_config
+from unidad_pl.runs.config import build_module
 from unidad_pl.runs.student import load_student
 
 ALONE = """
@@ -77,9 +77,7 @@ def train(folder: Path, kind: str = "ddpm", **options: Any) -> Path:
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     path = folder / "checkpoints" / "last.ckpt"
-    fit(build_module(read_config(folder / "config.yaml"), "config.yaml"), 2, Stream(random_images(4))).save_checkpoint(
-        path
-    )
+    fit(build_module(config, "config.yaml"), 2, Stream(random_images(4))).save_checkpoint(path)
     return path
 
 

@@ -63,7 +63,7 @@ def distance(one: Any, other: Any) -> float:
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 def test_plain_diffusers_draws_what_sample_draws(place: Path, steps: int) -> None:
-    checkpoint = fit(place, f"k{steps}", "--model.student.num_steps", str(steps), "--model.ema_decay", "0.9")
+    checkpoint = fit(place, f"k{steps}", "--model.student.num_steps", str(steps), "--model.training.ema_decay", "0.9")
     out = export(str(checkpoint), str(place / f"export{steps}"))
     student = load_student(checkpoint)
     assert content_hash(student.network) == content_hash(load_export(out).network)

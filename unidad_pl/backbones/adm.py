@@ -176,11 +176,8 @@ def adm_denoiser(adm: ADMConfig, state: Mapping[str, Tensor]) -> UNetDenoiser:
     adapter = ADMStateDictAdapter(adm)
     expected = adapter.from_diffusers(unet.state_dict())
     _check_keys("guided-diffusion", set(expected), set(state))
-    wrong = [
-        f"{name} has {tuple(state[name].shape)} instead of {tuple(value.shape)}"
-        for name, value in expected.items()
-        if state[name].shape != value.shape
-    ]
+    shapes = {name: (tuple(state[name].shape), tuple(value.shape)) for name, value in expected.items()}
+    wrong = [f"{name} has {seen} instead of {wanted}" for name, (seen, wanted) in shapes.items() if seen != wanted]
     if wrong:
         raise ValueError(f"guided-diffusion weights do not fit the config: {len(wrong)} wrong shapes {_some(wrong)}")
     unet.load_state_dict(adapter.to_diffusers(state), strict=True, assign=True)

@@ -74,9 +74,8 @@ class LatentCodec(Codec):
             if "requires_safety_checker" in inspect.signature(kind).parameters:
                 absent["requires_safety_checker"] = False
             with torch.random.fork_rng(devices=[]), weights_of(self.folder):
-                self._parts = kind.from_pretrained(
-                    self.folder, torch_dtype=torch.float32, local_files_only=True, **absent
-                )
+                options = dict(torch_dtype=torch.float32, local_files_only=True, **absent)
+                self._parts = kind.from_pretrained(self.folder, **options)
             for part in self._parts.components.values():
                 if isinstance(part, nn.Module):
                     part.requires_grad_(False).eval()

@@ -101,9 +101,8 @@ def adapter_weights(unet: Any) -> dict[str, Tensor]:
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft import get_peft_model_state_dict
 
-    config = unet.peft_config[ADAPTER]
-    scale = config.lora_alpha / config.r
+    scale = unet.peft_config[ADAPTER].lora_alpha / unet.peft_config[ADAPTER].r
     state = get_peft_model_state_dict(unet, adapter_name=ADAPTER)
     scaled = {name: value * scale if ".lora_B." in name else value for name, value in state.items()}
-    named: dict[str, Tensor] = convert_state_dict_to_diffusers(scaled)
+    named = convert_state_dict_to_diffusers(scaled)
     return {name: value.detach().to(torch.float32).contiguous() for name, value in named.items()}

@@ -60,8 +60,7 @@ class UNetSpec:
         """Cumulative signal variance of the trained timesteps, [train_timesteps] float32, descending."""
         if self.beta_schedule == "linear":
             return linear_abar(self.train_timesteps, self.beta_start, self.beta_end)
-        abar: Tensor = self.scheduler("DDPMScheduler").alphas_cumprod
-        return abar
+        return self.scheduler("DDPMScheduler").alphas_cumprod
 
     def scheduler(self, name: str, **options: Any) -> Any:
         """The diffusers scheduler called ``name`` (variance-preserving networks) at these noise levels."""

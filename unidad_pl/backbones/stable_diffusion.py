@@ -81,9 +81,8 @@ class StableDiffusionUNet(DiffusersNetwork):
         size = config["sample_size"] if resolution is None else resolution / vae_scale
         depth = 2 ** (len(config["block_out_channels"]) - 1)
         if size is None or size < 1 or size % depth:
-            raise ValueError(
-                f"resolution must be a multiple of {vae_scale * depth} pixels for this model, got {resolution}"
-            )
+            factor = vae_scale * depth
+            raise ValueError(f"resolution must be a multiple of {factor} pixels for this model, got {resolution}")
         self.image_shape = (config["in_channels"], int(size), int(size))
         self.resolution = int(size) * vae_scale
         self.width: int = config["cross_attention_dim"]

@@ -103,11 +103,6 @@ class PretrainedUNet(DenoiserSource):
     def __init__(self, path: str = "builtin:cartoon_teacher") -> None:
         self.path = path
 
-    @property
-    def folder(self) -> Path:
-        """Where the files lie."""
-        return ASSETS / self.path.removeprefix(BUILTIN) if self.path.startswith(BUILTIN) else Path(self.path)
-
     def build(self) -> UNetDenoiser:
         """Load strictly.
 
@@ -129,13 +124,14 @@ class PretrainedUNet(DenoiserSource):
         return UNetDenoiser(UNet2DModel.from_config(UNet2DModel.load_config(folder)), self._spec(folder)).eval()
 
     def _unet_folder(self) -> Path:
-        folder = self.folder if (self.folder / "config.json").is_file() else self.folder / "unet"
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(
-                f"source model {self.path!r} has no config.json (looked in {self.folder} and its unet/). A source "
-                f"folder holds config.json, diffusion_pytorch_model.safetensors and {SCHEDULER_FILE}."
-            )
-        return folder
+        top = ASSETS / self.path.removeprefix(BUILTIN) if self.path.startswith(BUILTIN) else Path(self.path)
+        for folder in (top, top / "unet"):
+            if (folder / "config.json").is_file():
+                return folder
+        raise FileNotFoundError(
+            f"source model {self.path!r} has no config.json (looked in {top} and its unet/). A source folder holds "
+            f"config.json, diffusion_pytorch_model.safetensors and {SCHEDULER_FILE}."
+        )
 
     def _spec(self, folder: Path) -> UNetSpec:
         if (folder / DENOISER_FILE).is_file():

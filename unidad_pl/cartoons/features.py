@@ -268,8 +268,7 @@ class CartoonFeatures(nn.Module):
     @property
     def categories(self) -> dict[str, list[str]]:
         """Categorical factor -> names of its values. Reads the config only."""
-        found: dict[str, list[str]] = read_config(self.folder)["categories"]
-        return found
+        return read_config(self.folder)["categories"]
 
     @property
     def num_features(self) -> int:

@@ -18,13 +18,9 @@ CANDIDATES = 1000
 def factor_vectors(labels: dict[str, Tensor]) -> Tensor:
     """The visible factors of N cartoons as centred vectors [N, D]: one-hot categories, standardised numbers."""
     seen = world.visible(labels)
-    columns = []
-    for name, values in world.CATEGORIES.items():
-        if seen[name].any():
-            columns.append(torch.nn.functional.one_hot(labels[name], len(values)).float())
-    for name in world.RANGES:
-        if seen[name].any():
-            columns.append((labels[name] / labels[name].std() / 2).unsqueeze(1))
+    categories = [(name, len(values)) for name, values in world.CATEGORIES.items() if seen[name].any()]
+    columns = [torch.nn.functional.one_hot(labels[name], count).float() for name, count in categories]
+    columns += [(labels[name] / labels[name].std() / 2).unsqueeze(1) for name in world.RANGES if seen[name].any()]
     vectors = torch.cat(columns, 1)
     return vectors - vectors.mean(0)
 

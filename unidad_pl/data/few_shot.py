@@ -200,12 +200,18 @@ class FewShotDataModule(pl.LightningDataModule):
                 rank_zero_warn(f"{place.names[i]} is the same picture as {place.names[same]}: used once")
         return torch.tensor(sorted(first.values()))
 
+    @property
+    def _pixels(self) -> Tensor:
+        """The training images, [k, 3, R, R] uint8."""
+        self.setup()
+        assert self._shots is not None
+        return self._shots
+
     def _without_shots(self, images: Tensor) -> Tensor:
         """The given reference without the shots, if they are to be left out."""
-        assert self._shots is not None
         if not self.reference_options.exclude_shots:
             return images
-        shots = {image_hash(shot) for shot in self._shots}
+        shots = {image_hash(shot) for shot in self._pixels}
         kept = [i for i, image in enumerate(images) if image_hash(image) not in shots]
         self.excluded = len(images) - len(kept)
         if not kept:
@@ -219,9 +225,7 @@ class FewShotDataModule(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint remembers of the training data: with the same, a position of the stream is the same."""
-        self.setup()
-        assert self._shots is not None
-        content = image_hash(self._shots.flatten(0, 1))
+        content = image_hash(self._pixels.flatten(0, 1))
         return {"shots": content, "seed": self.seed, "batch": self.batch_size, **asdict(self.augmentation)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -246,9 +250,7 @@ class FewShotDataModule(pl.LightningDataModule):
     @property
     def shots(self) -> Tensor:
         """The training images, [k, 3, R, R] float32 in [-1, 1]."""
-        self.setup()
-        assert self._shots is not None
-        return to_float(self._shots)
+        return to_float(self._pixels)
 
     @property
     def reference(self) -> Tensor:
@@ -265,10 +267,8 @@ class FewShotDataModule(pl.LightningDataModule):
         return self._reference
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        self.setup()
-        assert self._shots is not None
         stream = ShotStream(
-            self._shots, self.batch_size, self.augmentation.flip, self.seed, *place_in(self.trainer),
+            self._pixels, self.batch_size, self.augmentation.flip, self.seed, *place_in(self.trainer),
             self.augmentation.shift, self.shot_labels,
         )  # fmt: skip
         return DataLoader(stream, batch_size=None)

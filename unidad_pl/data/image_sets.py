@@ -162,20 +162,18 @@ class LMDBImages(ImageSet):
         self.names = [f"images_{self._number % i}_data" for i in range(count)]
         if not count:
             raise FileNotFoundError(f"LMDB {str(folder)!r} holds no image: images_shape is {shape!r}")
+        wanted = np.prod(self._shape)
         for name in self.names:
-            if len(self._record(name)) != np.prod(self._shape):
-                raise ValueError(
-                    f"LMDB {str(folder)!r}: {name} has {len(self._record(name))} bytes, images_shape {shape!r} means "
-                    f"{np.prod(self._shape)}"
-                )
+            if (size := len(self._record(name))) != wanted:
+                seen = f"{name} has {size} bytes"
+                raise ValueError(f"LMDB {str(folder)!r}: {seen}, images_shape {shape!r} means {wanted}")
         if f"labels_{self._number % 0}_data" in self._records:
             self.labels = [self._label(i) for i in range(count)]
 
     def _record(self, key: str) -> bytes:
         if key not in self._records:
-            raise ValueError(
-                f"LMDB {str(self.folder)!r} has no record {key!r}, only {', '.join(list(self._records)[:5])}"
-            )
+            some = ", ".join(list(self._records)[:5])
+            raise ValueError(f"LMDB {str(self.folder)!r} has no record {key!r}, only {some}")
         return self._records[key]
 
     def _label(self, index: int) -> int:
@@ -211,9 +209,8 @@ class HuggingFaceImages(ImageSet):
             raise ValueError(f"dataset {name!r} cannot be loaded: {error}") from error
         if isinstance(rows, dict):
             if "train" not in rows:
-                raise ValueError(
-                    f"dataset {name!r} has the splits {', '.join(rows)} and no 'train': name a split's folder"
-                )
+                splits = ", ".join(rows)
+                raise ValueError(f"dataset {name!r} has the splits {splits} and no 'train': name a split's folder")
             rows = rows["train"]
         images = [column for column, feature in rows.features.items() if isinstance(feature, datasets.Image)]
         if len(images) != 1:

@@ -61,10 +61,8 @@ class FactorTraining(pl.LightningModule):
     ) -> None:
         super().__init__()
         if min(noise, blur, value_weight) <= 0 or jitter < 0:
-            raise ValueError(
-                f"noise, blur and value_weight must be > 0 and jitter >= 0, "
-                f"got {noise}, {blur}, {value_weight} and {jitter}"
-            )
+            seen = f"{noise}, {blur}, {value_weight} and {jitter}"
+            raise ValueError(f"noise, blur and value_weight must be > 0 and jitter >= 0, got {seen}")
         self.optimizer_options, self.channels, self.features = optimizer, tuple(channels), features
         self.value_weight, self.noise, self.blur, self.jitter = value_weight, noise, blur, jitter
         self.export_to, self.seed = export_to, seed

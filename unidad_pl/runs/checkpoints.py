@@ -223,8 +223,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     if not is_remote(path):
         refuse_damaged(path)
     with get_filesystem(str(path)).open(str(path), "rb") as file:
-        content: dict[str, Any] = read_plain(file, str(path), map_location)
-    return content
+        return read_plain(file, str(path), map_location)
 
 
 def newest_intact(*folders: Path) -> tuple[Path | None, dict[Path, str]]:
