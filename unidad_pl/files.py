@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: written beside their place, then renamed into it."""
+"""Files and folders that appear whole or not at all; one kind of error for those that are not what they should be."""
 
 from __future__ import annotations
 
@@ -40,3 +40,43 @@ def replacing(path: Path) -> Iterator[Path]:
             shutil.rmtree(part, ignore_errors=True)
         else:
             part.unlink(missing_ok=True)
+
+
+class BrokenFile(ValueError):
+    """A file whose content is not what it should be; the message names the file, the reason and the way out.
+
+    >>> raise BrokenFile("'shots.zip' is no zip archive: download it again")
+    Traceback (most recent call last):
+    ...
+    unidad_pl.files.BrokenFile: 'shots.zip' is no zip archive: download it again
+    """
+
+
+@contextmanager
+def reading(path: str | Path, what: str, way_out: str = "write or download it again") -> Iterator[None]:
+    """Whatever the content of a file that others wrote makes go wrong in the block becomes one :class:`BrokenFile`.
+
+    Missing packages, and files that are absent or may not be read, keep their own errors.
+
+        >>> with reading("config.json", "config"):
+        ...     {}["layers"]
+        Traceback (most recent call last):
+        ...
+        unidad_pl.files.BrokenFile: 'config.json' is no readable config (KeyError: 'layers'): write or download it again
+
+    Args:
+        path: the file, or the folder.
+        what: what it should be.
+        way_out: what to do about it.
+
+    Raises:
+        BrokenFile: names path, reason and way out.
+    """
+    try:
+        yield
+    except (BrokenFile, FileNotFoundError, PermissionError, ImportError):
+        raise
+    except Exception as error:
+        # Only the first line: libraries go on with advice, torch's is to load the file unsafely.
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        raise BrokenFile(f"{str(path)!r} is no readable {what} ({reason}): {way_out}") from error
