@@ -11,7 +11,7 @@ _ROOMS = {
     "backbones": ("ADMSource", "LoRA", "NewUNet", "PretrainedUNet", "StableDiffusion"),
     "callbacks": (
         "FID", "AttributeShare", "IntraLPIPS", "LossBalance", "PredictionWriter", "Preemption", "PromptDiversity",
-        "PromptGrid", "SampleGrid", "SubjectSimilarity",
+        "PromptGrid", "SampleGrid", "SoundCheckpoint", "SubjectSimilarity",
     ),
     "cartoons": ("CartoonFeatures",),
     "data": (

@@ -272,6 +272,20 @@ def test_no_checkpoint_is_written_of_diverged_weights(value: float, tmp_path: Pa
         assert all(value.isfinite().all() for value in content["state_dict"].values())
 
 
+class Skipping(UniDAD):
+    """The student's loss is NaN in iterations 5 to 12."""
+
+    def student_loss(self, x: Tensor, *cond: Tensor | None) -> Tensor:
+        return super().student_loss(x, *cond) * (float("nan") if 5 <= self.iteration + 1 <= 12 else 1)
+
+
+def test_no_checkpoint_is_written_while_updates_are_skipped(tmp_path: Path) -> None:
+    keep = SoundCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1, filename="{step}")
+    module = unidad(kind=Skipping, student__update_every=1, target_teacher=None)
+    fit(module, 15, callbacks=[keep], enable_checkpointing=True)
+    assert {path.stem for path in tmp_path.iterdir()} == {"step=3", "step=15"}
+
+
 def test_a_run_that_has_diverged_does_not_end_well() -> None:
     class Late(UniDAD):
         def on_train_batch_end(self, *_: Any) -> None:

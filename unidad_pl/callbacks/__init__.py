@@ -11,8 +11,9 @@ from unidad_pl.callbacks.prompt_grid import PromptGrid
 from unidad_pl.callbacks.records import read_records
 from unidad_pl.callbacks.sample_grid import SampleGrid
 from unidad_pl.callbacks.similarity import PromptDiversity, SubjectSimilarity
+from unidad_pl.callbacks.sound_checkpoint import SoundCheckpoint
 
 __all__ = [
     "FID", "AttributeShare", "EvaluationCallback", "IntraLPIPS", "LossBalance", "PredictionWriter", "Preemption",
-    "PromptDiversity", "PromptGrid", "Report", "SampleGrid", "SubjectSimilarity", "read_records",
+    "PromptDiversity", "PromptGrid", "Report", "SampleGrid", "SoundCheckpoint", "SubjectSimilarity", "read_records",
 ]  # fmt: skip

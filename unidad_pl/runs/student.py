@@ -92,7 +92,7 @@ def load_student(ckpt_path: str | Path, weights: Weights = "auto", config: str |
     sampler, sigma_min = module.few_step()
     averaged = any(name.startswith("ema.module.") for name in state)
     if weights == "ema" and not averaged:
-        raise ValueError(f"{str(ckpt_path)!r} has no average of the weights (ema_decay was 0): use --weights raw")
+        raise ValueError(f"{str(ckpt_path)!r} has no average of the weights (ema_decay was 0): use weights: raw")
     chosen = "ema" if averaged and weights != "raw" else "raw"
     prefix = "ema.module." if chosen == "ema" else f"{module.sampled_name}."
     network = module.sampled_source.build()
@@ -122,7 +122,7 @@ def _module_of(content: dict[str, Any], ckpt_path: str | Path, config: str | Non
     except FileNotFoundError:
         if config is not None:
             raise
-        with reading(ckpt_path, "checkpoint with its module's arguments", "give the run's config as well (--config)"):
+        with reading(ckpt_path, "checkpoint with its module's arguments", "give the config of its run as well"):
             import unidad_pl.modules  # noqa: F401 (so that its classes are known)
 
             described = content[RECORD]["module"]

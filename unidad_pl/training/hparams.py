@@ -149,5 +149,5 @@ def refuse_changes(
     if refused:
         raise RuntimeError(
             f"the checkpoint was trained with other options: {'; '.join(refused)}. Resume with the config the run "
-            f"started with (config.yaml in its folder), or begin a new run without --ckpt_path"
+            f"started with (config.yaml in its folder), or begin a new run without ckpt_path"
         )

@@ -49,8 +49,8 @@ class ManualOptimization(pl.LightningModule):
         if stage == "fit" and not isinstance(self.trainer.strategy, STRATEGIES):
             name = type(self.trainer.strategy).__name__
             raise RuntimeError(
-                f"strategy {name} cannot step several optimisers that each own their gradients. Use "
-                f"--trainer.strategy unidad_ddp: processes as in ddp, gradients averaged once per optimiser step; or "
+                f"strategy {name} cannot step several optimisers that each own their gradients. Give the trainer the "
+                f"strategy unidad_ddp: processes as in ddp, gradients averaged once per optimiser step; or "
                 f"unidad_fsdp, which also shards the networks over the ranks."
             )
         if self.trainer.precision not in PRECISIONS:
@@ -157,6 +157,11 @@ class ManualOptimization(pl.LightningModule):
                 f"{self.iteration}). Resume from the last checkpoint in 32-true precision, or begin again with a lower "
                 f"learning rate."
             )
+
+    @property
+    def is_skipping(self) -> bool:
+        """Whether the latest update of some group was skipped."""
+        return any(self._skipped_in_a_row.values())
 
     def update_scale(self) -> None:
         """Let the loss scale of ``16-mixed`` follow what this iteration's gradients were like, once for all groups."""

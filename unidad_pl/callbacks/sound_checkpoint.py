@@ -1,0 +1,42 @@
+"""Checkpoints of sound weights only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
+
+
+class SoundCheckpoint(ModelCheckpoint):
+    """Lightning's ``ModelCheckpoint``, which writes nothing while updates are skipped for a non-finite loss.
+
+        >>> trainer = pl.Trainer(callbacks=[SoundCheckpoint(every_n_train_steps=1000, save_last=True)])
+
+    Whoever resumes wants the weights from before that began, and an older file may be deleted for a new one. The
+    ``unidad`` command has this callback. It asks the module's ``is_skipping``; one without it is always sound.
+    """
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        if self._is_sound(trainer, pl_module):
+            super().on_train_batch_end(trainer, pl_module, *args)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._is_sound(trainer, pl_module):
+            super().on_validation_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._is_sound(trainer, pl_module):
+            super().on_train_epoch_end(trainer, pl_module)
+
+    def _is_sound(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        if not getattr(pl_module, "is_skipping", False):
+            return True
+        every = self._every_n_train_steps
+        if every and trainer.global_step % every == 0:
+            rank_zero_warn(
+                f"no checkpoint is written at iteration {trainer.global_step}: its update was skipped for a "
+                f"non-finite loss or gradient; earlier ones are kept"
+            )
+        return False
