@@ -21,6 +21,7 @@ from unidad_pl import (
     LogNormal,
     NewUNet,
     SamplingOptions,
+    SoundCheckpoint,
     TrainingOptions,
     UniDAD,
     export_student,
