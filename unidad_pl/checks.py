@@ -66,5 +66,22 @@ def check_positive(**values: float | None) -> None:
             raise ValueError(f"{name} must be above 0, got {value!r}")
 
 
+def check_whole(least: int, most: int, **values: int | None) -> None:
+    """Refuse what is no whole number from ``least`` to ``most``; None is left alone.
+
+        >>> check_whole(1, 64, layers=2.5)
+        Traceback (most recent call last):
+        ...
+        ValueError: layers must be a whole number in [1, 64], got 2.5
+
+    Raises:
+        ValueError: names the first of them.
+    """
+    for name, value in values.items():
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and not (whole and least <= value <= most):
+            raise ValueError(f"{name} must be a whole number in [{least}, {most}], got {value!r}")
+
+
 def _is_finite(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -20,7 +19,7 @@ class _Float32Conv2d(nn.Conv2d):
     """The output convolution: float32 even under autocast, because sigma = 80 multiplies its rounding error."""
 
     def forward(self, input: Tensor) -> Tensor:
-        with torch.autocast(input.device.type, enabled=False):
+        with torch.autocast("cpu" if input.is_meta else input.device.type, enabled=False):  # meta knows no autocast
             return super().forward(input.to(torch.promote_types(self.weight.dtype, torch.float32)))
 
     @classmethod
@@ -29,23 +28,6 @@ class _Float32Conv2d(nn.Conv2d):
         same = cls(conv.in_channels, conv.out_channels, 1, padding=cast("tuple[int, int]", conv.padding), device="meta")
         same.kernel_size, same.weight, same.bias = conv.kernel_size, conv.weight, conv.bias
         return same
-
-
-def read_unet(kind: Any, folder: Path, use_safetensors: bool | None = True) -> Any:
-    """The diffusers network of class ``kind`` with the weights in ``folder``, float32.
-
-    Raises:
-        OSError: a file is missing.
-        ValueError: weights are missing or unexpected.
-    """
-    unet, report = kind.from_pretrained(
-        folder, torch_dtype=torch.float32, use_safetensors=use_safetensors, output_loading_info=True,
-        low_cpu_mem_usage=False, local_files_only=True,
-    )  # fmt: skip
-    wrong = {problem: keys for problem, keys in report.items() if keys}
-    if wrong:
-        raise ValueError(f"weights in {folder} do not fit its config.json: {wrong}")
-    return unet
 
 
 class DiffusersNetwork(Denoiser):
@@ -79,6 +61,26 @@ class DiffusersNetwork(Denoiser):
     def _folded(self, x: Tensor) -> Tensor:
         return x
 
+    def try_out(self) -> None:
+        """Pass shapes, and no numbers, through the network; it lies on the meta device then.
+
+        Raises:
+            ValueError: it cannot run, its noise levels are not finite, or its taps are not what they are said to be.
+        """
+        if self.spec.prediction != "edm" and not (self.native_sigmas.isfinite() & (self.native_sigmas > 0)).all():
+            raise ValueError("the scheduler's betas give noise levels that are 0 or infinite")
+        self.to("meta")
+        x, sigma = torch.zeros(1, *self.image_shape, device="meta"), torch.ones(1, device="meta")
+        cond = self._any_condition()
+        with torch.no_grad():
+            shape, taps = self.predict(x, sigma, cond).x0.shape, self.taps(x, sigma, cond)
+        if shape != x.shape or {name: tap.shape[1] for name, tap in taps.items()} != self.tap_channels:
+            raise ValueError(f"its blocks are not supported: it maps {tuple(x.shape)} to {tuple(shape)}")
+
+    @abstractmethod
+    def _any_condition(self) -> Tensor | None:
+        """A condition [1, ...] on the meta device, of the shape the network takes."""
+
     def predict(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Prediction:
         how = Parameterization.of(self.spec.prediction, sigma, self.spec.sigma_data)
         return how.prediction(x, self._output(x, how.c_in, self.time(sigma), cond))
@@ -87,9 +89,9 @@ class DiffusersNetwork(Denoiser):
         self, x: Tensor, sigma: Tensor, cond: Tensor | None = None, names: Collection[str] | None = None
     ) -> dict[str, Tensor]:
         c_in = Parameterization.of(self.spec.prediction, sigma, self.spec.sigma_data).c_in
-        h = self._folded(c_in * x).to(self.dtype)
+        skip = h = self._folded(c_in * x).to(self.dtype)
         if self.unet.config["center_input_sample"]:
-            h = 2 * h - 1.0
+            skip = h = 2 * h - 1.0
         emb = self.unet.time_embedding(self.unet.time_proj(self.time(sigma)).to(h.dtype))
         emb, crossed = self._conditioned(emb, cond)
         h = self.unet.conv_in(h)
@@ -97,9 +99,12 @@ class DiffusersNetwork(Denoiser):
         for block in self.unet.down_blocks:
             if len(outputs) < depth:
                 crosses = getattr(block, "has_cross_attention", False)
-                h, states = block(hidden_states=h, temb=emb, **(crossed if crosses else {}))
+                if hasattr(block, "skip_conv"):  # NCSN++ passes the image on beside its features
+                    h, states, skip = block(hidden_states=h, temb=emb, skip_sample=skip)
+                else:
+                    h, states = block(hidden_states=h, temb=emb, **(crossed if crosses else {}))
                 outputs += states if self.every_layer else [h]
-        if len(outputs) < depth:
+        if len(outputs) < depth and self.unet.mid_block is not None:
             outputs.append(self.unet.mid_block(h, emb, **crossed))
         return dict(zip(self.tap_channels, outputs, strict=names is None))
 

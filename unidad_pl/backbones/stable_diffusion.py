@@ -6,22 +6,24 @@ with zeros (P = 0 for 1.x and 2.x), see :func:`~unidad_pl.backbones.latents.pack
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 
-from unidad_pl.backbones.base import DiffusersNetwork, read_unet
+from unidad_pl.backbones.base import DiffusersNetwork
+from unidad_pl.backbones.folders import CONFIG_FILE, MOST_SIDE, checked_config, empty_network
 from unidad_pl.backbones.latents import LatentCodec
 from unidad_pl.backbones.lora import LoRA, add_adapters, base_names
-from unidad_pl.backbones.sd_files import find_pipeline, weights_of
+from unidad_pl.backbones.sd_files import find_pipeline
 from unidad_pl.backbones.spec import UNetSpec, find_scheduler, spec_of_scheduler
-from unidad_pl.backbones.weights import read_weights
-from unidad_pl.checks import check_choices
+from unidad_pl.backbones.weights import fill, read_folder, read_weights
+from unidad_pl.checks import check_choices, check_whole
 from unidad_pl.denoiser import Codec, DenoiserSource
+from unidad_pl.files import reading
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -58,6 +60,7 @@ class StableDiffusionUNet(DiffusersNetwork):
         spacing: Spacing = "even",
     ) -> None:
         check_choices(spacing=(spacing, Spacing))
+        check_whole(1, MOST_SIDE, resolution=resolution, vae_scale=vae_scale)
         self.spacing: Spacing = spacing
         self.free_steps = spacing != "even"
         config = unet.config
@@ -89,6 +92,9 @@ class StableDiffusionUNet(DiffusersNetwork):
         sizes = TIME_IDS * (config["addition_time_embed_dim"] or 0)
         self.pooled = config["projection_class_embeddings_input_dim"] - sizes if added else 0
         self.condition_shape = (TOKENS - (-self.pooled // self.width), self.width)
+
+    def _any_condition(self) -> Tensor | None:
+        return torch.zeros((1, *(self.condition_shape or ())), device="meta")
 
     def _output(self, x: Tensor, c_in: Tensor, time: Tensor, cond: Tensor | None) -> Tensor:
         tokens, added = self._conditions(cond, len(x))
@@ -162,6 +168,9 @@ class StableDiffusion(DenoiserSource):
             that start from this source share one UNet.
         unet_weights: file with the UNet's weights in place of the folder's, written by torch.save or as safetensors
             under diffusers' names, e.g. DMD2's ``pytorch_model.bin``; null: the folder's.
+
+    Raises:
+        ValueError: an unknown spacing, or a resolution that no image has.
     """
 
     def __init__(
@@ -172,6 +181,8 @@ class StableDiffusion(DenoiserSource):
         lora: LoRA | None = None,
         unet_weights: str | None = None,
     ) -> None:
+        check_choices(spacing=(spacing, Spacing))
+        check_whole(1, MOST_SIDE, resolution=resolution)
         self.path, self.resolution, self.spacing = path, resolution, spacing
         self.lora, self.unet_weights = lora, unet_weights
 
@@ -180,21 +191,18 @@ class StableDiffusion(DenoiserSource):
 
         Raises:
             FileNotFoundError: a part is missing; names it.
-            ValueError: another kind of pipeline, a scheduler that is not supported, or weights that do not fit.
+            ValueError: another kind of pipeline, a scheduler that is not supported, a file that is not what it should
+                be, or weights that do not fit or are not finite.
             ModuleNotFoundError: adapters without peft.
         """
         from diffusers import UNet2DConditionModel
 
         folder = find_pipeline(self.path)
-        if self.unet_weights is not None:
-            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
-            try:
-                unet.load_state_dict(read_weights(self.unet_weights))
-            except RuntimeError as error:
-                raise ValueError(f"{self.unet_weights!r} does not fit {folder / 'unet'}: {error}") from error
-            return self._denoiser(unet, folder)
-        with weights_of(folder / "unet"):
-            unet = read_unet(UNet2DConditionModel, folder / "unet")
+        unet = empty_network(UNet2DConditionModel, folder / "unet")
+        with reading(folder / "unet" / CONFIG_FILE, "config of a UNet2DConditionModel"):
+            self._network(unet, folder).try_out()
+        state = read_folder(folder / "unet") if self.unet_weights is None else read_weights(self.unet_weights)
+        fill(unet, state, str(self.unet_weights or folder / "unet"))
         return self._denoiser(unet, folder)
 
     def codec(self) -> Codec:
@@ -204,15 +212,23 @@ class StableDiffusion(DenoiserSource):
         from diffusers import UNet2DConditionModel
 
         folder = find_pipeline(self.path)
-        config = UNet2DConditionModel.load_config(folder / "unet")
+        config = checked_config(UNet2DConditionModel, folder / "unet")
         return self._denoiser(UNet2DConditionModel.from_config(config), folder)
 
-    def _denoiser(self, unet: Any, folder: Path) -> StableDiffusionUNet:
+    def _network(self, unet: Any, folder: Path) -> StableDiffusionUNet:
+        from diffusers import AutoencoderKL
+
         scheduler = find_scheduler(folder)
         assert scheduler is not None  # find_pipeline looked
-        vae = json.loads((folder / "vae" / "config.json").read_text())
-        scale = 2 ** (len(vae["block_out_channels"]) - 1)
-        network = StableDiffusionUNet(unet, spec_of_scheduler(scheduler), self.resolution, scale, self.spacing)
+        vae = checked_config(AutoencoderKL, folder / "vae")
+        with reading(folder / "vae" / CONFIG_FILE, "config of an AutoencoderKL"):
+            scale = 2 ** (len(vae["block_out_channels"]) - 1)
+            if (channels := vae.get("latent_channels", 4)) != unet.config["in_channels"]:
+                raise ValueError(f"its latents have {channels} channels, the UNet's {unet.config['in_channels']}")
+        return StableDiffusionUNet(unet, spec_of_scheduler(scheduler), self.resolution, scale, self.spacing)
+
+    def _denoiser(self, unet: Any, folder: Path) -> StableDiffusionUNet:
+        network = self._network(unet, folder)
         if self.lora is not None:
             add_adapters(network.unet, self.lora)
             network.shared_weights = base_names(network)
