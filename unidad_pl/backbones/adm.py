@@ -17,6 +17,7 @@ from torch import Tensor
 from unidad_pl.backbones.adm_config import PUBLISHED, ADMConfig, unet2d_config
 from unidad_pl.backbones.unet import UNetDenoiser
 from unidad_pl.backbones.weights import State, check_finite, read_weights
+from unidad_pl.checks import check_given, check_path
 from unidad_pl.denoiser import DenoiserSource
 from unidad_pl.files import BrokenFile
 
@@ -214,6 +215,10 @@ class ADMSource(DenoiserSource):
     """
 
     def __init__(self, checkpoint: str, config: str | ADMConfig) -> None:
+        check_given(checkpoint=checkpoint, config=config)
+        check_path(checkpoint=checkpoint)
+        if not isinstance(config, ADMConfig):
+            check_path(config=config)
         self.checkpoint, self.config = checkpoint, config
 
     def build(self) -> UNetDenoiser:

@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 
 from unidad_pl.backbones.folders import MOST, MOST_SIDE, read_json
 from unidad_pl.backbones.spec import MOST_TIMESTEPS, UNetSpec
-from unidad_pl.checks import check_at_least, check_whole
+from unidad_pl.checks import check_at_least, check_given, check_whole
 from unidad_pl.files import reading
 
 CHANNEL_MULT = {512: "0.5,1,1,2,2,4,4", 256: "1,1,2,2,4,4", 128: "1,1,2,3,4", 64: "1,2,3,4"}
@@ -100,6 +100,7 @@ class ADMConfig:
             raise ValueError(f"rescale_timesteps needs diffusion_steps 1000, got {self.diffusion_steps}")
 
     def _check_numbers(self) -> None:
+        check_given(**{name: value for name, value in vars(self).items() if name != "num_classes"})
         check_whole(1, MOST_SIDE, image_size=self.image_size, num_channels=self.num_channels)
         check_whole(1, 64, num_res_blocks=self.num_res_blocks, in_channels=self.in_channels)
         check_whole(-1, MOST_SIDE, num_head_channels=self.num_head_channels)

@@ -16,6 +16,12 @@ from unidad_pl.files import reading
 CONFIG_FILE = "config.json"
 MOST = 10**6
 """Above any width, number of classes or size of a vocabulary."""
+CHOICES = {
+    "downsample_type": ("conv", "resnet"), "upsample_type": ("conv", "resnet"),
+    "mid_block_type": ("UNetMidBlock2D", "UNetMidBlock2DCrossAttn", "UNetMidBlock2DSimpleCrossAttn"),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
+}  # fmt: skip
+"""Names where diffusers takes any other for one of them."""
 MOST_SIDE = 8192
 MOST_BLOCKS = 500
 """Above any number of levels times layers of a level times transformers of a layer."""
@@ -90,6 +96,9 @@ def checked_config(kind: Any, folder: Path) -> dict[str, Any]:
                 check_value(name, value, _types(hints[name]))
         check_positive(**{name: config.get(name) for name in ("mid_block_scale_factor", "scaling_factor")})
         check_at_least(0, 1, freq_shift=config.get("freq_shift"), dropout=config.get("dropout"))
+        for name, known in CHOICES.items():
+            if (chosen := config.get(name)) is not None and chosen not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)} or null, got {chosen!r}")
         for side in _numbers(config.get("sample_size")):
             check_whole(1, MOST_SIDE, sample_size=side)
         check_depth(config)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from unidad_pl.checks import check_at_least, check_options, check_positive, check_whole
+from unidad_pl.checks import check_at_least, check_given, check_options, check_positive, check_whole
 
 ADAPTER = "default"
 MOST_RANK = 4096
@@ -44,6 +44,7 @@ class LoRA:
     base_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
+        check_given(rank=self.rank)
         check_whole(1, MOST_RANK, rank=self.rank)
         check_positive(alpha=self.alpha)
         check_at_least(0, 1e6, alpha=self.alpha)

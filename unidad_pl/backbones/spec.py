@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from unidad_pl.backbones.folders import read_json
-from unidad_pl.checks import check_at_least, check_options, check_positive, check_whole
+from unidad_pl.checks import check_at_least, check_given, check_options, check_positive, check_whole
 from unidad_pl.denoiser import PredictionType
 from unidad_pl.files import reading
 from unidad_pl.schedules import linear_abar
@@ -58,6 +58,7 @@ class UNetSpec:
 
     def __post_init__(self) -> None:
         check_options(self)
+        check_given(**asdict(self))
         check_positive(sigma_data=self.sigma_data, beta_start=self.beta_start)
         check_at_least(0, MOST_SIGMA_DATA, sigma_data=self.sigma_data)
         check_at_least(0, 0.9999, beta_start=self.beta_start, beta_end=self.beta_end)

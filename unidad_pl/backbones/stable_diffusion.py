@@ -21,7 +21,7 @@ from unidad_pl.backbones.lora import LoRA, add_adapters, base_names
 from unidad_pl.backbones.sd_files import find_pipeline
 from unidad_pl.backbones.spec import UNetSpec, find_scheduler, spec_of_scheduler
 from unidad_pl.backbones.weights import fill, read_folder, read_weights
-from unidad_pl.checks import check_choices, check_whole
+from unidad_pl.checks import check_choices, check_given, check_path, check_whole
 from unidad_pl.denoiser import Codec, DenoiserSource
 from unidad_pl.files import reading
 
@@ -60,6 +60,7 @@ class StableDiffusionUNet(DiffusersNetwork):
         spacing: Spacing = "even",
     ) -> None:
         check_choices(spacing=(spacing, Spacing))
+        check_given(vae_scale=vae_scale)
         check_whole(1, MOST_SIDE, resolution=resolution, vae_scale=vae_scale)
         self.spacing: Spacing = spacing
         self.free_steps = spacing != "even"
@@ -181,8 +182,12 @@ class StableDiffusion(DenoiserSource):
         lora: LoRA | None = None,
         unet_weights: str | None = None,
     ) -> None:
+        check_given(path=path)
+        check_path(path=path, unet_weights=unet_weights)
         check_choices(spacing=(spacing, Spacing))
         check_whole(1, MOST_SIDE, resolution=resolution)
+        if lora is not None and not isinstance(lora, LoRA):
+            raise ValueError(f"lora must be a LoRA or null, got {lora!r}")
         self.path, self.resolution, self.spacing = path, resolution, spacing
         self.lora, self.unet_weights = lora, unet_weights
 

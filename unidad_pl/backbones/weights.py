@@ -45,7 +45,7 @@ def read_plain(file: str | Path | IO[bytes], shown: str, map_location: Any = "cp
     """
     with reading(shown, "file of tensors, it may be cut short"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, that a file looks like a TorchScript archive
-        _refuse_compressed(file)
+        _refuse_changed(file)
         try:
             return torch.load(file, map_location=map_location, weights_only=True)
         except Exception as error:
@@ -54,16 +54,18 @@ def read_plain(file: str | Path | IO[bytes], shown: str, map_location: Any = "cp
             raise _in_other_words(error, shown) from error
 
 
-def _refuse_compressed(file: str | Path | IO[bytes]) -> None:
-    """``torch.save`` compresses nothing; what unpacks to more than the file holds could be endless."""
+def _refuse_changed(file: str | Path | IO[bytes]) -> None:
+    """``torch.save`` compresses nothing: what unpacks to more than the file holds could be endless. CRCs of files."""
     if not zipfile.is_zipfile(file):
         if not isinstance(file, (str, Path)):
             file.seek(0)
         return
     with zipfile.ZipFile(file) as archive:
         packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
-    if packed:
-        raise ValueError(f"its entry {packed[0]!r} is compressed")
+        if packed:
+            raise ValueError(f"its entry {packed[0]!r} is compressed")
+        if isinstance(file, (str, Path)) and (changed := archive.testzip()):
+            raise ValueError(f"its entry {changed!r} is not what was written")
     if not isinstance(file, (str, Path)):
         file.seek(0)
 
