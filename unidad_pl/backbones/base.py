@@ -19,7 +19,7 @@ class _Float32Conv2d(nn.Conv2d):
     """The output convolution: float32 even under autocast, because sigma = 80 multiplies its rounding error."""
 
     def forward(self, input: Tensor) -> Tensor:
-        with torch.autocast("cpu" if input.is_meta else input.device.type, enabled=False):  # meta knows no autocast
+        with torch.autocast(input.device.type, enabled=False):
             return super().forward(input.to(torch.promote_types(self.weight.dtype, torch.float32)))
 
     @classmethod
@@ -47,6 +47,9 @@ class DiffusersNetwork(Denoiser):
         self.register_buffer("abar", spec.abar(), persistent=False)
         self.abar: Tensor
 
+    blocks: frozenset[str | None] = frozenset()
+    """The kinds of blocks, as configs name them, that taps and conditions are known of."""
+
     every_layer = False
     """Whether taps are the outputs of the first convolution and of every layer behind it, not of the down blocks."""
 
@@ -61,25 +64,27 @@ class DiffusersNetwork(Denoiser):
     def _folded(self, x: Tensor) -> Tensor:
         return x
 
-    def try_out(self) -> None:
-        """Pass shapes, and no numbers, through the network; it lies on the meta device then.
+    def check(self) -> None:
+        """Refuse what diffusers builds and then cannot run, or what is no noise level.
 
         Raises:
-            ValueError: it cannot run, its noise levels are not finite, or its taps are not what they are said to be.
+            ValueError: blocks, sizes or betas that are not supported; names them.
         """
+        config = self.unet.config
+        unknown = {*config["down_block_types"], *config["up_block_types"], config["mid_block_type"]} - self.blocks
+        if unknown:
+            raise ValueError(
+                f"blocks {sorted(map(str, unknown))} are not supported, only {sorted(filter(None, self.blocks))}"
+            )
+        halvings = 2 ** (len(config["block_out_channels"]) - 1)
+        sides = config["sample_size"] if isinstance(config["sample_size"], (list, tuple)) else [config["sample_size"]]
+        if any(side is not None and side % halvings for side in sides) or config["downsample_padding"] not in (0, 1):
+            raise ValueError(
+                f"sample_size {config['sample_size']} must be a multiple of {halvings}, downsample_padding 0 or 1, got "
+                f"{config['downsample_padding']}"
+            )
         if self.spec.prediction != "edm" and not (self.native_sigmas.isfinite() & (self.native_sigmas > 0)).all():
             raise ValueError("the scheduler's betas give noise levels that are 0 or infinite")
-        self.to("meta")
-        x, sigma = torch.zeros(1, *self.image_shape, device="meta"), torch.ones(1, device="meta")
-        cond = self._any_condition()
-        with torch.no_grad():
-            shape, taps = self.predict(x, sigma, cond).x0.shape, self.taps(x, sigma, cond)
-        if shape != x.shape or {name: tap.shape[1] for name, tap in taps.items()} != self.tap_channels:
-            raise ValueError(f"its blocks are not supported: it maps {tuple(x.shape)} to {tuple(shape)}")
-
-    @abstractmethod
-    def _any_condition(self) -> Tensor | None:
-        """A condition [1, ...] on the meta device, of the shape the network takes."""
 
     def predict(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Prediction:
         how = Parameterization.of(self.spec.prediction, sigma, self.spec.sigma_data)

@@ -16,6 +16,7 @@ from unidad_pl.files import reading
 CONFIG_FILE = "config.json"
 MOST = 10**6
 """Above any width, number of classes or size of a vocabulary."""
+FACTORS = ("mid_block_scale_factor", "resnet_out_scale_factor", "scaling_factor")
 CHOICES = {
     "downsample_type": ("conv", "resnet"), "upsample_type": ("conv", "resnet"),
     "mid_block_type": ("UNetMidBlock2D", "UNetMidBlock2DCrossAttn", "UNetMidBlock2DSimpleCrossAttn"),
@@ -94,7 +95,7 @@ def checked_config(kind: Any, folder: Path) -> dict[str, Any]:
         for name, value in config.items():
             if name in hints:
                 check_value(name, value, _types(hints[name]))
-        check_positive(**{name: config.get(name) for name in ("mid_block_scale_factor", "scaling_factor")})
+        check_positive(**{name: config.get(name) for name in FACTORS})
         check_at_least(0, 1, freq_shift=config.get("freq_shift"), dropout=config.get("dropout"))
         for name, known in CHOICES.items():
             if (chosen := config.get(name)) is not None and chosen not in known:

@@ -58,10 +58,11 @@ def read_vae(folder: Path) -> Any:
     from diffusers import AutoencoderKL
 
     vae = empty_network(AutoencoderKL, folder)
-    with reading(folder / CONFIG_FILE, "config of an AutoencoderKL"), torch.no_grad():
-        picture = torch.zeros(1, 3, *[2 ** (len(vae.config["block_out_channels"]) + 2)] * 2, device="meta")
-        if vae(picture).sample.shape != picture.shape:
-            raise ValueError("it does not map RGB pictures to RGB pictures")
+    with reading(folder / CONFIG_FILE, "config of an AutoencoderKL"):
+        config = vae.config
+        unknown = {*config["down_block_types"], *config["up_block_types"]} - {"DownEncoderBlock2D", "UpDecoderBlock2D"}
+        if unknown or (config["in_channels"], config["out_channels"]) != (3, 3):
+            raise ValueError(f"it must map RGB to RGB by DownEncoderBlock2D and UpDecoderBlock2D, unknown: {unknown}")
     fill(vae, read_folder(folder), str(folder))
     return vae
 

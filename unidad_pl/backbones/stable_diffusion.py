@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor
 
 from unidad_pl.backbones.base import DiffusersNetwork
@@ -51,6 +50,10 @@ class StableDiffusionUNet(DiffusersNetwork):
         ValueError: a network that needs other conditions than text, or a resolution that its levels do not divide.
     """
 
+    blocks = frozenset(
+        {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "UNetMidBlock2DCrossAttn"}
+    )
+
     def __init__(
         self,
         unet: UNet2DConditionModel,
@@ -71,6 +74,12 @@ class StableDiffusionUNet(DiffusersNetwork):
                 f"this UNet wants conditions that are not text (addition_embed_type {added!r}, class_embed_type "
                 f"{labels!r}): use a Stable Diffusion 1.x, 2.x or XL model"
             )
+        if not isinstance(config["cross_attention_dim"], int) or config["encoder_hid_dim_type"] is not None:
+            raise ValueError(
+                f"this UNet takes other texts than CLIP's: cross_attention_dim {config['cross_attention_dim']}"
+            )
+        if config["time_embedding_type"] != "positional":
+            raise ValueError(f"this UNet has time_embedding_type {config['time_embedding_type']!r}, not 'positional'")
         if config["time_cond_proj_dim"] is not None:
             raise ValueError(
                 f"this UNet wants the guidance scale as an input (time_cond_proj_dim {config['time_cond_proj_dim']}), "
@@ -93,9 +102,6 @@ class StableDiffusionUNet(DiffusersNetwork):
         sizes = TIME_IDS * (config["addition_time_embed_dim"] or 0)
         self.pooled = config["projection_class_embeddings_input_dim"] - sizes if added else 0
         self.condition_shape = (TOKENS - (-self.pooled // self.width), self.width)
-
-    def _any_condition(self) -> Tensor | None:
-        return torch.zeros((1, *(self.condition_shape or ())), device="meta")
 
     def _output(self, x: Tensor, c_in: Tensor, time: Tensor, cond: Tensor | None) -> Tensor:
         tokens, added = self._conditions(cond, len(x))
@@ -205,7 +211,7 @@ class StableDiffusion(DenoiserSource):
         folder = find_pipeline(self.path)
         unet = empty_network(UNet2DConditionModel, folder / "unet")
         with reading(folder / "unet" / CONFIG_FILE, "config of a UNet2DConditionModel"):
-            self._network(unet, folder).try_out()
+            self._network(unet, folder).check()
         state = read_folder(folder / "unet") if self.unet_weights is None else read_weights(self.unet_weights)
         fill(unet, state, str(self.unet_weights or folder / "unet"))
         return self._denoiser(unet, folder)

@@ -51,6 +51,11 @@ class UNetDenoiser(DiffusersNetwork):
     """
 
     every_layer = True
+    blocks = frozenset({
+        "DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", "SkipDownBlock2D", "AttnSkipDownBlock2D",
+        "UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D", "SkipUpBlock2D", "AttnSkipUpBlock2D", "UNetMidBlock2D",
+        None,
+    })  # fmt: skip
 
     def __init__(self, unet: UNet2DModel, spec: UNetSpec) -> None:
         size, fold = unet.config["sample_size"], spec.patch_size**2
@@ -74,9 +79,6 @@ class UNetDenoiser(DiffusersNetwork):
         height, width = (size, size) if isinstance(size, int) else size
         self.image_shape = (channels // fold, height * spec.patch_size, width * spec.patch_size)
         self.num_classes = unet.config["num_class_embeds"]
-
-    def _any_condition(self) -> Tensor | None:
-        return None if self.num_classes is None else torch.zeros(1, dtype=torch.long, device="meta")
 
     def _folded(self, x: Tensor) -> Tensor:
         return F.pixel_unshuffle(x, self.spec.patch_size)
@@ -143,7 +145,7 @@ class PretrainedUNet(DenoiserSource):
         folder = self._unet_folder()
         spec, unet = self._spec(folder), empty_network(UNet2DModel, folder)
         with reading(folder / CONFIG_FILE, "config of a UNet2DModel"):
-            UNetDenoiser(unet, spec).try_out()
+            UNetDenoiser(unet, spec).check()
         fill(unet, read_folder(folder), str(folder))
         return UNetDenoiser(unet, spec).eval()
 
