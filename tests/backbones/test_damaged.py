@@ -106,7 +106,8 @@ def test_damaged_pipelines(sd: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    (HTML, "is an HTML page .* download it again"), (POINTER, "is a Git LFS pointer .* 'git lfs pull'"), (b"", "is empty"),
+    (HTML, "is an HTML page .* download it again"), (POINTER, "is a Git LFS pointer .* 'git lfs pull'"),
+    (b"", "is empty"),
 ])  # fmt: skip
 def test_what_a_failed_download_leaves_is_called_by_its_name(sd: Path, content: bytes, message: str) -> None:
     for file in sorted(file for file in sd.rglob("*") if file.is_file()):
@@ -187,7 +188,8 @@ def test_plain_data_that_is_no_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"layers_per_block": 10**5}, "blocks"), ({"layers_per_block": 10**7}, "layers_per_block"), ({"block_out_channels": [10**9, 8]}, "block_out_channels"),
+    ({"layers_per_block": 10**5}, "blocks"), ({"layers_per_block": 10**7}, "layers_per_block"),
+    ({"block_out_channels": [10**9, 8]}, "block_out_channels"),
     ({"block_out_channels": [8] * 10**5}, "blocks"), ({"sample_size": 10**12}, "sample_size"),
     ({"in_channels": -3}, "in_channels"), ({"norm_eps": float("nan")}, "norm_eps"), ({"dropout": "0.1"}, "dropout"),
     ({"_class_name": "os.system"}, "os.system"), ({"_class_name": "AutoencoderKL"}, "AutoencoderKL"),
