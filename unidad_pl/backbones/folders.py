@@ -120,7 +120,7 @@ def check_depth(config: Mapping[str, Any]) -> None:
 
 
 def check_value(name: str, value: Any, types: set[Any]) -> None:
-    """Refuse a ``value`` that is of none of ``types``, and numbers no network has; null is left to the network.
+    """Refuse a ``value`` that is of none of ``types``, and numbers no network has; null is a bool's false.
 
     Raises:
         ValueError: names it.
@@ -128,7 +128,7 @@ def check_value(name: str, value: Any, types: set[Any]) -> None:
     if isinstance(value, (list, tuple)) and types & {list, tuple}:
         for item in value:
             check_value(name, item, types)
-    elif value is not None and Any not in types:
+    elif Any not in types and not (value is None and types & {bool, type(None)}):
         known = float in types and type(value) is int
         if type(value) not in types and not known:
             wanted = " or ".join(sorted(t.__name__ for t in types if isinstance(t, type) and t is not type(None)))
