@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
+from os import PathLike
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
@@ -64,6 +65,45 @@ def check_positive(**values: float | None) -> None:
     for name, value in values.items():
         if value is not None and not (_is_finite(value) and value > 0):
             raise ValueError(f"{name} must be above 0, got {value!r}")
+
+
+def check_whole(least: int, most: int, **values: int | None) -> None:
+    """Refuse what is no whole number from ``least`` to ``most``; None is left alone.
+
+        >>> check_whole(1, 64, layers=2.5)
+        Traceback (most recent call last):
+        ...
+        ValueError: layers must be a whole number in [1, 64], got 2.5
+
+    Raises:
+        ValueError: names the first of them.
+    """
+    for name, value in values.items():
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and not (whole and least <= value <= most):
+            raise ValueError(f"{name} must be a whole number in [{least}, {most}], got {value!r}")
+
+
+def check_given(**values: object) -> None:
+    """Refuse None.
+
+    Raises:
+        ValueError: names the first that is None.
+    """
+    for name, value in values.items():
+        if value is None:
+            raise ValueError(f"{name} must be given, got null")
+
+
+def check_path(**values: object) -> None:
+    """Refuse what is no path as text or ``pathlib.Path``; None is left alone.
+
+    Raises:
+        ValueError: names the first of them.
+    """
+    for name, value in values.items():
+        if value is not None and not (isinstance(value, (str, PathLike)) and str(value)):
+            raise ValueError(f"{name} must be a path, got {value!r}")
 
 
 def _is_finite(value: object) -> bool:

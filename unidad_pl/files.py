@@ -77,6 +77,33 @@ def reading(path: str | Path, what: str, way_out: str = "write or download it ag
     except (BrokenFile, FileNotFoundError, PermissionError, ImportError):
         raise
     except Exception as error:
+        if mistake := mistaken(path):
+            raise BrokenFile(mistake) from error
         # Only the first line: libraries go on with advice, torch's is to load the file unsafely.
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         raise BrokenFile(f"{str(path)!r} is no readable {what} ({reason}): {way_out}") from error
+
+
+LFS = b"version https://git-lfs.github.com/spec/"
+
+
+def mistaken(path: str | Path) -> str | None:
+    """What a failed download left in the place of a file, and the way out: a Git LFS pointer, an HTML page, nothing.
+
+        >>> _ = Path("model.safetensors").write_text("<!DOCTYPE html><html>Log in</html>")
+        >>> mistaken("model.safetensors")
+        "'model.safetensors' is an HTML page and not the file itself: download it again, from the file's own link"
+
+    Returns:
+        A sentence; None for any other file, and where there is none.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            head = file.read(200)
+    except OSError:
+        return None
+    if head.startswith(LFS):
+        return f"{str(path)!r} is a Git LFS pointer and not the file itself: fetch it with 'git lfs pull'"
+    if head.lstrip().lower().startswith((b"<!doctype html", b"<html", b"<head")):
+        return f"{str(path)!r} is an HTML page and not the file itself: download it again, from the file's own link"
+    return None if head else f"{str(path)!r} is empty: download it again"

@@ -85,4 +85,4 @@ def test_what_is_not_supported_is_named(change: dict[str, Any], message: str, tm
     path.write_text(json.dumps({"_class_name": "DDPMScheduler"} | change))
     refused(message, PretrainedUNet(str(tmp_path)).build)
     path.write_text("[1")
-    refused("is no scheduler config", PretrainedUNet(str(tmp_path)).build)
+    refused("is no readable scheduler config", PretrainedUNet(str(tmp_path)).build)

@@ -208,7 +208,7 @@ def test_misfits_are_named() -> None:
     refused(r"resolution 20 must be divisible by .* 8", NewUNet, resolution=20, channels=(8, 8, 8), patch_size=2)
     refused(r"attention at level 1 .* head_channels=32", NewUNet, channels=(8, 16))
     refused("'exact'", UNetSpec, timestep="exact")
-    refused("sigma_data must be > 0", UNetSpec, sigma_data=0)
+    refused("sigma_data must be above 0", UNetSpec, sigma_data=0)
 
 
 def test_class_labels_are_needed_and_used() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -229,3 +230,20 @@ def test_normalise_and_denormalise_are_inverse() -> None:
     network, value = _tiny(), torch.tensor([-1.0, 0.0, 3.0])
     assert network.normalise("c", value).tolist() == [-1.0, -0.5, 1.0]
     assert torch.equal(network.denormalise("c", network.normalise("c", value)), value)
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("config.json", b""), ("config.json", b"[" * 10_000), ("config.json", b"\xff"), ("config.json", b"3"),
+    ("config.json", b"version https://git-lfs.github.com/spec/v1\n"), ("model.safetensors", b"<html></html>"),
+    ("config.json", b'{"categories": {"a": 3}, "ranges": {}, "channels": [16], "features": 8}'),
+    ("config.json", b'{"categories": {}, "ranges": {}, "channels": [16], "features": 1e30}'),
+    ("config.json", b'{"categories": {}, "ranges": {}, "channels": [1000000000000], "features": 8}'),
+    ("model.safetensors", b""), ("model.safetensors", b"\xff" * 20),
+])  # fmt: skip
+def test_damaged_files_name_themselves_and_the_way_out(tmp_path: Path, name: str, content: bytes) -> None:
+    place = tmp_path / "judge"
+    shutil.copytree(CartoonFeatures().folder, place)
+    (place / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}'.*") as raised:
+        CartoonFeatures(str(place)).load()
+    assert len(str(raised.value).splitlines()) == 1

@@ -121,3 +121,40 @@ def test_loading_leaves_the_random_state_alone(clip: Path) -> None:
     before = torch.get_rng_state()
     CLIPImages(str(clip)).load()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("config.json", b"[" * 10_000, "cannot be read"), ("config.json", b"3", "cannot be read"),
+    ("config.json", b'{"model_type": "vit", "num_hidden_layers": 10000000}', "num_hidden_layers 10000000"),
+    ("config.json", b'{"model_type": "vit", "hidden_size": NaN}', "hidden_size"),
+    ("config.json", b'{"model_type": "x", "auto_map": {"AutoConfig": "code.Config"}}', "cannot be read"),
+    ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "'git lfs pull'"),
+    ("model.safetensors", b"<!doctype html>", "HTML"), ("model.safetensors", b"", "is empty"),
+    ("model.safetensors", b"\xff" * 100, "cannot be read"),
+])  # fmt: skip
+def test_what_is_wrong_with_a_folder_is_one_sentence(
+    dino: Path, tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    place = tmp_path / "dino"
+    shutil.copytree(dino, place)
+    (place / name).write_bytes(content)
+    with pytest.raises(RuntimeError, match=message) as raised:
+        DINOImages(str(place)).load()
+    assert f"DINOImages needs the weights '{place}'" in str(raised.value)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_weights_that_are_not_finite_name_their_tensor(dino: Path, tmp_path: Path) -> None:
+    model = ViTModel.from_pretrained(dino)
+    with torch.no_grad():
+        model.layernorm.bias[0] = float("nan")
+    model.save_pretrained(tmp_path)
+    refused(r"DINOImages: .*layernorm\.bias holds NaN", DINOImages(str(tmp_path)).load)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "merges.txt", "vocab.json"])
+def test_a_tokenizer_that_was_not_fetched(clip: Path, tmp_path: Path, name: str) -> None:
+    place = tmp_path / "clip"
+    shutil.copytree(clip, place)
+    (place / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    refused(rf"{name}' is a Git LFS pointer", CLIPTexts(str(place)).load, error=RuntimeError)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +68,41 @@ def test_lpips_reads_torchvisions_file(tmp_path: Path, capfd: pytest.CaptureFixt
     torch.save(state, tmp_path / "weights.pth")
     again = LPIPSFeatures("squeeze", weights_path=str(tmp_path / "weights.pth"))
     refused(r"features\.0\.weight", again.load, error=RuntimeError)
+
+
+class Code:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, ("touch exploded",)
+
+
+@pytest.mark.parametrize("kind", [InceptionFeatures, LPIPSFeatures])
+@pytest.mark.parametrize(("content", "message"), [
+    (b"", "is empty"), (b"version https://git-lfs.github.com/spec/v1\n", "'git lfs pull'"), (b"<html></html>", "HTML"),
+    (pickle.dumps(Code()), "code, which is never run"), (pickle.dumps([1], protocol=2), r"Error"),
+])  # fmt: skip
+def test_weight_files_are_data_only(
+    kind: type, content: bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch-fidelity itself would run what such a file asks for."""
+    monkeypatch.chdir(tmp_path)
+    for number, data in enumerate((content, *([] if b"exploded" not in content else [None]))):
+        path = tmp_path / f"{number}.pth"
+        path.write_bytes(data) if data is not None else torch.save({"a": Code()}, path)
+        with pytest.raises(RuntimeError, match=message) as raised:
+            kind(weights_path=str(path)).load()
+        assert f"{path}" in str(raised.value)
+        assert "weights_only" not in str(raised.value)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    from torchvision import models
+
+    state = models.squeezenet1_1(weights=None).state_dict()
+    state["features.0.bias"][0] = float("nan")
+    torch.save(state, tmp_path / "weights.pth")
+    features = LPIPSFeatures("squeeze", weights_path=str(tmp_path / "weights.pth"))
+    refused("0.bias holds NaN", features.load, error=RuntimeError)
 
 
 def test_lpips_does_not_warn(recwarn: pytest.WarningsRecorder) -> None:

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from unidad_pl.backbones.adm_config import PUBLISHED, ADMConfig, unet2d_config
 from unidad_pl.backbones.unet import UNetDenoiser
-from unidad_pl.backbones.weights import State, read_weights
+from unidad_pl.backbones.weights import State, check_finite, read_weights
+from unidad_pl.checks import check_given, check_path
 from unidad_pl.denoiser import DenoiserSource
+from unidad_pl.files import BrokenFile
 
 Rule = Literal["same", "conv1d", "qkv"]
 
@@ -167,7 +169,8 @@ def adm_denoiser(adm: ADMConfig, state: Mapping[str, Tensor]) -> UNetDenoiser:
     The tensors are used as they are, not copied, where name and shape alone change.
 
     Raises:
-        ValueError: missing or unexpected keys or wrong shapes, under their guided-diffusion names.
+        ValueError: missing or unexpected keys, wrong shapes or values that are not finite, under their
+            guided-diffusion names.
     """
     from diffusers import UNet2DModel
 
@@ -180,8 +183,23 @@ def adm_denoiser(adm: ADMConfig, state: Mapping[str, Tensor]) -> UNetDenoiser:
     wrong = [f"{name} has {seen} instead of {wanted}" for name, (seen, wanted) in shapes.items() if seen != wanted]
     if wrong:
         raise ValueError(f"guided-diffusion weights do not fit the config: {len(wrong)} wrong shapes {_some(wrong)}")
+    check_finite(state, "guided-diffusion weights")
     unet.load_state_dict(adapter.to_diffusers(state), strict=True, assign=True)
     return UNetDenoiser(unet.to(torch.get_default_device()), adm.spec).eval()
+
+
+def read_adm(adm: ADMConfig, checkpoint: Path) -> UNetDenoiser:
+    """:func:`adm_denoiser` with the weights in a file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        BrokenFile: it cannot be read, or does not fit the flags; names file, keys and shapes.
+    """
+    state = read_weights(checkpoint)
+    try:
+        return adm_denoiser(adm, state)
+    except ValueError as error:
+        raise BrokenFile(f"{str(checkpoint)!r}: {error}") from error
 
 
 class ADMSource(DenoiserSource):
@@ -197,6 +215,10 @@ class ADMSource(DenoiserSource):
     """
 
     def __init__(self, checkpoint: str, config: str | ADMConfig) -> None:
+        check_given(checkpoint=checkpoint, config=config)
+        check_path(checkpoint=checkpoint)
+        if not isinstance(config, ADMConfig):
+            check_path(config=config)
         self.checkpoint, self.config = checkpoint, config
 
     def build(self) -> UNetDenoiser:
@@ -207,12 +229,13 @@ class ADMSource(DenoiserSource):
             ValueError: they cannot be read, or do not fit each other; names keys and shapes.
         """
         adm = self._adm()
-        if not Path(self.checkpoint).is_file() and self.config in PUBLISHED:
+        checkpoint = Path(self.checkpoint).expanduser()
+        if not checkpoint.is_file() and self.config in PUBLISHED:
             raise FileNotFoundError(
                 f"no ADM checkpoint at {self.checkpoint!r}: put {PUBLISHED[str(self.config)]} there, or give its path "
                 f"as --model.source.init_args.checkpoint"
             )
-        return adm_denoiser(adm, {name: value.float() for name, value in read_weights(self.checkpoint).items()})
+        return read_adm(adm, checkpoint).float()
 
     def architecture(self) -> UNetDenoiser:
         from diffusers import UNet2DModel

@@ -6,13 +6,16 @@ is silently wrong), so a config always accompanies a checkpoint. Reference: open
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from unidad_pl.backbones.spec import UNetSpec
+from unidad_pl.backbones.folders import MOST, MOST_SIDE, read_json
+from unidad_pl.backbones.spec import MOST_TIMESTEPS, UNetSpec
+from unidad_pl.checks import check_at_least, check_given, check_whole
+from unidad_pl.files import reading
 
 CHANNEL_MULT = {512: "0.5,1,1,2,2,4,4", 256: "1,1,2,2,4,4", 128: "1,1,2,3,4", 64: "1,2,3,4"}
 """What an empty ``channel_mult`` means, by image size."""
@@ -73,10 +76,11 @@ class ADMConfig:
     rescale_timesteps: bool = False
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         if not self.channel_mult and self.image_size not in CHANNEL_MULT:
             raise ValueError(f"channel_mult is empty and has no default for image_size {self.image_size}: write it out")
         first = (self.channel_mult or CHANNEL_MULT[self.image_size]).split(",")[0]
-        if float(first) != 1:
+        if self.widths[0] != self.num_channels:
             raise ValueError(
                 f"channel_mult must start with 1, got {first!r}: guided-diffusion's time embedding is num_channels "
                 f"wide, a UNet2DModel's is as wide as its first level"
@@ -95,9 +99,37 @@ class ADMConfig:
         if self.rescale_timesteps and self.diffusion_steps != 1000:
             raise ValueError(f"rescale_timesteps needs diffusion_steps 1000, got {self.diffusion_steps}")
 
+    def _check_numbers(self) -> None:
+        check_given(**{name: value for name, value in vars(self).items() if name != "num_classes"})
+        check_whole(1, MOST_SIDE, image_size=self.image_size, num_channels=self.num_channels)
+        check_whole(1, 64, num_res_blocks=self.num_res_blocks, in_channels=self.in_channels)
+        check_whole(-1, MOST_SIDE, num_head_channels=self.num_head_channels)
+        check_whole(1, MOST, num_classes=self.num_classes)
+        check_whole(25 if self.noise_schedule == "linear" else 2, MOST_TIMESTEPS, diffusion_steps=self.diffusion_steps)
+        check_at_least(0, 1, dropout=self.dropout)
+        for name, kind in get_type_hints(ADMConfig).items():
+            if kind in (bool, str) and not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}")
+        try:
+            widths, attention = self.widths if self.channel_mult else (self.num_channels,), self.attention_sides
+        except (ValueError, OverflowError) as error:
+            raise ValueError(
+                f"channel_mult and attention_resolutions must be numbers with commas between, like '1,2,4', got "
+                f"{self.channel_mult!r} and {self.attention_resolutions!r}"
+            ) from error
+        for width in widths:
+            check_whole(1, MOST_SIDE, channel_mult=width)
+        for side in attention:
+            check_whole(1, MOST_SIDE, attention_resolutions=side)
+        if len(widths) > 12:
+            raise ValueError(f"channel_mult must give at most 12 levels, got {len(widths)}")
+
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any]) -> ADMConfig:
         """A config from a mapping of flags; those without effect on the result are dropped.
+
+        Values may be text, as guided-diffusion's command line takes them (``"True"``, ``"1000"``), and lists stand for
+        numbers with commas between.
 
         Raises:
             ValueError: an unknown flag, or an unsupported value.
@@ -106,7 +138,7 @@ class ADMConfig:
         unknown = sorted(set(flags) - known - set(WITHOUT_EFFECT))
         if unknown:
             raise ValueError(f"unknown guided-diffusion flags {unknown}: known are {sorted(known)}")
-        return cls(**{name: value for name, value in flags.items() if name in known})
+        return cls(**{name: _of_flag(name, value) for name, value in flags.items() if name in known})
 
     @classmethod
     def preset(cls, name: str) -> ADMConfig:
@@ -129,18 +161,15 @@ class ADMConfig:
         """
         if str(name) in PRESETS:
             return PRESETS[str(name)]
-        if not Path(name).is_file():
+        name = Path(name).expanduser()
+        if not name.is_file():
             raise FileNotFoundError(
                 f"ADM config {str(name)!r} is neither a file nor a preset ({', '.join(PRESETS)}). Write the flags the "
                 f"checkpoint was trained with into a JSON file."
             )
-        try:
-            flags = json.loads(Path(name).read_text())
-        except ValueError as error:
-            raise ValueError(f"ADM config {str(name)!r} is not JSON: {error}") from error
-        if not isinstance(flags, dict):
-            raise ValueError(f"ADM config {str(name)!r} must be a JSON object of flags, got a {type(flags).__name__}")
-        return cls.from_flags(flags)
+        flags = read_json(Path(name), "ADM config")
+        with reading(name, "ADM config"):
+            return cls.from_flags(flags)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -149,9 +178,14 @@ class ADMConfig:
         return tuple(int(float(multiple) * self.num_channels) for multiple in multiples)
 
     @property
+    def attention_sides(self) -> tuple[int, ...]:
+        """Sides of the feature maps with self-attention."""
+        return tuple(int(side) for side in self.attention_resolutions.split(",") if side.strip())
+
+    @property
     def attention(self) -> tuple[bool, ...]:
         """Whether each level has self-attention, finest first."""
-        factors = {self.image_size // int(side) for side in self.attention_resolutions.split(",") if side.strip()}
+        factors = {self.image_size // side for side in self.attention_sides}
         return tuple(2**level in factors for level in range(len(self.widths)))
 
     @property
@@ -168,6 +202,28 @@ class ADMConfig:
             beta_schedule="linear" if self.noise_schedule == "linear" else "squaredcos_cap_v2",
             beta_start=1e-4 * scale, beta_end=0.02 * scale, train_timesteps=self.diffusion_steps,
         )  # fmt: skip
+
+
+BOOLEANS = {
+    "true": True, "yes": True, "t": True, "y": True, "1": True, "false": False, "no": False, "f": False, "n": False,
+    "0": False,
+}  # fmt: skip
+"""What guided-diffusion's command line takes for flags that are on or off."""
+
+
+def _of_flag(name: str, value: Any) -> Any:
+    """The value of the option ``name`` that a flag stands for, which may be its text; what is none stays as it is."""
+    kind = get_type_hints(ADMConfig)[name]
+    if kind is str and name != "noise_schedule":
+        return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    if kind is bool:
+        return BOOLEANS.get(str(value).lower(), value)
+    if isinstance(value, str) and kind is not str:
+        if value in ("", "None"):
+            return None
+        with suppress(ValueError):
+            return float(value) if kind is float else int(value)
+    return value
 
 
 _LSUN = ADMConfig(

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from unidad_pl.backbones.adm import ADMStateDictAdapter, adm_denoiser
+from unidad_pl.backbones.adm import ADMStateDictAdapter, read_adm
 from unidad_pl.backbones.adm_config import ADMConfig
 from unidad_pl.backbones.weights import read_weights
-from unidad_pl.files import replacing
+from unidad_pl.files import reading, replacing
 
 FLAGS_FILE = "adm.json"
 
@@ -40,11 +40,11 @@ def import_adm(checkpoint: str, out: str, preset: str | None = None, config: str
     """
     if (preset is None) == (config is None):
         raise ValueError(f"give either a preset or a config, got preset={preset!r} and config={config!r}")
-    target = Path(out)
+    target = Path(out).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{out!r} is there already: choose another folder, or remove it")
     adm = ADMConfig.preset(preset) if preset is not None else ADMConfig.load(str(config))
-    denoiser = adm_denoiser(adm, read_weights(checkpoint))
+    denoiser = read_adm(adm, Path(checkpoint).expanduser())
     variance = "learned_range" if adm.learn_sigma else "fixed_small"
     with replacing(target) as part:
         denoiser.save_pretrained(part, denoiser.unet.dtype)
@@ -68,16 +68,18 @@ def restore_adm(folder: str, out: str) -> Path:
         FileNotFoundError: the folder has no ``adm.json`` or no weights.
         ValueError: the weights do not fit the flags in ``adm.json``.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
-    target, weights = Path(out), Path(folder) / "diffusion_pytorch_model.safetensors"
+    place = Path(folder).expanduser()
+    target, weights = Path(out).expanduser(), place / "diffusion_pytorch_model.safetensors"
     if target.exists():
         raise FileExistsError(f"{out!r} is there already: choose another name, or remove it")
-    for path in (Path(folder) / FLAGS_FILE, weights):
+    for path in (place / FLAGS_FILE, weights):
         if not path.is_file():
             raise FileNotFoundError(f"{folder!r} was not made by 'unidad import adm': it has no {path.name}")
-    adapter = ADMStateDictAdapter(ADMConfig.load(Path(folder) / FLAGS_FILE))
-    state = {name: value.contiguous() for name, value in adapter.from_diffusers(load_file(weights)).items()}
+    adapter = ADMStateDictAdapter(ADMConfig.load(place / FLAGS_FILE))
+    with reading(weights, f"weights of the network in {FLAGS_FILE}"):
+        state = {name: value.contiguous() for name, value in adapter.from_diffusers(read_weights(weights)).items()}
     with replacing(target) as part:
         if target.suffix == ".safetensors":
             save_file(state, part)

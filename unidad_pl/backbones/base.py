@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -31,23 +30,6 @@ class _Float32Conv2d(nn.Conv2d):
         return same
 
 
-def read_unet(kind: Any, folder: Path, use_safetensors: bool | None = True) -> Any:
-    """The diffusers network of class ``kind`` with the weights in ``folder``, float32.
-
-    Raises:
-        OSError: a file is missing.
-        ValueError: weights are missing or unexpected.
-    """
-    unet, report = kind.from_pretrained(
-        folder, torch_dtype=torch.float32, use_safetensors=use_safetensors, output_loading_info=True,
-        low_cpu_mem_usage=False, local_files_only=True,
-    )  # fmt: skip
-    wrong = {problem: keys for problem, keys in report.items() if keys}
-    if wrong:
-        raise ValueError(f"weights in {folder} do not fit its config.json: {wrong}")
-    return unet
-
-
 class DiffusersNetwork(Denoiser):
     """A diffusers UNet with its noise levels; the base of the backbones, which run it and add its condition.
 
@@ -65,6 +47,9 @@ class DiffusersNetwork(Denoiser):
         self.register_buffer("abar", spec.abar(), persistent=False)
         self.abar: Tensor
 
+    blocks: frozenset[str | None] = frozenset()
+    """The kinds of blocks, as configs name them, that taps and conditions are known of."""
+
     every_layer = False
     """Whether taps are the outputs of the first convolution and of every layer behind it, not of the down blocks."""
 
@@ -79,6 +64,28 @@ class DiffusersNetwork(Denoiser):
     def _folded(self, x: Tensor) -> Tensor:
         return x
 
+    def check(self) -> None:
+        """Refuse what diffusers builds and then cannot run, or what is no noise level.
+
+        Raises:
+            ValueError: blocks, sizes or betas that are not supported; names them.
+        """
+        config = self.unet.config
+        unknown = {*config["down_block_types"], *config["up_block_types"], config["mid_block_type"]} - self.blocks
+        if unknown:
+            raise ValueError(
+                f"blocks {sorted(map(str, unknown))} are not supported, only {sorted(filter(None, self.blocks))}"
+            )
+        halvings = 2 ** (len(config["block_out_channels"]) - 1)
+        sides = config["sample_size"] if isinstance(config["sample_size"], (list, tuple)) else [config["sample_size"]]
+        if any(side is not None and side % halvings for side in sides) or config["downsample_padding"] not in (0, 1):
+            raise ValueError(
+                f"sample_size {config['sample_size']} must be a multiple of {halvings}, downsample_padding 0 or 1, got "
+                f"{config['downsample_padding']}"
+            )
+        if self.spec.prediction != "edm" and not (self.native_sigmas.isfinite() & (self.native_sigmas > 0)).all():
+            raise ValueError("the scheduler's betas give noise levels that are 0 or infinite")
+
     def predict(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Prediction:
         how = Parameterization.of(self.spec.prediction, sigma, self.spec.sigma_data)
         return how.prediction(x, self._output(x, how.c_in, self.time(sigma), cond))
@@ -87,9 +94,9 @@ class DiffusersNetwork(Denoiser):
         self, x: Tensor, sigma: Tensor, cond: Tensor | None = None, names: Collection[str] | None = None
     ) -> dict[str, Tensor]:
         c_in = Parameterization.of(self.spec.prediction, sigma, self.spec.sigma_data).c_in
-        h = self._folded(c_in * x).to(self.dtype)
+        skip = h = self._folded(c_in * x).to(self.dtype)
         if self.unet.config["center_input_sample"]:
-            h = 2 * h - 1.0
+            skip = h = 2 * h - 1.0
         emb = self.unet.time_embedding(self.unet.time_proj(self.time(sigma)).to(h.dtype))
         emb, crossed = self._conditioned(emb, cond)
         h = self.unet.conv_in(h)
@@ -97,9 +104,12 @@ class DiffusersNetwork(Denoiser):
         for block in self.unet.down_blocks:
             if len(outputs) < depth:
                 crosses = getattr(block, "has_cross_attention", False)
-                h, states = block(hidden_states=h, temb=emb, **(crossed if crosses else {}))
+                if hasattr(block, "skip_conv"):  # NCSN++ passes the image on beside its features
+                    h, states, skip = block(hidden_states=h, temb=emb, skip_sample=skip)
+                else:
+                    h, states = block(hidden_states=h, temb=emb, **(crossed if crosses else {}))
                 outputs += states if self.every_layer else [h]
-        if len(outputs) < depth:
+        if len(outputs) < depth and self.unet.mid_block is not None:
             outputs.append(self.unet.mid_block(h, emb, **crossed))
         return dict(zip(self.tap_channels, outputs, strict=names is None))
 

@@ -18,8 +18,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unidad_pl.backbones.sd_files import check_text_parts, weights_of
+from unidad_pl.backbones.folders import CONFIG_FILE, empty_network
+from unidad_pl.backbones.sd_files import (
+    PIPELINES,
+    read_index,
+    read_scheduler,
+    read_text_encoder,
+    read_tokenizer,
+    text_parts,
+)
+from unidad_pl.backbones.weights import fill, read_folder
 from unidad_pl.denoiser import Codec
+from unidad_pl.files import reading
+
+ZEROS = "force_zeros_for_empty_prompt"
+"""A setting of SDXL pipelines that is none of their parts."""
 
 
 def pack_prompts(embeddings: Tensor, pooled: Tensor | None = None) -> Tensor:
@@ -35,6 +48,43 @@ def pack_prompts(embeddings: Tensor, pooled: Tensor | None = None) -> Tensor:
     return torch.cat([embeddings, rows.to(embeddings)], dim=1)
 
 
+def read_vae(folder: Path) -> Any:
+    """The ``AutoencoderKL`` in ``folder``, float32.
+
+    Raises:
+        FileNotFoundError: its config or its weights are missing.
+        BrokenFile: they cannot be read, do not fit each other, or are for other pictures than RGB.
+    """
+    from diffusers import AutoencoderKL
+
+    vae = empty_network(AutoencoderKL, folder)
+    with reading(folder / CONFIG_FILE, "config of an AutoencoderKL"):
+        config = vae.config
+        unknown = {*config["down_block_types"], *config["up_block_types"]} - {"DownEncoderBlock2D", "UpDecoderBlock2D"}
+        if unknown or (config["in_channels"], config["out_channels"]) != (3, 3):
+            raise ValueError(f"it must map RGB to RGB by DownEncoderBlock2D and UpDecoderBlock2D, unknown: {unknown}")
+    fill(vae, read_folder(folder), str(folder))
+    return vae
+
+
+def check_vocabulary(parts: dict[str, Any]) -> None:
+    """Refuse a tokenizer whose tokens its text encoder does not have, or of which it reads fewer.
+
+    Raises:
+        ValueError: names the tokenizer.
+    """
+    for name in ("tokenizer", "tokenizer_2"):
+        encoder = parts.get(name.replace("tokenizer", "text_encoder"))
+        if (tokenizer := parts.get(name)) is None or encoder is None:
+            continue
+        last, most = max(tokenizer.get_vocab().values()), encoder.config.max_position_embeddings
+        if last >= encoder.config.vocab_size or tokenizer.model_max_length > most:
+            raise ValueError(
+                f"{name} makes up to {tokenizer.model_max_length} tokens numbered up to {last}, its text encoder reads "
+                f"{most} below {encoder.config.vocab_size}"
+            )
+
+
 class LatentCodec(Codec):
     """Pictures <-> latents by the VAE, prompts -> conditions by the text encoders, of one Stable Diffusion folder.
 
@@ -48,6 +98,7 @@ class LatentCodec(Codec):
     Raises:
         ModuleNotFoundError: transformers is not installed; names the extra.
         FileNotFoundError: a text encoder or tokenizer is missing; names it.
+        ValueError: the index cannot be read, or names parts of other classes.
     """
 
     def __init__(self, folder: Path, resolution: int | None = None) -> None:
@@ -55,7 +106,7 @@ class LatentCodec(Codec):
             raise ModuleNotFoundError(
                 "Stable Diffusion's text encoders need transformers: pip install 'unidad_pl[sdp]'"
             )
-        check_text_parts(folder)
+        text_parts(folder)
         self.folder, self.resolution = folder, resolution
         self._parts: Any = None
         self._moments: dict[str, tuple[Tensor, Tensor]] = {}
@@ -63,24 +114,39 @@ class LatentCodec(Codec):
 
     @property
     def parts(self) -> Any:
-        """The diffusers pipeline without its UNet, loaded when first asked for."""
-        if self._parts is None:
-            import diffusers
+        """The diffusers pipeline without its UNet, loaded when first asked for.
 
-            config = diffusers.DiffusionPipeline.load_config(self.folder)
-            kind = getattr(diffusers, config["_class_name"])
-            wanted = ("unet", "safety_checker", "feature_extractor", "image_encoder")
-            absent: dict[str, Any] = {name: None for name in wanted if name in inspect.signature(kind).parameters}
-            if "requires_safety_checker" in inspect.signature(kind).parameters:
-                absent["requires_safety_checker"] = False
-            with torch.random.fork_rng(devices=[]), weights_of(self.folder):
-                options = dict(torch_dtype=torch.float32, local_files_only=True, **absent)
-                self._parts = kind.from_pretrained(self.folder, **options)
+        Raises:
+            FileNotFoundError: a file is missing.
+            BrokenFile: a file is not what it should be, or weights do not fit or are not finite.
+        """
+        if self._parts is None:
+            with torch.random.fork_rng(devices=[]):
+                self._parts = self._read()
             for part in self._parts.components.values():
                 if isinstance(part, nn.Module):
                     part.requires_grad_(False).eval()
             self._parts.set_progress_bar_config(disable=True)
         return self._parts
+
+    def _read(self) -> Any:
+        import diffusers
+
+        kinds = diffusers.StableDiffusionPipeline, diffusers.StableDiffusionXLPipeline
+        index = read_index(self.folder)
+        kind: Any = kinds[PIPELINES.index(index["_class_name"])]
+        takes = inspect.signature(kind).parameters
+        parts: dict[str, Any] = {name: None for name, given in takes.items() if given.default is given.empty}
+        parts |= {"vae": read_vae(self.folder / "vae"), "scheduler": read_scheduler(self.folder / "scheduler")}
+        for name in text_parts(self.folder):
+            part = self.folder / name
+            encoder = name.startswith("text_encoder")
+            parts[name] = read_text_encoder(part, name == "text_encoder_2") if encoder else read_tokenizer(part)
+        settings = {"requires_safety_checker": False, ZEROS: index.get(ZEROS) is not False}
+        options = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder")) | settings
+        with reading(self.folder, "pipeline"):
+            check_vocabulary(parts)
+            return kind(**parts | {name: value for name, value in options.items() if name in takes})
 
     def encode(self, images: Tensor) -> Tensor:
         """Pictures [B, 3, R, R] in [-1, 1] -> latents [B, C, R/8, R/8] float32.
@@ -137,7 +203,7 @@ class LatentCodec(Codec):
         )
         pooled = found[2] if len(found) > 2 else None
         packed = pack_prompts(found[0].float(), None if pooled is None else pooled.float())[0].cpu()
-        empty = not prompt and self.parts.config.get("force_zeros_for_empty_prompt")
+        empty = not prompt and self.parts.config.get(ZEROS)
         return torch.zeros_like(packed) if empty else packed
 
     @contextmanager

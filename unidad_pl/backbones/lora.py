@@ -15,9 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from unidad_pl.checks import check_options
+from unidad_pl.checks import check_at_least, check_given, check_options, check_positive, check_whole
 
 ADAPTER = "default"
+MOST_RANK = 4096
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -32,6 +33,9 @@ class LoRA:
         alpha: scale of the update, times ``rank``; null: the rank, a scale of 1.
         target_modules: ends of the names of the layers that get an adapter.
         base_dtype: how the frozen base is stored and computed, ``float32`` or ``bfloat16``; adapters stay float32.
+
+    Raises:
+        ValueError: an option out of range; names it.
     """
 
     rank: int = 16
@@ -40,8 +44,13 @@ class LoRA:
     base_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or (self.alpha is not None and self.alpha <= 0) or not self.target_modules:
-            raise ValueError(f"rank must be >= 1, alpha above 0, and target_modules not empty, got {self}")
+        check_given(rank=self.rank)
+        check_whole(1, MOST_RANK, rank=self.rank)
+        check_positive(alpha=self.alpha)
+        check_at_least(0, 1e6, alpha=self.alpha)
+        ends = self.target_modules
+        if not isinstance(ends, (list, tuple)) or not ends or not all(isinstance(end, str) for end in ends):
+            raise ValueError(f"target_modules must be a list of ends of names, got {ends!r}")
         check_options(self)
 
 

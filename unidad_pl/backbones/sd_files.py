@@ -1,15 +1,28 @@
-"""Where the files of a Stable Diffusion model lie: a folder, or Hugging Face's cache."""
+"""The parts of a Stable Diffusion model in its folder: which there must be, of which classes, and reading them."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from unidad_pl.backbones.folders import CONFIG_FILE, MOST, check_depth, find_folder, read_json
+from unidad_pl.backbones.spec import SCHEDULER_FILE, SUPPORTED
+from unidad_pl.backbones.weights import check_finite, read_folder
+from unidad_pl.checks import check_at_least
+from unidad_pl.files import BrokenFile, mistaken, reading
 
 INDEX_FILE = "model_index.json"
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 PARTS = ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
+CLASSES = {
+    "unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL",), "scheduler": SUPPORTED,
+    "text_encoder": ("CLIPTextModel",), "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"), "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
+}  # fmt: skip
+"""What an index may name; the classes are taken from here, never by a name in a file."""
 
 
 def find_pipeline(path: str) -> Path:
@@ -19,34 +32,51 @@ def find_pipeline(path: str) -> Path:
         FileNotFoundError: there is none, and what to download; or a part of it is missing, and which.
         ValueError: another kind of pipeline, names its class; or no index that can be read.
     """
-    folder = Path(path).expanduser() if Path(path).expanduser().exists() else _cached(path)
-    index = folder / INDEX_FILE
-    if not index.is_file():
+    folder = find_folder(path)
+    if not (folder / INDEX_FILE).is_file():
         raise FileNotFoundError(
             f"source model {path!r} has no {INDEX_FILE}: give the folder of a Stable Diffusion 1.x, 2.x or XL "
             f"pipeline as diffusers saves it"
         )
-    try:
-        name = json.loads(index.read_text())["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{str(index)!r} is no pipeline's index: {error!r}. Download the model again") from error
-    if name not in PIPELINES:
-        raise ValueError(f"{path!r} is a {name}; supported are {', '.join(PIPELINES)}")
+    read_index(folder)
     for part in PARTS:
         if not (folder / part).is_file():
             raise FileNotFoundError(f"source model {path!r} has no {part}: the download is incomplete")
     return folder
 
 
-def check_text_parts(folder: Path) -> None:
-    """Refuse a pipeline whose index names text encoders or tokenizers that are not there, or without vocabulary:
-    transformers makes one of those that knows no word, and every prompt would be the same.
+def read_index(folder: Path) -> dict[str, Any]:
+    """What ``model_index.json`` says: the pipeline's class, and (library, class) of each part or (None, None).
 
     Raises:
-        FileNotFoundError: names the first.
+        ValueError: another kind of pipeline, or a part of another class than :data:`CLASSES`; names it.
     """
-    for name, kind in json.loads((folder / INDEX_FILE).read_text()).items():
-        if name.startswith(("text_encoder", "tokenizer")) and kind[0] is not None and not (folder / name).is_dir():
+    path = folder / INDEX_FILE
+    index = read_json(path, "pipeline's index")
+    if "_class_name" not in index:
+        raise BrokenFile(f"{str(path)!r} is no pipeline's index, it has no _class_name: download the model again")
+    if index["_class_name"] not in PIPELINES:
+        raise ValueError(f"{str(folder)!r} is a {index['_class_name']}; supported are {', '.join(PIPELINES)}")
+    for name, known in CLASSES.items():
+        kind = index.get(name, [None, None])
+        if not isinstance(kind, list) or len(kind) != 2 or kind[1] not in (*known, None):
+            raise BrokenFile(f"{str(path)!r} gives the part {name} as {str(kind)[:80]}: it must be a {known[0]}")
+    return index
+
+
+def text_parts(folder: Path) -> list[str]:
+    """The names of the pipeline's text encoders and tokenizers.
+
+    A tokenizer without vocabulary is refused: transformers makes one of it that knows no word, and every prompt would
+    be the same.
+
+    Raises:
+        FileNotFoundError: one that the index names is not there; names the first.
+    """
+    index = read_index(folder)
+    names = [name for name in CLASSES if name.startswith(("text_", "token")) and index.get(name, [None])[0]]
+    for name in names:
+        if not (folder / name).is_dir():
             raise FileNotFoundError(f"source model {str(folder)!r} has no {name}/: the download is incomplete")
         present = {file.name for file in (folder / name).glob("*")}
         if name.startswith("tokenizer") and present.isdisjoint({"vocab.json", "tokenizer.json"}):
@@ -54,35 +84,74 @@ def check_text_parts(folder: Path) -> None:
                 f"source model {str(folder)!r} has neither {name}/vocab.json nor {name}/tokenizer.json: the download "
                 f"is incomplete"
             )
+    return names
 
 
-@contextmanager
-def weights_of(folder: Path) -> Iterator[None]:
-    """Around the reading of weights in ``folder``: says what to do where diffusers only says which file it wants.
+def read_text_encoder(folder: Path, projected: bool) -> nn.Module:
+    """CLIP's text encoder in ``folder``, float32, all of its weights finite.
 
     Raises:
-        FileNotFoundError: a file of weights is missing.
+        FileNotFoundError: its config or its weights are missing.
+        BrokenFile: they cannot be read, or do not fit each other.
     """
-    try:
-        yield
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(
-            f"weights are missing in {str(folder)!r} ({reason}): the download is incomplete, "
-            f"or has only another variant such as *.fp16.safetensors; download all of the model"
-        ) from error
+    import transformers
+
+    kind: Any = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
+    entries = read_json(folder / CONFIG_FILE, "text encoder's config")
+    with reading(folder / CONFIG_FILE, "text encoder's config"):
+        check_depth(entries)
+        numbers = {name: value for name, value in entries.items() if isinstance(value, (int, float))}
+        check_at_least(-MOST, MOST, **{name: value for name, value in numbers.items() if not isinstance(value, bool)})
+        config = transformers.CLIPTextConfig.from_dict(entries)
+        with torch.device("meta"):
+            described = sum(weight.numel() for weight in kind(config).parameters())
+    state = read_folder(folder, ("model", "pytorch_model"))
+    state = {name: value for name, value in state.items() if not name.endswith("position_ids")}  # of older versions
+    check_finite(state, f"weights in {folder}")
+    with reading(folder, "text encoder"):
+        if described > (held := sum(value.numel() for value in state.values())):
+            raise ValueError(f"its config describes {described} numbers, its weights hold {held}")
+        encoder, report = kind.from_pretrained(
+            None, config=config, state_dict=state, torch_dtype=torch.float32, output_loading_info=True
+        )
+        if wrong := {problem: keys for problem, keys in report.items() if keys and problem != "unexpected_keys"}:
+            raise ValueError(f"weights and config do not fit: {wrong}")
+    return encoder
 
 
-def _cached(path: str) -> Path:
-    """Where Hugging Face's cache keeps the model ``path``; nothing is downloaded."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+def read_tokenizer(folder: Path) -> Any:
+    """CLIP's tokenizer in ``folder``.
 
-    try:
-        return Path(snapshot_download(path, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError) as error:
-        raise FileNotFoundError(
-            f"source model {path!r} is neither a folder nor in Hugging Face's cache (--model.source.init_args.path): "
-            f"put the model's diffusers folder there, as 'hf download OWNER/NAME --local-dir {path}' does, or give an "
-            f"OWNER/NAME that 'hf download OWNER/NAME' has put into the cache"
-        ) from error
+    Raises:
+        BrokenFile: a file of it that is none, or no whole number of tokens that can be read.
+    """
+    from transformers import CLIPTokenizer
+
+    for file in sorted(folder.iterdir()):
+        if mistake := mistaken(file):
+            raise BrokenFile(mistake)
+        if file.suffix == ".json":
+            read_json(file, "tokenizer's file")
+    with reading(folder, "tokenizer"):
+        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        check_at_least(3, model_max_length=tokenizer.model_max_length)
+        if len(tokenizer) <= len(tokenizer.all_special_ids):
+            raise ValueError("it knows no word")
+        tokenizer("a word", padding="max_length", max_length=8, truncation=True)
+    return tokenizer
+
+
+def read_scheduler(folder: Path) -> Any:
+    """The diffusers scheduler in ``folder``, of a class in :data:`SUPPORTED`.
+
+    Raises:
+        BrokenFile: no such scheduler.
+    """
+    import diffusers
+
+    path = folder / SCHEDULER_FILE
+    config = read_json(path, "scheduler config")
+    with reading(path, "scheduler config"):
+        if config.get("_class_name") not in SUPPORTED:
+            raise ValueError(f"scheduler {config.get('_class_name')!r} is not supported")
+        return getattr(diffusers, config["_class_name"]).from_config(config)

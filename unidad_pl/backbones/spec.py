@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from unidad_pl.checks import check_options
+from unidad_pl.backbones.folders import read_json
+from unidad_pl.checks import check_at_least, check_given, check_options, check_positive, check_whole
 from unidad_pl.denoiser import PredictionType
+from unidad_pl.files import reading
 from unidad_pl.schedules import linear_abar
 
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
+MOST_TIMESTEPS, MOST_PATCH, MOST_SIGMA_DATA = 100_000, 64, 1e6
 SCHEDULER_FILE = "scheduler_config.json"
 SUPPORTED = (
     "DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
@@ -40,6 +42,9 @@ class UNetSpec:
         beta_start: first beta.
         beta_end: last beta.
         train_timesteps: length of the schedule.
+
+    Raises:
+        ValueError: an unknown name, or a number out of range; names the option.
     """
 
     prediction: PredictionType = "epsilon"
@@ -53,8 +58,14 @@ class UNetSpec:
 
     def __post_init__(self) -> None:
         check_options(self)
-        if self.sigma_data <= 0 or self.patch_size < 1:
-            raise ValueError(f"sigma_data must be > 0 and patch_size >= 1, got {self.sigma_data} and {self.patch_size}")
+        check_given(**asdict(self))
+        check_positive(sigma_data=self.sigma_data, beta_start=self.beta_start)
+        check_at_least(0, MOST_SIGMA_DATA, sigma_data=self.sigma_data)
+        check_at_least(0, 0.9999, beta_start=self.beta_start, beta_end=self.beta_end)
+        check_whole(1, MOST_PATCH, patch_size=self.patch_size)
+        check_whole(2, MOST_TIMESTEPS, train_timesteps=self.train_timesteps)
+        if self.beta_end < self.beta_start:
+            raise ValueError(f"beta_end must be at least beta_start, got {self.beta_end} and {self.beta_start}")
 
     def abar(self) -> Tensor:
         """Cumulative signal variance of the trained timesteps, [train_timesteps] float32, descending."""
@@ -89,11 +100,8 @@ def spec_of_scheduler(path: Path) -> UNetSpec:
     Raises:
         ValueError: not a JSON object, a scheduler, betas or prediction type that are not supported; names the value.
     """
-    try:
-        config: dict[str, Any] = json.loads(path.read_text())
-        name = config.get("_class_name")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is no scheduler config: {error}") from error
+    config = read_json(path, "scheduler config")
+    name = config.get("_class_name")
     if name not in SUPPORTED:
         raise ValueError(f"{path}: scheduler {name} is not supported; supported are {', '.join(SUPPORTED)}")
     if config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr"):
@@ -103,7 +111,8 @@ def spec_of_scheduler(path: Path) -> UNetSpec:
         raise ValueError(f"{path}: beta_schedule {schedule!r} is not one of {', '.join(get_args(BetaSchedule))}")
     if prediction not in ("epsilon", "v_prediction", "sample"):
         raise ValueError(f"{path}: prediction_type {prediction!r} is not one of epsilon, v_prediction, sample")
-    return UNetSpec(
-        prediction, beta_schedule=schedule, beta_start=config.get("beta_start", 1e-4),
-        beta_end=config.get("beta_end", 0.02), train_timesteps=config.get("num_train_timesteps", 1000),
-    )  # fmt: skip
+    with reading(path, "scheduler config"):
+        return UNetSpec(
+            prediction, beta_schedule=schedule, beta_start=config.get("beta_start", 1e-4),
+            beta_end=config.get("beta_end", 0.02), train_timesteps=config.get("num_train_timesteps", 1000),
+        )  # fmt: skip

@@ -6,7 +6,6 @@ with zeros (P = 0 for 1.x and 2.x), see :func:`~unidad_pl.backbones.latents.pack
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,14 +13,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from unidad_pl.backbones.base import DiffusersNetwork, read_unet
+from unidad_pl.backbones.base import DiffusersNetwork
+from unidad_pl.backbones.folders import CONFIG_FILE, MOST_SIDE, checked_config, empty_network
 from unidad_pl.backbones.latents import LatentCodec
 from unidad_pl.backbones.lora import LoRA, add_adapters, base_names
-from unidad_pl.backbones.sd_files import find_pipeline, weights_of
+from unidad_pl.backbones.sd_files import find_pipeline
 from unidad_pl.backbones.spec import UNetSpec, find_scheduler, spec_of_scheduler
-from unidad_pl.backbones.weights import read_weights
-from unidad_pl.checks import check_choices
+from unidad_pl.backbones.weights import fill, read_folder, read_weights
+from unidad_pl.checks import check_choices, check_given, check_path, check_whole
 from unidad_pl.denoiser import Codec, DenoiserSource
+from unidad_pl.files import reading
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -49,6 +50,10 @@ class StableDiffusionUNet(DiffusersNetwork):
         ValueError: a network that needs other conditions than text, or a resolution that its levels do not divide.
     """
 
+    blocks = frozenset(
+        {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "UNetMidBlock2DCrossAttn"}
+    )
+
     def __init__(
         self,
         unet: UNet2DConditionModel,
@@ -58,6 +63,8 @@ class StableDiffusionUNet(DiffusersNetwork):
         spacing: Spacing = "even",
     ) -> None:
         check_choices(spacing=(spacing, Spacing))
+        check_given(vae_scale=vae_scale)
+        check_whole(1, MOST_SIDE, resolution=resolution, vae_scale=vae_scale)
         self.spacing: Spacing = spacing
         self.free_steps = spacing != "even"
         config = unet.config
@@ -67,6 +74,12 @@ class StableDiffusionUNet(DiffusersNetwork):
                 f"this UNet wants conditions that are not text (addition_embed_type {added!r}, class_embed_type "
                 f"{labels!r}): use a Stable Diffusion 1.x, 2.x or XL model"
             )
+        if not isinstance(config["cross_attention_dim"], int) or config["encoder_hid_dim_type"] is not None:
+            raise ValueError(
+                f"this UNet takes other texts than CLIP's: cross_attention_dim {config['cross_attention_dim']}"
+            )
+        if config["time_embedding_type"] != "positional":
+            raise ValueError(f"this UNet has time_embedding_type {config['time_embedding_type']!r}, not 'positional'")
         if config["time_cond_proj_dim"] is not None:
             raise ValueError(
                 f"this UNet wants the guidance scale as an input (time_cond_proj_dim {config['time_cond_proj_dim']}), "
@@ -162,6 +175,9 @@ class StableDiffusion(DenoiserSource):
             that start from this source share one UNet.
         unet_weights: file with the UNet's weights in place of the folder's, written by torch.save or as safetensors
             under diffusers' names, e.g. DMD2's ``pytorch_model.bin``; null: the folder's.
+
+    Raises:
+        ValueError: an unknown spacing, or a resolution that no image has.
     """
 
     def __init__(
@@ -172,6 +188,12 @@ class StableDiffusion(DenoiserSource):
         lora: LoRA | None = None,
         unet_weights: str | None = None,
     ) -> None:
+        check_given(path=path)
+        check_path(path=path, unet_weights=unet_weights)
+        check_choices(spacing=(spacing, Spacing))
+        check_whole(1, MOST_SIDE, resolution=resolution)
+        if lora is not None and not isinstance(lora, LoRA):
+            raise ValueError(f"lora must be a LoRA or null, got {lora!r}")
         self.path, self.resolution, self.spacing = path, resolution, spacing
         self.lora, self.unet_weights = lora, unet_weights
 
@@ -180,21 +202,18 @@ class StableDiffusion(DenoiserSource):
 
         Raises:
             FileNotFoundError: a part is missing; names it.
-            ValueError: another kind of pipeline, a scheduler that is not supported, or weights that do not fit.
+            ValueError: another kind of pipeline, a scheduler that is not supported, a file that is not what it should
+                be, or weights that do not fit or are not finite.
             ModuleNotFoundError: adapters without peft.
         """
         from diffusers import UNet2DConditionModel
 
         folder = find_pipeline(self.path)
-        if self.unet_weights is not None:
-            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
-            try:
-                unet.load_state_dict(read_weights(self.unet_weights))
-            except RuntimeError as error:
-                raise ValueError(f"{self.unet_weights!r} does not fit {folder / 'unet'}: {error}") from error
-            return self._denoiser(unet, folder)
-        with weights_of(folder / "unet"):
-            unet = read_unet(UNet2DConditionModel, folder / "unet")
+        unet = empty_network(UNet2DConditionModel, folder / "unet")
+        with reading(folder / "unet" / CONFIG_FILE, "config of a UNet2DConditionModel"):
+            self._network(unet, folder).check()
+        state = read_folder(folder / "unet") if self.unet_weights is None else read_weights(self.unet_weights)
+        fill(unet, state, str(self.unet_weights or folder / "unet"))
         return self._denoiser(unet, folder)
 
     def codec(self) -> Codec:
@@ -204,15 +223,23 @@ class StableDiffusion(DenoiserSource):
         from diffusers import UNet2DConditionModel
 
         folder = find_pipeline(self.path)
-        config = UNet2DConditionModel.load_config(folder / "unet")
+        config = checked_config(UNet2DConditionModel, folder / "unet")
         return self._denoiser(UNet2DConditionModel.from_config(config), folder)
 
-    def _denoiser(self, unet: Any, folder: Path) -> StableDiffusionUNet:
+    def _network(self, unet: Any, folder: Path) -> StableDiffusionUNet:
+        from diffusers import AutoencoderKL
+
         scheduler = find_scheduler(folder)
         assert scheduler is not None  # find_pipeline looked
-        vae = json.loads((folder / "vae" / "config.json").read_text())
-        scale = 2 ** (len(vae["block_out_channels"]) - 1)
-        network = StableDiffusionUNet(unet, spec_of_scheduler(scheduler), self.resolution, scale, self.spacing)
+        vae = checked_config(AutoencoderKL, folder / "vae")
+        with reading(folder / "vae" / CONFIG_FILE, "config of an AutoencoderKL"):
+            scale = 2 ** (len(vae["block_out_channels"]) - 1)
+            if (channels := vae.get("latent_channels", 4)) != unet.config["in_channels"]:
+                raise ValueError(f"its latents have {channels} channels, the UNet's {unet.config['in_channels']}")
+        return StableDiffusionUNet(unet, spec_of_scheduler(scheduler), self.resolution, scale, self.spacing)
+
+    def _denoiser(self, unet: Any, folder: Path) -> StableDiffusionUNet:
+        network = self._network(unet, folder)
         if self.lora is not None:
             add_adapters(network.unet, self.lora)
             network.shared_weights = base_names(network)

@@ -12,9 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unidad_pl.backbones.base import DiffusersNetwork, read_unet
+from unidad_pl.backbones.base import DiffusersNetwork
+from unidad_pl.backbones.folders import (
+    CONFIG_FILE,
+    MOST,
+    MOST_SIDE,
+    checked_config,
+    empty_network,
+    find_folder,
+    read_json,
+)
 from unidad_pl.backbones.spec import SCHEDULER_FILE, UNetSpec, find_scheduler, spec_of_scheduler
+from unidad_pl.backbones.weights import fill, read_folder
+from unidad_pl.checks import check_at_least, check_given, check_path, check_whole
 from unidad_pl.denoiser import DenoiserSource, PredictionType
+from unidad_pl.files import reading
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
@@ -22,7 +34,6 @@ if TYPE_CHECKING:
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 BUILTIN = "builtin:"
 DENOISER_FILE = "denoiser.json"
-BIN_FILE = "diffusion_pytorch_model.bin"
 
 
 class UNetDenoiser(DiffusersNetwork):
@@ -35,14 +46,26 @@ class UNetDenoiser(DiffusersNetwork):
         spec: how to read it.
 
     Raises:
-        ValueError: the network's channels do not fit ``spec.patch_size``, or its sample size is unknown.
+        ValueError: the network's channels do not fit ``spec.patch_size``, its sample size is unknown, or it takes
+            another time or class input than numbers of timesteps and of classes.
     """
 
     every_layer = True
+    blocks = frozenset({
+        "DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", "SkipDownBlock2D", "AttnSkipDownBlock2D",
+        "UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D", "SkipUpBlock2D", "AttnSkipUpBlock2D", "UNetMidBlock2D",
+        None,
+    })  # fmt: skip
 
     def __init__(self, unet: UNet2DModel, spec: UNetSpec) -> None:
         size, fold = unet.config["sample_size"], spec.patch_size**2
         channels = unet.config["in_channels"]
+        embedding, labels = unet.config["time_embedding_type"], unet.config["class_embed_type"]
+        if embedding != "positional" or labels is not None:
+            raise ValueError(
+                f"a UNet with time_embedding_type {embedding!r} and class_embed_type {labels!r} is not supported: "
+                f"they must be 'positional' and null"
+            )
         if size is None:
             raise ValueError("the UNet's config has no sample_size: set it to the side of its input in pixels")
         if channels % fold or unet.config["out_channels"] < channels:
@@ -50,6 +73,8 @@ class UNetDenoiser(DiffusersNetwork):
                 f"a UNet with {channels} input and {unet.config['out_channels']} output channels does not fit "
                 f"patch_size {spec.patch_size}: inputs must be a multiple of {fold}, outputs at least the inputs"
             )
+        if not unet.down_blocks:
+            raise ValueError("the UNet's config has no levels")
         super().__init__(unet, spec)
         height, width = (size, size) if isinstance(size, int) else size
         self.image_shape = (channels // fold, height * spec.patch_size, width * spec.patch_size)
@@ -77,7 +102,8 @@ class UNetDenoiser(DiffusersNetwork):
         channels = [widths[0]]
         for level, width in enumerate(widths):
             channels += [width] * (layers + (level < len(widths) - 1))
-        return {f"in{i}": c for i, c in enumerate(channels)} | {"mid": widths[-1]}
+        taps = {f"in{i}": c for i, c in enumerate(channels)}
+        return taps if self.unet.mid_block is None else taps | {"mid": widths[-1]}
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write ``config.json``, ``diffusion_pytorch_model.safetensors`` and ``denoiser.json`` into ``folder``."""
@@ -97,10 +123,13 @@ class PretrainedUNet(DenoiserSource):
             or its ``unet``), with ``scheduler_config.json`` beside it or in ``scheduler/``, which says what the network
             predicts and at which noise levels; or one written by :meth:`UNetDenoiser.save_pretrained`, where
             ``denoiser.json`` says so; or ``builtin:NAME`` for a model that ships with the package
-            (``builtin:cartoon_teacher``).
+            (``builtin:cartoon_teacher``); or the id of a model on Hugging Face that was downloaded before, such as
+            ``google/ddpm-celebahq-256`` (nothing is downloaded here).
     """
 
     def __init__(self, path: str = "builtin:cartoon_teacher") -> None:
+        check_given(path=path)
+        check_path(path=path)
         self.path = path
 
     def build(self) -> UNetDenoiser:
@@ -108,25 +137,29 @@ class PretrainedUNet(DenoiserSource):
 
         Raises:
             FileNotFoundError: a file is missing; names it and what to put there.
-            ValueError: ``denoiser.json`` has an unknown entry, or weights are missing or unexpected.
+            ValueError: a file that is not what it should be, a network that is not supported, or weights that are
+                missing, unexpected or not finite.
         """
         from diffusers import UNet2DModel
 
         folder = self._unet_folder()
-        spec = self._spec(folder)
-        unet = read_unet(UNet2DModel, folder, use_safetensors=not (folder / BIN_FILE).is_file() or None)
+        spec, unet = self._spec(folder), empty_network(UNet2DModel, folder)
+        with reading(folder / CONFIG_FILE, "config of a UNet2DModel"):
+            UNetDenoiser(unet, spec).check()
+        fill(unet, read_folder(folder), str(folder))
         return UNetDenoiser(unet, spec).eval()
 
     def architecture(self) -> UNetDenoiser:
         from diffusers import UNet2DModel
 
         folder = self._unet_folder()
-        return UNetDenoiser(UNet2DModel.from_config(UNet2DModel.load_config(folder)), self._spec(folder)).eval()
+        return UNetDenoiser(UNet2DModel.from_config(checked_config(UNet2DModel, folder)), self._spec(folder)).eval()
 
     def _unet_folder(self) -> Path:
-        top = ASSETS / self.path.removeprefix(BUILTIN) if self.path.startswith(BUILTIN) else Path(self.path)
+        builtin = self.path.startswith(BUILTIN)
+        top = ASSETS / self.path.removeprefix(BUILTIN) if builtin else find_folder(self.path)
         for folder in (top, top / "unet"):
-            if (folder / "config.json").is_file():
+            if (folder / CONFIG_FILE).is_file():
                 return folder
         raise FileNotFoundError(
             f"source model {self.path!r} has no config.json (looked in {top} and its unet/). A source folder holds "
@@ -135,11 +168,11 @@ class PretrainedUNet(DenoiserSource):
 
     def _spec(self, folder: Path) -> UNetSpec:
         if (folder / DENOISER_FILE).is_file():
-            entries = json.loads((folder / DENOISER_FILE).read_text())
-            unknown = set(entries) - set(UNetSpec.__dataclass_fields__)
-            if unknown:
-                raise ValueError(f"{folder / DENOISER_FILE} has unknown entries {sorted(unknown)}")
-            return UNetSpec(**entries)
+            entries = read_json(folder / DENOISER_FILE, "description of a denoiser")
+            with reading(folder / DENOISER_FILE, "description of a denoiser"):
+                if unknown := set(entries) - set(UNetSpec.__dataclass_fields__):
+                    raise ValueError(f"it has unknown entries {sorted(unknown)}")
+                return UNetSpec(**entries)
         scheduler = find_scheduler(folder)
         if scheduler is None:
             raise FileNotFoundError(
@@ -147,6 +180,30 @@ class PretrainedUNet(DenoiserSource):
                 f'{DENOISER_FILE}, which say what the network predicts: {{"prediction": "epsilon"}} for a DDPM.'
             )
         return spec_of_scheduler(scheduler)
+
+
+def _check_levels(
+    channels: tuple[int, ...], attention_levels: tuple[int, ...], head_channels: int, norm_groups: int
+) -> None:
+    for name, levels in (("channels", channels), ("attention_levels", attention_levels)):
+        if not isinstance(levels, (list, tuple)) or len(levels) > 16:
+            raise ValueError(f"{name} must be a list of at most 16 whole numbers, got {levels!r}")
+    if not channels:
+        raise ValueError("channels must have a width for at least one level")
+    for width in channels:
+        check_given(channels=width)
+        check_whole(1, MOST_SIDE, channels=width)
+        if width % norm_groups:
+            raise ValueError(f"norm_groups must divide all channels {list(channels)}, got {norm_groups}")
+    for level in attention_levels:
+        check_given(attention_levels=level)
+        check_whole(0, 15, attention_levels=level)
+    for level in {*attention_levels, len(channels) - 1}:  # the middle block always attends
+        if level >= len(channels) or channels[level] % head_channels:
+            raise ValueError(
+                f"attention at level {level} needs channels that head_channels={head_channels} divides; the "
+                f"channels are {list(channels)}"
+            )
 
 
 class NewUNet(DenoiserSource):
@@ -166,6 +223,9 @@ class NewUNet(DenoiserSource):
         num_classes: number of class labels; null for an unconditional model.
         dropout: dropout inside residual blocks.
         prediction, sigma_data, patch_size: see :class:`UNetSpec`.
+
+    Raises:
+        ValueError: a number out of range, or numbers that do not fit each other; names the option.
     """
 
     def __init__(
@@ -183,15 +243,18 @@ class NewUNet(DenoiserSource):
         sigma_data: float = 0.5,
         patch_size: int = 2,
     ) -> None:
+        self.spec = UNetSpec(prediction=prediction, sigma_data=sigma_data, patch_size=patch_size)
+        check_given(
+            resolution=resolution, layers=layers, head_channels=head_channels, norm_groups=norm_groups,
+            image_channels=image_channels, dropout=dropout,
+        )  # fmt: skip
+        check_whole(1, MOST_SIDE, resolution=resolution, head_channels=head_channels, norm_groups=norm_groups)
+        check_whole(1, 64, layers=layers, image_channels=image_channels)
+        check_whole(1, MOST, num_classes=num_classes)
+        check_at_least(0, 1, dropout=dropout)
+        _check_levels(channels, attention_levels, head_channels, norm_groups)
         if resolution % (factor := patch_size * 2 ** (len(channels) - 1)):
             raise ValueError(f"resolution {resolution} must be divisible by patch_size * 2^(levels - 1) = {factor}")
-        for level in {*attention_levels, len(channels) - 1}:  # the middle block always attends
-            if not 0 <= level < len(channels) or channels[level] % head_channels:
-                raise ValueError(
-                    f"attention at level {level} needs channels that head_channels={head_channels} divides; the "
-                    f"channels are {list(channels)}"
-                )
-        self.spec = UNetSpec(prediction=prediction, sigma_data=sigma_data, patch_size=patch_size)
         attention = [level in attention_levels for level in range(len(channels))]
         self.config: dict[str, Any] = dict(
             sample_size=resolution // patch_size, block_out_channels=tuple(channels), layers_per_block=layers,

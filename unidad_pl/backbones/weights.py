@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from unidad_pl.files import BrokenFile, mistaken, reading
 
 log = logging.getLogger(__name__)
 
@@ -17,6 +25,10 @@ State = dict[str, Tensor]
 WRAPPERS = ("ema", "model", "state_dict")
 PREFIXES = ("module.", "unet.")
 """What DistributedDataParallel, and then Uni-DAD's released code (``pytorch_model.bin``), put before every name."""
+VARIANTS = ("fp16", "bf16", "fp32")
+"""Precisions that a folder's files of weights may be named after, in the order they are looked for."""
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""What diffusers called the layers of an attention before 0.12, as in google/ddpm-celebahq-256."""
 
 
 def read_plain(file: str | Path | IO[bytes], shown: str, map_location: Any = "cpu") -> Any:
@@ -28,17 +40,51 @@ def read_plain(file: str | Path | IO[bytes], shown: str, map_location: Any = "cp
         map_location: see ``torch.load``.
 
     Raises:
-        ValueError: it carries code, or is no such file or only a part of one.
+        FileNotFoundError: there is none.
+        BrokenFile: it carries code, or is no such file or only a part of one.
     """
-    try:
-        return torch.load(file, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{shown!r} is no file of plain tensors: it may carry code, which is never run here. Save its state "
-            f"dict alone, with torch.save or as .safetensors, where you trust it. ({str(error).splitlines()[0]})"
-        ) from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{shown!r} cannot be read as a file of tensors, it may be cut short: {error}") from error
+    with reading(shown, "file of tensors, it may be cut short"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, that a file looks like a TorchScript archive
+        _refuse_changed(file)
+        try:
+            return torch.load(file, map_location=map_location, weights_only=True)
+        except Exception as error:
+            if isinstance(error, (FileNotFoundError, PermissionError)) or mistaken(shown):
+                raise
+            raise _in_other_words(error, shown) from error
+
+
+def _refuse_changed(file: str | Path | IO[bytes]) -> None:
+    """``torch.save`` compresses nothing: what unpacks to more than the file holds could be endless. CRCs of files."""
+    if not zipfile.is_zipfile(file):
+        if not isinstance(file, (str, Path)):
+            file.seek(0)
+        return
+    with zipfile.ZipFile(file) as archive:
+        packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+        if packed:
+            raise ValueError(f"its entry {packed[0]!r} is compressed")
+        if isinstance(file, (str, Path)) and (changed := archive.testzip()):
+            raise ValueError(f"its entry {changed!r} is not what was written")
+    if not isinstance(file, (str, Path)):
+        file.seek(0)
+
+
+def _in_other_words(error: Exception, shown: str) -> Exception:
+    """``error`` of ``torch.load`` without its advice, which is to load the file unsafely."""
+    text = str(error)
+    way_out = "Save its state dict alone, with torch.save or as .safetensors, where you trust it."
+    if "TorchScript" in text:
+        return BrokenFile(f"{shown!r} is a TorchScript archive, which carries code that is never run here. {way_out}")
+    if "legacy .tar format" in text:
+        return BrokenFile(f"{shown!r} was written by a torch before 0.1.10, in a way that cannot be read. {way_out}")
+    if isinstance(error, pickle.UnpicklingError):
+        named = re.search(r"GLOBAL ([\w.]+)", text)
+        return BrokenFile(
+            f"{shown!r} is no file of plain tensors: it may carry code, which is never run here"
+            f"{f' (it names {named[1]})' if named else ''}. {way_out}"
+        )
+    return error
 
 
 def read_weights(path: str | Path) -> State:
@@ -49,30 +95,134 @@ def read_weights(path: str | Path) -> State:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file cannot be read, or does not hold a mapping from names to tensors.
+        BrokenFile: the file cannot be read, or does not hold a mapping from names to tensors.
     """
-    if not Path(path).is_file():
+    path = Path(path).expanduser()
+    if not path.is_file():
         raise FileNotFoundError(f"no weights file at {str(path)!r}: put it there, or give the path of yours")
-    if Path(path).suffix == ".safetensors":
-        from safetensors import SafetensorError
+    if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
-        try:
+        with reading(path, "safetensors file"):
             return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{str(path)!r} is not a safetensors file: {error}") from error
     content = read_plain(path, str(path))
     wrapped = [name for name in WRAPPERS if isinstance(content, dict) and isinstance(content.get(name), dict)]
     if wrapped:
-        rest = sorted(str(name) for name in set(content) - {wrapped[0]})
+        rest = sorted(str(name)[:50] for name in set(content) - {wrapped[0]})
         log.warning("weights taken from entry %r of %s; other entries unused: %s", wrapped[0], path, rest)
         content = content[wrapped[0]]
-    if not isinstance(content, dict) or not content or not all(torch.is_tensor(v) for v in content.values()):
-        raise ValueError(
+    if not isinstance(content, dict) or not content or not all(_is_weight(*item) for item in content.items()):
+        raise BrokenFile(
             f"{str(path)!r} holds no weights: expected a mapping from names to tensors, by itself or under one of "
             f"{', '.join(WRAPPERS)}"
         )
+    size = os.path.getsize(path)
+    if spread := [name for name, value in content.items() if value.numel() * value.element_size() > size]:
+        raise BrokenFile(f"{str(path)!r} holds less than the numbers of its tensor {spread[0]!r}: write it again")
     for prefix in PREFIXES:
         if all(name.startswith(prefix) for name in content):
             content = {name.removeprefix(prefix): value for name, value in content.items()}
     return content
+
+
+def _is_weight(name: object, value: object) -> bool:
+    plain = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type != "meta"
+    return plain and isinstance(name, str)
+
+
+def find_weights(folder: Path, stems: tuple[str, ...]) -> Path:
+    """The file of weights in a model's folder, or the index of its parts (``*.index.json``).
+
+    Files without a precision in their name come first, then :data:`VARIANTS`, with a warning in the log.
+
+    Args:
+        folder: the model's folder.
+        stems: names without suffix: of safetensors, and of ``.bin`` files.
+
+    Raises:
+        FileNotFoundError: there is none; names what is there.
+    """
+    for variant in ("", *VARIANTS):
+        dot = f".{variant}" if variant else ""
+        for stem, suffix in zip(stems, ("safetensors", "bin"), strict=True):
+            for name in (f"{stem}{dot}.{suffix}", f"{stem}.{suffix}.index{dot}.json"):
+                if (folder / name).is_file():
+                    if variant:
+                        log.warning("%s has its weights in %s only: read as float32", folder, variant)
+                    return folder / name
+    there = sorted(file.name for file in folder.glob("*") if file.suffix in (".safetensors", ".bin", ".msgpack", ".h5"))
+    raise FileNotFoundError(
+        f"weights are missing in {str(folder)!r}: there is no {stems[0]}.safetensors (or .{VARIANTS[0]}.safetensors, "
+        f"or {stems[1]}.bin){f', only {there}' if there else ''}: the download is incomplete, get all of the model"
+    )
+
+
+def read_folder(folder: Path, stems: tuple[str, ...] = ("diffusion_pytorch_model",) * 2) -> State:
+    """The weights in a model's folder, see :func:`find_weights`; of several parts, all of them.
+
+    Raises:
+        FileNotFoundError: they are missing, or a part of them.
+        BrokenFile: a file that cannot be read, or an index that names files elsewhere.
+    """
+    found = find_weights(folder, stems)
+    if found.suffix != ".json":
+        return read_weights(found)
+    with reading(found, "index of weights"):
+        parts = sorted(set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()))
+        if outside := [part for part in parts if Path(part).name != part]:
+            raise ValueError(f"it names the file {outside[0]!r}, which is not in this folder")
+    state: State = {}
+    for part in parts:
+        state |= read_weights(folder / part)
+    return state
+
+
+def in_new_names(state: State, wanted: Mapping[str, Any]) -> State:
+    """``state`` with diffusers' old names of attention layers replaced where the network has the new ones."""
+
+    def new(name: str) -> str:
+        *path, layer, kind = name.rsplit(".", 2)
+        renamed = ".".join([*path, OLD_ATTENTION.get(layer, layer), kind])
+        return renamed if renamed in wanted else name
+
+    return {new(name) if name.count(".") > 1 else name: value for name, value in state.items()}
+
+
+def check_finite(state: Mapping[str, Tensor], shown: str) -> None:
+    """Refuse weights that are not floats, or not all finite.
+
+    Raises:
+        BrokenFile: names the first tensor.
+    """
+    for name, value in state.items():
+        if not value.is_floating_point():
+            raise BrokenFile(f"{shown}: {name} holds {value.dtype} instead of floats: write the weights again")
+        if not bool(torch.isfinite(value).all()):
+            raise BrokenFile(
+                f"{shown}: {name} holds NaN or infinite values, the model it was saved from had diverged: take an "
+                f"earlier one"
+            )
+
+
+def fill(network: nn.Module, state: State, shown: str) -> None:
+    """Put ``state`` into a ``network`` that lies on the meta device: it takes its place on the current default device.
+
+    Nothing of its size is allocated before every name and shape is seen to fit.
+
+    Raises:
+        BrokenFile: names or shapes that do not fit, names them; or values that are not finite.
+    """
+    wanted = network.state_dict()
+    state = in_new_names(state, wanted)
+    problems = {
+        "Missing": sorted(set(wanted) - set(state)), "Unexpected": sorted(set(state) - set(wanted)),
+        "Misshapen": [
+            f"{name} {list(state[name].shape)} instead of {list(value.shape)}"
+            for name, value in wanted.items() if name in state and state[name].shape != value.shape
+        ],
+    }  # fmt: skip
+    wrong = [f"{kind} keys, {len(names)}: {', '.join(names[:4])}" for kind, names in problems.items() if names]
+    if wrong:
+        raise BrokenFile(f"weights in {shown} do not fit its config. {'; '.join(wrong)}")
+    check_finite(state, f"weights in {shown}")
+    network.to_empty(device=torch.get_default_device()).load_state_dict(state)

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from unidad_pl.checks import check_at_least, check_choices
+from unidad_pl.checks import check_at_least, check_choices, check_whole
+from unidad_pl.files import reading
 
 Layer = Literal["factors", "pooled"]
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -90,7 +91,8 @@ class FactorNetwork(nn.Module):
                 raise ValueError(f"the range of {name!r} must go up, got [{low}, {high}]")
         if not 1 <= len(self.channels) <= 5 or any(c < _GROUPS or c % _GROUPS for c in self.channels):
             raise ValueError(f"channels must be 1 to 5 multiples of {_GROUPS}, got {self.channels}")
-        check_at_least(1, features=features)
+        check_whole(1, 65536, features=features)
+        check_at_least(1, 65536, **{f"channels[{i}]": width for i, width in enumerate(self.channels)})
         layers: list[nn.Module] = [nn.Conv2d(3, channels[0], 3, padding=1)]
         for narrow, wide in pairwise(channels):
             layers += [nn.GroupNorm(_GROUPS, narrow), nn.SiLU(), nn.Conv2d(narrow, wide, 3, 2, 1), _Residual(wide)]
@@ -188,9 +190,14 @@ class FactorNetwork(nn.Module):
             ValueError: the config or the weights hold too little, too much, or something of another shape.
         """
         folder = Path(folder)
-        with torch.random.fork_rng(devices=[]):  # layers are initialised before the weights are read
-            network = cls(**read_config(folder))
-        weights, own = load_file(_existing(folder, WEIGHTS_FILE)), network.state_dict()
+        config = read_config(folder)
+        rebuild = f"rebuild it with: {REBUILD}"
+        with reading(folder / CONFIG_FILE, "config of a FactorNetwork", rebuild), torch.random.fork_rng(devices=[]):
+            network = cls(**config)  # layers are initialised before the weights are read
+        with reading(path := _existing(folder, WEIGHTS_FILE), "safetensors file", rebuild):
+            weights, own = load_file(path), network.state_dict()
+            if broken := [name for name, value in weights.items() if not bool(value.isfinite().all())]:
+                raise ValueError(f"{broken[0]} holds NaN or infinite values")
         _same_names(set(own), set(weights), folder / WEIGHTS_FILE)
         for name, tensor in weights.items():
             if tensor.shape != own[name].shape:
@@ -223,9 +230,10 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         ValueError: it is not JSON of exactly these arguments.
     """
     path = _existing(Path(folder), CONFIG_FILE)
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}")
+    with reading(path, "config of a FactorNetwork", f"rebuild it with: {REBUILD}"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"expected a JSON object, got {type(config).__name__}")
     _same_names({"categories", "ranges", "channels", "features"}, set(config), path)
     return config
 
@@ -263,7 +271,9 @@ class CartoonFeatures(nn.Module):
     @property
     def folder(self) -> Path:
         """Where the network lies."""
-        return ASSETS / self.path.removeprefix(BUILTIN) if self.path.startswith(BUILTIN) else Path(self.path)
+        return (
+            ASSETS / self.path.removeprefix(BUILTIN) if self.path.startswith(BUILTIN) else Path(self.path).expanduser()
+        )
 
     @property
     def categories(self) -> dict[str, list[str]]:

@@ -17,10 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unidad_pl.metrics.features import FeatureModule
+from unidad_pl.metrics.features import FeatureModule, check_numbers, reason_of, spoiled
 
 CLIP = "openai/clip-vit-base-patch32"
 DINO = "facebook/dino-vits16"
+MOST_LAYERS, MOST = 200, 10**6
+TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def to_square(images: Tensor, size: int) -> Tensor:
@@ -55,19 +57,40 @@ def load_part(owner: str, class_name: str, path: str, kind: str, **options: Any)
         raise missing(owner, path, FileNotFoundError("the folder has no config.json"))
     offline: dict[str, Any] = {"local_files_only": stays_offline(path)}
     try:
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, **offline)
+        check_sizes(config.to_dict())
+    except Exception as error:
+        raise missing(owner, path, error) from error
+    if config.model_type != kind:
+        raise ValueError(f"{owner} needs a {kind!r} model, but {path!r} holds a {config.model_type!r} model")
+    try:
         with torch.random.fork_rng(devices=[]):
-            config = transformers.AutoConfig.from_pretrained(path, **offline)
-            if config.model_type != kind:
-                raise ValueError(f"{owner} needs a {kind!r} model, but {path!r} holds a {config.model_type!r} model")
             network, report = getattr(transformers, class_name).from_pretrained(
                 path, output_loading_info=True, **offline, **options
             )
-    except OSError as error:
+    except Exception as error:
         raise missing(owner, path, error) from error
     if absent := [*report["missing_keys"], *report["mismatched_keys"]]:
         raise ValueError(f"{owner}: the weights in {path!r} are not complete: {sorted(map(str, absent))[:3]} ...")
+    try:
+        check_numbers(network.state_dict())
+    except ValueError as error:
+        raise ValueError(f"{owner}: the weights in {path!r} cannot be used: {error}") from error
     part: nn.Module = network.float().requires_grad_(False).eval()
     return part
+
+
+def check_sizes(config: Any, name: str = "config") -> None:
+    """Refuse numbers that no encoder has; building it would not end.
+
+    Raises:
+        ValueError: names the first.
+    """
+    for key, value in config.items() if isinstance(config, dict) else ():
+        check_sizes(value, key)
+    most = MOST_LAYERS if name == "num_hidden_layers" else MOST
+    if isinstance(config, (int, float)) and not abs(config) <= most:
+        raise ValueError(f"its config says {name} {config}, more than {most}")
 
 
 def stays_offline(path: str) -> bool:
@@ -77,6 +100,13 @@ def stays_offline(path: str) -> bool:
 
 def missing(owner: str, path: str, error: Exception) -> RuntimeError:
     """The error to raise when ``path`` is not there."""
+    files = sorted(Path(path).glob("*")) if Path(path).is_dir() else []
+    found = next((reason for file in files if (reason := spoiled(file))), None)
+    if files and not isinstance(error, FileNotFoundError):
+        return RuntimeError(
+            f"{owner} needs the weights {path!r}, but that folder cannot be read ({found or reason_of(error)}): get "
+            f"all of its files again, as 'hf download OWNER/NAME --local-dir FOLDER' does; then pass it as path=FOLDER."
+        )
     first = str(error).strip().partition("\n")[0]
     return RuntimeError(
         f"{owner} needs the weights {path!r}, which are in no folder of that name, not in the Hugging Face cache, and "
@@ -162,9 +192,14 @@ class CLIPTexts(_Encoder):
         del network.vision_model, network.visual_projection
         from transformers import CLIPTokenizer
 
+        if wrong := [reason for name in TOKENIZER if (reason := spoiled(Path(self.path) / name))]:
+            raise missing("CLIPTexts (its tokenizer)", self.path, ValueError(wrong[0]))
         try:
             self.tokenizer = CLIPTokenizer.from_pretrained(self.path, local_files_only=stays_offline(self.path))
-        except (OSError, TypeError, ValueError) as error:  # a folder with half a vocabulary, or none
+            last = max(self.tokenizer.get_vocab().values())
+            if last >= network.config.text_config.vocab_size:
+                raise ValueError(f"it numbers tokens up to {last}, the model has fewer")
+        except Exception as error:  # a folder with half a vocabulary, or none
             raise missing("CLIPTexts (its tokenizer)", self.path, error) from error
         if len(self.tokenizer) <= len(self.tokenizer.all_special_ids):  # which may also give one that knows no word
             found = FileNotFoundError("there is no vocabulary: vocab.json and merges.txt")

@@ -7,9 +7,10 @@ before training begins, so that missing weights end a run in its first second an
 
 from __future__ import annotations
 
+import os
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
-LOADING_ERRORS = (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError)
+ONLY_WEIGHTS = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 Net = Literal["vgg", "alex", "squeeze"]
 
@@ -61,17 +62,69 @@ class FeatureModule(nn.Module):
         return super().train(False)
 
 
+@contextmanager
+def only_weights() -> Iterator[None]:
+    """Within the block ``torch.load`` runs no code in a file, whoever calls it: torch-fidelity asks for it."""
+    before = os.environ.get(ONLY_WEIGHTS)
+    os.environ[ONLY_WEIGHTS] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[ONLY_WEIGHTS]
+        if before is not None:
+            os.environ[ONLY_WEIGHTS] = before
+
+
+def check_numbers(state: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are no finite floats.
+
+    Raises:
+        ValueError: names the first.
+    """
+    for name, value in state.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise ValueError(f"{name} holds NaN or infinite values")
+
+
+def spoiled(path: str | Path) -> str | None:
+    """What lies in the place of a file after a failed download, and the way out; None for anything else."""
+    if not Path(path).is_file():
+        return None
+    with Path(path).open("rb") as file:
+        head = file.read(100)
+    if head.startswith(b"version https://git-lfs"):
+        return f"{str(path)!r} is a Git LFS pointer, fetch the file itself with 'git lfs pull'"
+    if head.lstrip().lower().startswith((b"<!doctype html", b"<html", b"<head")):
+        return f"{str(path)!r} is an HTML page"
+    return None if head else f"{str(path)!r} is empty"
+
+
+def reason_of(error: BaseException) -> str:
+    """What went wrong, in one line, without torch's advice to load a file unsafely."""
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+        return "it is no file of plain tensors, or it carries code, which is never run here"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
 def missing_weights(owner: str, file: str, size: str, url: str, path: str | None, error: BaseException) -> RuntimeError:
     """The error to raise when the weights of ``owner`` cannot be read from ``path`` or, if None, be downloaded."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
+    reason = spoiled(path or folder / file) or reason_of(error)
     if path is not None:
-        found = f"weights_path={path!r} could not be loaded: {error}."
+        found = f"weights_path={path!r} could not be loaded: {reason}."
+    elif (folder / file).is_file():
+        found = f"{str(folder / file)!r} could not be loaded, remove it: {reason}."
     else:
-        found = f"Not found at {folder / file} and the download failed: {error}."
+        found = f"Not found at {folder / file} and the download failed: {reason}."
     return RuntimeError(
         f"{owner} needs the weights {file} ({size}). {found} Download {url} and put it in {folder}/, "
         f"or pass weights_path=<the file>."
     )
+
+
+def _home(path: str | None) -> str | None:
+    """``path`` with ``~`` as the home folder."""
+    return None if path is None else str(Path(path).expanduser())
 
 
 class InceptionFeatures(FeatureModule):
@@ -90,7 +143,7 @@ class InceptionFeatures(FeatureModule):
 
     def __init__(self, weights_path: str | None = None) -> None:
         super().__init__()
-        self.weights_path = weights_path
+        self.weights_path = _home(weights_path)
         self.network: nn.Module | None = None
 
     def load(self) -> None:
@@ -99,11 +152,14 @@ class InceptionFeatures(FeatureModule):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         try:
-            with torch.random.fork_rng(devices=[]):  # its layers are initialised before the weights are read
-                self.network = FeatureExtractorInceptionV3(
+            # Its layers are initialised before the weights are read.
+            with torch.random.fork_rng(devices=[]), only_weights():
+                network = FeatureExtractorInceptionV3(
                     "inception-v3-compat", ["2048"], feature_extractor_weights_path=self.weights_path, verbose=False
                 )
-        except LOADING_ERRORS as error:
+            check_numbers(network.state_dict())
+            self.network = network
+        except Exception as error:
             raise missing_weights(
                 "InceptionFeatures", INCEPTION_FILE, "96 MB", INCEPTION_URL, self.weights_path, error
             ) from error
@@ -177,7 +233,7 @@ class LPIPSFeatures(FeatureModule):
             raise ValueError(f"net must be one of {', '.join(BACKBONES)}, got {net!r}")
         if pnet_rand and weights_path is not None:
             raise ValueError(f"pnet_rand=True uses no weights: leave weights_path out (got {weights_path!r})")
-        self.net, self.weights_path, self.pnet_rand = net, weights_path, pnet_rand
+        self.net, self.weights_path, self.pnet_rand = net, _home(weights_path), pnet_rand
         self.name = f"lpips-{net}-v0.1" + ("-random" if pnet_rand else "")
         self.backbone: nn.Sequential | None = None
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
@@ -198,9 +254,12 @@ class LPIPSFeatures(FeatureModule):
         if spec is None or not spec.submodule_search_locations:
             raise RuntimeError("LPIPSFeatures needs the linear weights of the package lpips: pip install lpips")
         path = Path(spec.submodule_search_locations[0]) / "weights" / "v0.1" / f"{self.net}.pth"
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        weights = [state[f"lin{layer}.model.1.weight"] for layer in range(len(BACKBONES[self.net].taps))]
-        if any((weight < 0).any() for weight in weights):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            weights = [state[f"lin{layer}.model.1.weight"] for layer in range(len(BACKBONES[self.net].taps))]
+        except Exception as error:
+            raise RuntimeError(f"{path} cannot be read ({reason_of(error)}): reinstall lpips") from error
+        if not all(bool((weight >= 0).all()) for weight in weights):
             raise RuntimeError(f"{path} holds negative weights: this is not LPIPS v0.1, reinstall lpips")
         return weights
 
@@ -225,8 +284,10 @@ class LPIPSFeatures(FeatureModule):
             else:
                 state = torch.load(self.weights_path, **read)
             wanted = {key: state[f"features.{key}"] for key in network.state_dict()}
+            check_numbers(wanted)
             network.load_state_dict(wanted, assign=True)
-        except LOADING_ERRORS as error:
+            network.float()
+        except Exception as error:
             raise missing_weights(
                 "LPIPSFeatures", known.file, known.size, known.url, self.weights_path, error
             ) from error

@@ -1,0 +1,152 @@
+"""Where the files of a model lie: a folder, or Hugging Face's cache; and what its config may say."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import torch
+
+from unidad_pl.checks import check_at_least, check_positive, check_whole
+from unidad_pl.files import reading
+
+CONFIG_FILE = "config.json"
+MOST = 10**6
+"""Above any width, number of classes or size of a vocabulary."""
+FACTORS = ("mid_block_scale_factor", "resnet_out_scale_factor", "scaling_factor")
+CHOICES = {
+    "downsample_type": ("conv", "resnet"), "upsample_type": ("conv", "resnet"),
+    "mid_block_type": ("UNetMidBlock2D", "UNetMidBlock2DCrossAttn", "UNetMidBlock2DSimpleCrossAttn"),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
+}  # fmt: skip
+"""Names where diffusers takes any other for one of them."""
+MOST_SIDE = 8192
+MOST_BLOCKS = 500
+"""Above any number of levels times layers of a level times transformers of a layer."""
+
+
+def find_folder(path: str) -> Path:
+    """The folder ``path`` (``~`` is the home folder), or where Hugging Face's cache keeps the model of that id.
+
+    Raises:
+        FileNotFoundError: there is none, and what to download; nothing is downloaded here.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    folder = Path(path).expanduser()
+    if folder.exists():
+        return folder
+    try:
+        return Path(snapshot_download(path, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"source model {path!r} is neither a folder nor in Hugging Face's cache (--model.source.init_args.path): "
+            f"put the model's diffusers folder there, as 'hf download OWNER/NAME --local-dir {path}' does, or give an "
+            f"OWNER/NAME that 'hf download OWNER/NAME' has put into the cache"
+        ) from error
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A file that holds a JSON object.
+
+    Raises:
+        FileNotFoundError: there is none.
+        BrokenFile: it is none; names the file and the reason.
+    """
+    with reading(path, what):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"it is not JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"it must be a JSON object, and is a {type(content).__name__}")
+        return content
+
+
+def empty_network(kind: Any, folder: Path) -> Any:
+    """The diffusers network of class ``kind`` that ``config.json`` in ``folder`` describes, on the meta device.
+
+    Raises:
+        FileNotFoundError: there is no config.
+        BrokenFile: it describes another class, or nothing that can be built.
+    """
+    config = checked_config(kind, folder)
+    with reading(folder / CONFIG_FILE, f"config of a {kind.__name__}"), torch.device("meta"):
+        return kind.from_config(config)
+
+
+def checked_config(kind: Any, folder: Path) -> dict[str, Any]:
+    """What ``config.json`` in ``folder`` says, every value of the type and in the range of a ``kind``'s option.
+
+    Raises:
+        FileNotFoundError: there is no config.
+        BrokenFile: names the first value that is wrong.
+    """
+    path = folder / CONFIG_FILE
+    config = read_json(path, f"config of a {kind.__name__}")
+    with reading(path, f"config of a {kind.__name__}"):
+        if config.get("_class_name", kind.__name__) != kind.__name__:
+            raise ValueError(f"it describes a {config['_class_name']!r}")
+        hints = get_type_hints(kind.__init__)
+        for name, value in config.items():
+            if name in hints:
+                check_value(name, value, _types(hints[name]))
+        check_positive(**{name: config.get(name) for name in FACTORS})
+        check_at_least(0, 1, freq_shift=config.get("freq_shift"), dropout=config.get("dropout"))
+        for name, known in CHOICES.items():
+            if (chosen := config.get(name)) is not None and chosen not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)} or null, got {chosen!r}")
+        for side in _numbers(config.get("sample_size")):
+            check_whole(1, MOST_SIDE, sample_size=side)
+        check_depth(config)
+    return config
+
+
+def check_depth(config: Mapping[str, Any]) -> None:
+    """Refuse a network of so many blocks that building it would not end.
+
+    Raises:
+        ValueError: says how many.
+    """
+    names = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers")
+    levels = max((len(value) for value in config.values() if isinstance(value, list)), default=1)
+    deepest = [max([1, *_numbers(config.get(name))]) for name in names]
+    if (blocks := math.prod([max(1, levels), *deepest])) > MOST_BLOCKS:
+        raise ValueError(f"it describes {blocks:.3g} blocks ({levels} levels of {deepest}), more than {MOST_BLOCKS}")
+
+
+def check_value(name: str, value: Any, types: set[Any]) -> None:
+    """Refuse a ``value`` that is of none of ``types``, and numbers no network has; null is a bool's false.
+
+    Raises:
+        ValueError: names it.
+    """
+    if isinstance(value, (list, tuple)) and types & {list, tuple}:
+        for item in value:
+            check_value(name, item, types)
+    elif Any not in types and not (value is None and types & {bool, type(None)}):
+        known = float in types and type(value) is int
+        if type(value) not in types and not known:
+            wanted = " or ".join(sorted(t.__name__ for t in types if isinstance(t, type) and t is not type(None)))
+            raise ValueError(f"{name} must be {wanted}, got {str(value)[:50]!r} ({type(value).__name__})")
+        if type(value) in (int, float):
+            signed = name.startswith(("latents_", "shift_"))
+            check_at_least(-MOST if signed else 0, MOST, **{name: value})
+
+
+def _types(hint: Any) -> set[Any]:
+    """The plain types in an annotation: {tuple, int, NoneType} of ``tuple[int, ...] | None``."""
+    inner = get_args(hint)
+    own = {get_origin(hint)} & {list, tuple}
+    return own.union(*map(_types, inner)) if inner else {hint}
+
+
+def _numbers(value: Any) -> list[Any]:
+    """All numbers in nested lists."""
+    if isinstance(value, (list, tuple)):
+        return [number for item in value for number in _numbers(item)]
+    return [value] if isinstance(value, (int, float)) else []
