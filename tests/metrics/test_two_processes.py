@@ -51,12 +51,12 @@ def worker(rank: int, rendezvous: str, shares: list[list[torch.Tensor]], expecte
         reference = torch.arange(20)[rank::2]
         found = [two_sample(kind(), own, reference).compute() for kind in KINDS]
         metrics = [intra(own, spatial, protocol) for spatial in (False, True) for protocol in ("cdc", "crdi")]
-        found += [vars(metric.compute()) for metric in metrics]
+        found += [vars(metric.result()) for metric in metrics]
         for number, (a, b) in enumerate(zip(found, single, strict=True)):
             assert close(a, b), (rank, number, a, b)
         more = samples()[1][:1]  # after compute, each rank goes on with its own samples
         metrics[0].update(more, [TOTAL + rank])
-        assert sum(metrics[0].compute().cluster_sizes) == sum(single[3]["cluster_sizes"]) + 2
+        assert sum(metrics[0].result().cluster_sizes) == sum(single[3]["cluster_sizes"]) + 2
     metric = Frechet()  # default numbers are dealt in turn: no sample is lost
     dealt = TinyFeatures().requires_grad_(False).eval()(samples()[1][rank::2])
     metric.update(dealt, real=False)
@@ -74,7 +74,7 @@ def main() -> None:
     shares = [halves, padded, blocks, lonely]
     single: list[object] = [two_sample(kind(), every, torch.arange(20)).compute() for kind in KINDS]
     single += [
-        vars(intra(every, spatial, protocol).compute()) for spatial in (False, True) for protocol in ("cdc", "crdi")
+        vars(intra(every, spatial, protocol).result()) for spatial in (False, True) for protocol in ("cdc", "crdi")
     ]
     with tempfile.TemporaryDirectory() as folder:
         arguments = (os.path.join(folder, "rendezvous"), shares, [single] * len(shares))

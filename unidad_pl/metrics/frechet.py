@@ -42,18 +42,19 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
 
 
 class Frechet(TwoSample):
-    """:func:`frechet_distance` as a metric: ``update(features, real)``, then ``compute() -> float``.
+    """:func:`frechet_distance` as a metric: ``update(features, real)``, then ``compute()``: a float64 scalar.
 
         >>> metric, reference = Frechet(), torch.randn(50, 4)
         >>> metric.update(reference, real=True)
         >>> metric.update(reference + 0.5, real=False)
-        >>> round(metric.compute(), 4)  # four times 0.5^2: only the means differ
+        >>> round(float(metric.compute()), 4)  # four times 0.5^2: only the means differ
         1.0
 
     Sets of other sizes have another bias: compare only values of equal sizes.
     """
 
     higher_is_better = False
+    least = 2
 
-    def compute(self) -> float:
-        return frechet_distance(*self.pair())
+    def value(self, generated: Tensor, reference: Tensor) -> Tensor:
+        return self.scalar(frechet_distance(generated, reference))
