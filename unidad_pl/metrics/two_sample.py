@@ -99,7 +99,8 @@ class TwoSample(RowMetric):
 
     def forget_reference(self) -> None:
         """Drop the reference features, which ``reset`` may keep."""
-        self.reference, self.reference_index = [], []
+        for name in ("reference", "reference_index"):
+            setattr(self, name, [])
         self._computed = None
 
     def reset(self) -> None:
