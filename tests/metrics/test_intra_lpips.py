@@ -154,6 +154,7 @@ def test_collapsed_cluster_keeps_its_precision() -> None:
     assert mean_pairwise_distance([rows[:4], rows[4:]]) == pytest.approx(sum(exact) / len(exact), rel=1e-5)
     assert mean_pairwise_distance([rows[:1].repeat(3, 1)]) == 0
     assert math.isnan(mean_pairwise_distance([rows[:1]]))
+    assert math.isnan(mean_pairwise_distance([rows[:2], rows[:1] * math.nan]))
 
 
 def test_first_per_cluster() -> None:

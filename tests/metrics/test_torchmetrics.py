@@ -163,6 +163,19 @@ def test_copies_go_their_own_way(name: str) -> None:
     assert same(metric.compute(), updated(name, 1).compute())
 
 
+@pytest.mark.parametrize("name", ["Frechet", "KID", "PRDC", "TwoSample"])
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16])
+def test_another_precision_of_values_leaves_numbers_whole(name: str, kind: torch.dtype) -> None:
+    metric = updated(name, 0)
+    metric.set_dtype(kind)
+    arguments, options = feed(name, 1)
+    metric.update(*arguments, **options)
+    if kind == torch.float64:
+        assert same(metric.compute(), updated(name, 0, 1).compute())
+    assert metric.generated_index[0].dtype == torch.long
+    assert metric.generated[0].dtype == kind
+
+
 @every
 def test_no_samples_is_an_error_that_says_so(name: str) -> None:
     metric = MAKERS[name]()

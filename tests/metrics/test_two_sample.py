@@ -149,3 +149,12 @@ def test_errors_name_what_was_seen() -> None:
     refused("NaN", metric.update, x * float("nan"), real=False)
     refused("3 indices for 5 images", metric.update, x, real=False, indices=[1, 2, 3])
     refused(r"must be floats \[N, D\]", metric.update, x[0], real=False)
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_broken_features_give_no_number(broken: float) -> None:
+    x, wrong = features(9, 3), features(9, 3)
+    wrong[4, 1] = broken
+    for function in (frechet_distance, kid, prdc):
+        refused("generated features hold NaN or infinite", function, wrong, x)
+        refused("reference features hold NaN or infinite", function, x, wrong)

@@ -86,6 +86,6 @@ def close(a: Any, b: Any, rel: float = 1e-5, least: float = 1e-9) -> bool:
 
 
 class Pixels(nn.Flatten):
-    """Pixels as features: nothing is rounded, so what is computed from them must agree to the last digits of float64."""
+    """Pixels as features: nothing is rounded, so values must agree to the last digits of float64."""
 
     name = "pixels"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -113,7 +114,8 @@ class SubjectSimilarity(EvaluationCallback):
 
 class PromptDiversity(EvaluationCallback):
     """Logs ``<stage>/intra_prompt_lpips`` and ``inter_prompt_lpips``: how different two samples of one prompt are, and
-    two of different prompts; see :class:`unidad_pl.metrics.PromptLPIPS`. The step must return ``prompts``.
+    two of different prompts; see :class:`unidad_pl.metrics.PromptLPIPS`. The step must return ``prompts``. What has no
+    such pair of samples is left out, with a warning.
 
         >>> trainer = pl.Trainer(callbacks=[PromptDiversity(LPIPSFeatures("alex"), stages=["test"])])
 
@@ -142,6 +144,10 @@ class PromptDiversity(EvaluationCallback):
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> Report:
         found = self.metric.result()
-        values = {f"{name}_prompt_lpips": value for name, value in found.means.items()}
+        known = {name: value for name, value in found.means.items() if not math.isnan(value)}
+        for absent, need in {"intra": "two samples of one prompt", "inter": "samples of two prompts"}.items():
+            if absent not in known:
+                self.warn_once(f"{absent}_prompt_lpips is left out: it needs {need}. Draw more samples", once=absent)
+        values = {f"{name}_prompt_lpips": value for name, value in known.items()}
         prompts = {text: scores["intra"] for text, scores in found.by_prompt.items()}
         return Report(values, {"extractor": feature_name(self.features), "intra_by_prompt": prompts})

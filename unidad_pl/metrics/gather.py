@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -66,7 +67,12 @@ class RowMetric(Metric):
             self._on_cpu.add(name)
 
     def _apply(self, fn: Any, exclude_state: Sequence[str] = ()) -> Any:
-        return super()._apply(fn, [*exclude_state, *self._on_cpu])
+        @wraps(fn)  # torchmetrics goes by its name
+        def moved(rows: Tensor) -> Tensor:  # numbers must stay whole whatever type values are converted to
+            found: Tensor = fn(rows)
+            return found if rows.is_floating_point() else rows.to(found.device)
+
+        return super()._apply(moved, [*exclude_state, *self._on_cpu])
 
     def append(self, name: str, rows: Tensor) -> None:
         """Add rows to a state."""
@@ -145,9 +151,8 @@ class RowMetric(Metric):
         states = incoming_state.metric_state if isinstance(incoming_state, Metric) else incoming_state
         if absent := [name for name in self._specs if name not in states]:
             raise ValueError(f"{type(self).__name__} cannot take in a state without {', '.join(absent)}")
-        parts = {
-            name: [states[name]] if isinstance(states[name], Tensor) else list(states[name]) for name in self._specs
-        }
+        listed: dict[str, Any] = {name: [rows] if isinstance(rows, Tensor) else rows for name, rows in states.items()}
+        parts: dict[str, list[Tensor]] = {name: list(listed[name]) for name in self._specs}
         for name, counted in self._numbered.items():
             self._check_alike(name, [part for part in parts[name] if len(part)])
             shift = self.count(counted) * _place()[0]

@@ -92,7 +92,8 @@ def mean_pairwise_distance(features: Iterable[Tensor]) -> float:
             count += 1
     if count < 2:
         return float("nan")
-    return max(0.0, float(2 / (count - 1) * (second - first.square().sum() / count)))
+    # Not max(0.0, ...), which makes 0 of NaN.
+    return float((2 / (count - 1) * (second - first.square().sum() / count)).clamp_min(0))
 
 
 def first_per_cluster(cluster: Tensor, index: Tensor, cap: int) -> Tensor:

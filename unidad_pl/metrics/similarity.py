@@ -324,8 +324,8 @@ class PromptLPIPS(PromptImages):
 
 def distances_and_pairs(s1: Tensor, s2: float, count: int) -> tuple[float, int]:
     """The sum of all distances between ``count`` samples, from their sums around any anchor, and how many there are."""
-    return max(0.0, count * s2 - float(s1.square().sum())), count * (count - 1) // 2
+    return max(count * s2 - float(s1.square().sum()), 0.0), count * (count - 1) // 2  # in this order NaN stays NaN
 
 
 def _ratio(total: float, count: int) -> float:
-    return max(0.0, total) / count if count else float("nan")
+    return max(total, 0.0) / count if count else float("nan")

@@ -116,7 +116,7 @@ def check_pair(x: Tensor, y: Tensor, metric: str, least: int = 2) -> None:
     """Refuse two feature matrices that ``metric`` cannot compare.
 
     Raises:
-        ValueError: wrong shapes, or fewer than ``least`` rows in one of them.
+        ValueError: wrong shapes, values that are not finite, or fewer than ``least`` rows in one of them.
     """
     if x.ndim != 2 or y.ndim != 2 or (len(x) and len(y) and x.shape[1] != y.shape[1]):
         raise ValueError(f"{metric} needs features [N, D] and [M, D], got {tuple(x.shape)} and {tuple(y.shape)}")
@@ -124,3 +124,6 @@ def check_pair(x: Tensor, y: Tensor, metric: str, least: int = 2) -> None:
         raise ValueError(
             f"{metric} needs at least {least} generated and {least} reference images, got {len(x)} and {len(y)}"
         )
+    for kind, features in (("generated", x), ("reference", y)):
+        if not bool(torch.isfinite(features).all()):
+            raise ValueError(f"{metric}: {kind} features hold NaN or infinite values: images or extractor are broken")
