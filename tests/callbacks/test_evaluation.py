@@ -137,9 +137,9 @@ def test_common_arguments_come_from_python_and_yaml_and_unknown_ones_are_named(k
         config = {"class_path": f"unidad_pl.{kind.__name__}", "init_args": own | arguments}
         return parser.instantiate_classes(parser.parse_object({"callback": config})).callback
 
-    common = {"key": "pictures", "dataloader_idx": 1, "stages": ["test"]}
+    common = {"key": "pictures", "dataloader_idx": 1, "stages": ["test"], "name": "own"}
     for made in (kind(**own, **common), from_yaml(**common)):
-        assert (made.key, made.dataloader_idx, made.stages) == ("pictures", 1, ("test",))
+        assert (made.key, made.dataloader_idx, made.stages, made.name) == ("pictures", 1, ("test",), "own")
     refused("unexpected keyword argument 'stage'", kind, **own, stage="val", error=TypeError)
     refused("Option 'stage' is not accepted", from_yaml, stage="val", error=ArgumentError)
 

@@ -110,7 +110,9 @@ class GivenImages:
 
     def are_shots(self, trainer: pl.Trainer) -> bool:
         """Whether the DataModule says that its reference set is the shots themselves, and it is this one."""
-        return self.given is None and bool(getattr(trainer.datamodule, f"{self.attribute}_is_shots", False))  # type: ignore[attr-defined]
+        return self.given is None and bool(
+            getattr(getattr(trainer, "datamodule", None), f"{self.attribute}_is_shots", False)
+        )
 
     def _tensor(self, trainer: pl.Trainer) -> Tensor:
         images = self.given
