@@ -108,3 +108,20 @@ def check_path(**values: object) -> None:
 
 def _is_finite(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_whole(least: int, most: int = 2**31 - 1, **values: object) -> None:
+    """Refuse what is no whole number from ``least`` to ``most``; None too.
+
+        >>> check_whole(1, batch_size=2.5)
+        Traceback (most recent call last):
+        ...
+        ValueError: batch_size must be a whole number of at least 1, got 2.5
+
+    Raises:
+        ValueError: names the first of them.
+    """
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            limits = f"of at least {least}" if most == 2**31 - 1 else f"in [{least}, {most}]"
+            raise ValueError(f"{name} must be a whole number {limits}, got {value!r}")

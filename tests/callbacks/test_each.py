@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,7 +39,7 @@ def test_fid_arguments(tmp_path: Path) -> None:
     assert max(features.batches) == 7
     assert validate(tmp_path, FID(TinyFeatures(), reference=REFERENCE[:20]))["fid"] != base["fid"]
     assert isinstance(FID().features, InceptionFeatures)
-    refused("batch_size >= 1 and a name, got 0", FID, TinyFeatures(), batch_size=0)
+    refused("batch_size must be a whole number of at least 1, got 0", FID, TinyFeatures(), batch_size=0)
 
 
 def test_fid_computes_the_reference_once_per_run(tmp_path: Path) -> None:
@@ -52,10 +53,12 @@ def test_fid_computes_the_reference_once_per_run(tmp_path: Path) -> None:
     assert read_records(tmp_path / "metrics.jsonl")[-1]["reference"] == 10
 
 
-def test_fid_refuses_one_image_and_warns_of_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = "at least 2 generated and 2 reference images, got 1 and 40"
-    refused(few, validate, tmp_path, FID(TinyFeatures()), seeds=1)
-    refused(r"at least 6 generated .* got 4 and 40", validate, tmp_path, FID(TinyFeatures()), seeds=4)
+def test_fid_of_one_image_is_nan_and_few_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.warns(UserWarning, match="FID is NaN and all else left out: there is 1 sample, and 2 are needed"):
+        found = validate(tmp_path, FID(TinyFeatures()), seeds=1)
+    assert found.keys() == {"fid"}
+    assert math.isnan(found["fid"])
+    assert read_records(tmp_path / "metrics.jsonl")[-1]["values"] == {"fid": None}
     network = InceptionFeatures()
     monkeypatch.setattr(network, "load", lambda: None)
     monkeypatch.setattr(network, "forward", lambda x: x.mean((2, 3)))
@@ -69,10 +72,10 @@ def test_intra_lpips_equals_the_metric(tmp_path: Path) -> None:
     metric = IntraClusterLPIPS(TinyFeatures(), threshold=0.05)
     metric.set_shots(SHOTS)
     metric.update(module.sample(torch.arange(24)))
-    own = metric.compute()
+    own = metric.result()
     metric.reset()
     metric.update(REFERENCE / 127.5 - 1)
-    reference = metric.compute().mean
+    reference = metric.result().mean
     found = validate(tmp_path, IntraLPIPS(TinyFeatures(), threshold=0.05, relative=True), module=module)
     assert found["intra_lpips"] == pytest.approx(own.mean, rel=1e-5)
     assert found["memorised"] == pytest.approx(own.memorised)
@@ -169,7 +172,7 @@ def test_sample_grid_arguments(tmp_path: Path) -> None:
     names = sorted(p.name for p in (tmp_path / "every" / "samples").iterdir())
     assert names == ["val_step00000003.png", "val_step00000009.png"]
     for name in ("count", "columns", "every_n_evaluations", "scale"):
-        refused(f"{name} must be at least 1, got 0", SampleGrid, **{name: 0})
+        refused(f"{name} must be a whole number of at least 1, got 0", SampleGrid, **{name: 0})
 
 
 def test_sample_grid_has_a_row_for_every_class(tmp_path: Path) -> None:
@@ -255,7 +258,7 @@ def test_loss_balance(tmp_path: Path, every: int, asked: list[int]) -> None:
 def test_loss_balance_errors(tmp_path: Path) -> None:
     run, message = trainer(tmp_path, LossBalance()), r"keep_image_gradients and image_gradients.*Toy has none"
     refused(message, run.fit, Toy(), datamodule=Data(), error=TypeError)
-    refused("every_n_iterations must be at least 1, got 0", LossBalance, 0)
+    refused("every_n_iterations must be a whole number of at least 1, got 0", LossBalance, 0)
 
 
 def test_loss_balance_of_unidad_changes_no_weight() -> None:

@@ -104,11 +104,11 @@ def test_sanity_check_is_skipped(tmp_path: Path) -> None:
 
 
 def test_several_dataloaders(tmp_path: Path) -> None:
-    first, second = Counting(), Counting(dataloader_idx=1)
+    first, second = Counting(), Counting(dataloader_idx=1, name="second")
     run = trainer(tmp_path, first, second, FID(TinyFeatures()))
     run.validate(Toy(), datamodule=Data(loaders=2), verbose=False)
     assert len(first.found) == len(second.found) == 24
-    assert "val/fid" in run.callback_metrics
+    assert {"val/fid", "val/count", "val/second_count"} <= set(run.callback_metrics)
     absent = trainer(tmp_path, Counting(dataloader_idx=2))
     message = "saw no samples in the val loop: no batch came from dataloader_idx=2"
     refused(message, absent.validate, Toy(), datamodule=Data(loaders=2), verbose=False, error=RuntimeError)
@@ -137,9 +137,9 @@ def test_common_arguments_come_from_python_and_yaml_and_unknown_ones_are_named(k
         config = {"class_path": f"unidad_pl.{kind.__name__}", "init_args": own | arguments}
         return parser.instantiate_classes(parser.parse_object({"callback": config})).callback
 
-    common = {"key": "pictures", "dataloader_idx": 1, "stages": ["test"]}
+    common = {"key": "pictures", "dataloader_idx": 1, "stages": ["test"], "name": "own"}
     for made in (kind(**own, **common), from_yaml(**common)):
-        assert (made.key, made.dataloader_idx, made.stages) == ("pictures", 1, ("test",))
+        assert (made.key, made.dataloader_idx, made.stages, made.name) == ("pictures", 1, ("test",), "own")
     refused("unexpected keyword argument 'stage'", kind, **own, stage="val", error=TypeError)
     refused("Option 'stage' is not accepted", from_yaml, stage="val", error=ArgumentError)
 
@@ -169,10 +169,10 @@ class Returning(Toy):
 @pytest.mark.parametrize(("outputs", "error", "message"), [
     (lambda x: None, TypeError, "Counting: validation_step must return a dict .* 'samples', got NoneType"),
     (lambda x: {"images": x, "loss": 1}, KeyError, "no 'samples', only 'images', 'loss': return it, or set key="),
-    (lambda x: {"samples": x[0]}, ValueError, r"must be a tensor \[B, 3, H, W\], got shape \(3, 8, 8\)"),
+    (lambda x: {"samples": x[0]}, ValueError, r"must be a tensor \[N, 3, H, W\], .*got shape \(3, 8, 8\)"),
     (lambda x: {"samples": 2 * x.sign()}, ValueError, r"floats in \[-1, 1\], got values from -2 to 2"),
-    (lambda x: {"samples": x * math.nan}, ValueError, "from nan to nan"),
-    (lambda x: {"samples": x.byte()}, ValueError, "got torch.uint8"),
+    (lambda x: {"samples": x * math.nan}, ValueError, "hold NaN in 10 of 10 images"),
+    (lambda x: {"samples": x.int()}, ValueError, "got torch.int32"),
     (lambda x: {"samples": x, "seeds": [1]}, ValueError, "1 indices for 10 images"),
 ])  # fmt: skip
 def test_wrong_outputs_are_explained(tmp_path: Path, outputs, error: type, message: str) -> None:
@@ -227,7 +227,7 @@ def test_images_from_arguments(tmp_path: Path) -> None:
         assert other == pytest.approx(runs[0], rel=1e-5)
     for wrong, message in (
         (str(tmp_path / "none"), "does not exist"),
-        (REFERENCE[0], r"must be a tensor \[N, 3, H, W\], N >= 1, got shape \(3, 8, 8\)"),
+        (REFERENCE[0], r"must be a tensor \[N, 3, H, W\], N >= 1, .*got shape \(3, 8, 8\)"),
         (REFERENCE.float(), r"floats in \[-1, 1\], got values from 0 to 255"),
         (REFERENCE[..., :4, :4], f"samples are {SIZE}x{SIZE} but reference images are 4x4"),
     ):

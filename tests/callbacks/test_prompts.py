@@ -37,7 +37,7 @@ def test_both_equal_their_metrics_and_are_recorded(tmp_path: Path) -> None:
     varied = PromptLPIPS(TinyFeatures())
     for metric in (similar, varied):
         metric.update(samples, prompts, seeds)
-    want, diversity = similar.compute(), varied.compute()
+    want, diversity = similar.result(), varied.result()
     found = evaluate(tmp_path, similarity(subject="fido"), PromptDiversity(TinyFeatures()), module=module)
     assert {name: found[name] for name in want.means} == pytest.approx(want.means, rel=1e-5)
     assert found["intra_prompt_lpips"] == pytest.approx(diversity.means["intra"], rel=1e-5)
@@ -77,7 +77,7 @@ def test_similarity_arguments(tmp_path: Path) -> None:
     assert max(features.batches) == 3
     for scores in ([], ["clip"]):
         refused("scores must be some of clip_i, clip_t, dino, got", similarity, scores=scores)
-    refused("batch_size must be at least 1, got 0", similarity, batch_size=0)
+    refused("batch_size must be a whole number of at least 1, got 0", similarity, batch_size=0)
     default = SubjectSimilarity()
     assert [type(e) for e in default.metric.networks().values()] == [CLIPImages, DINOImages, CLIPTexts]
     assert list(SubjectSimilarity(scores=["dino"]).metric.networks()) == ["dino"]
@@ -106,7 +106,7 @@ def test_diversity_arguments(tmp_path: Path) -> None:
     assert max(features.batches) == 2
     assert evaluate(tmp_path, PromptDiversity(TinyFeatures(seed=1))) != base
     assert isinstance(PromptDiversity().features, LPIPSFeatures)
-    refused("batch_size must be at least 1", PromptDiversity, batch_size=0)
+    refused("batch_size must be a whole number of at least 1", PromptDiversity, batch_size=0)
 
 
 def test_a_grid_per_prompt_with_the_prompt_under_it(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_grid_arguments_and_default_scale(tmp_path: Path) -> None:
     evaluate(tmp_path, PromptGrid(count=1))
     assert Image.open(next((tmp_path / "samples").rglob("*.png"))).width == 64
     for name in ("count", "columns", "scale"):
-        refused(f"{name} must be at least 1, got 0", PromptGrid, **{name: 0})
+        refused(f"{name} must be a whole number of at least 1, got 0", PromptGrid, **{name: 0})
 
 
 @pytest.mark.parametrize("callback", [similarity(), PromptDiversity(TinyFeatures()), PromptGrid()])

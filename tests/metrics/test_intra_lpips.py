@@ -75,7 +75,7 @@ def test_equals_the_literal_loops(protocol: str, cap: int | None) -> None:
     metric = with_shots(shots, features=alex, protocol=protocol, cap=cap, batch_size=3)
     metric.update(samples[:5], range(5))
     metric.update(samples[5:], range(5, 8))
-    result = metric.compute()
+    result = metric.result()
     with torch.no_grad():
         mean, means, counts = literal(lambda x, y: float(official(x, y)), shots, samples, protocol, metric.cap)
     assert result.mean == pytest.approx(mean, abs=1e-7)
@@ -96,8 +96,8 @@ def test_does_not_depend_on_batches_or_order(spatial: bool) -> None:
         assert metric._keeps_features is not spatial
         for part in order.split(size):
             metric.update(samples[part], part)
-        assert len(metric._kept) <= 3 * 4
-        results.append(metric.compute())
+        assert metric.count("kept") <= 3 * 4
+        results.append(metric.result())
     for other in results[1:]:
         assert other.mean == pytest.approx(results[0].mean, rel=1e-6)
         assert other.cluster_counts == results[0].cluster_counts
@@ -107,14 +107,14 @@ def test_does_not_depend_on_batches_or_order(spatial: bool) -> None:
 def test_repeated_numbers_count_once_and_reset_forgets() -> None:
     samples, metric = images(12, seed=2), with_shots(images(2, seed=1), cap=3)
     metric.update(samples)
-    once = vars(metric.compute()) | {"cluster_means": pytest.approx(metric.compute().cluster_means, nan_ok=True)}
+    once = vars(metric.result()) | {"cluster_means": pytest.approx(metric.result().cluster_means, nan_ok=True)}
     metric.reset()
     metric.update(samples[:6], range(6))
     metric.update(samples[:6], range(6))
     metric.update(samples[6:], range(6, 12))
-    assert vars(metric.compute()) == once
-    assert metric(samples[:1], [99]) is None  # forward updates only
-    assert sum(metric.compute().cluster_sizes) == 13
+    assert vars(metric.result()) == once
+    assert torch.isnan(metric(samples[:1], [99]))  # one sample alone has no diversity
+    assert sum(metric.result().cluster_sizes) == 13
 
 
 def test_every_argument_counts() -> None:
@@ -125,13 +125,13 @@ def test_every_argument_counts() -> None:
         metric.update(samples)
         return metric
 
-    base = value().compute()
+    base = value().result()
     assert max(base.cluster_counts) <= 50
-    assert max(value(protocol="crdi").compute().cluster_counts) > 50  # its default cap is 100
-    assert value(protocol="crdi", cap=50).compute().mean != base.mean
-    assert value(cap=5).compute().mean != base.mean
-    assert value(features=TinyFeatures(seed=1)).compute().mean != base.mean
-    low, high = value(threshold=base.nearest_min).compute(), value(threshold=1e9).compute()
+    assert max(value(protocol="crdi").result().cluster_counts) > 50  # its default cap is 100
+    assert value(protocol="crdi", cap=50).result().mean != base.mean
+    assert value(cap=5).result().mean != base.mean
+    assert value(features=TinyFeatures(seed=1)).result().mean != base.mean
+    low, high = value(threshold=base.nearest_min).result(), value(threshold=1e9).result()
     assert (low.memorised, high.memorised) == (0.0, 1.0)
     assert set(value(batch_size=3).features.batches[1:]) == {3}
     assert isinstance(IntraClusterLPIPS().features, LPIPSFeatures)
@@ -141,7 +141,7 @@ def test_memorisation_sees_copies() -> None:
     shots = images(4, seed=1)
     metric = with_shots(shots, threshold=1e-6)
     metric.update(torch.cat([shots[:2], images(6, seed=2)]))
-    result = metric.compute()
+    result = metric.result()
     assert result.memorised == 0.25
     assert result.nearest_min == 0
     assert result.nearest_mean > 0
@@ -154,6 +154,7 @@ def test_collapsed_cluster_keeps_its_precision() -> None:
     assert mean_pairwise_distance([rows[:4], rows[4:]]) == pytest.approx(sum(exact) / len(exact), rel=1e-5)
     assert mean_pairwise_distance([rows[:1].repeat(3, 1)]) == 0
     assert math.isnan(mean_pairwise_distance([rows[:1]]))
+    assert math.isnan(mean_pairwise_distance([rows[:2], rows[:1] * math.nan]))
 
 
 def test_first_per_cluster() -> None:
@@ -163,7 +164,7 @@ def test_first_per_cluster() -> None:
 
 def test_errors() -> None:
     refused("protocol must be 'cdc' or 'crdi', got 'cdd'", IntraClusterLPIPS, TinyFeatures(), protocol="cdd")
-    refused("cap must be >= 2", IntraClusterLPIPS, TinyFeatures(), cap=1)
+    refused("cap must be a whole number of at least 2, got 1", IntraClusterLPIPS, TinyFeatures(), cap=1)
     metric = IntraClusterLPIPS(TinyFeatures())
     refused("set_shots", metric.update, images(2), error=RuntimeError)
     refused("shots must be", metric.set_shots, images(2)[0])

@@ -107,7 +107,7 @@ def test_metric_classes_use_the_pure_functions_and_their_arguments() -> None:
         for part in x.split(7):
             metric.update(part, real=False)
     expected = [
-        frechet_distance(x, y), kid(x, y), kid(x, y, 2), kid(x, y, 100, 10), kid(x, y, seed=1),
+        frechet_distance(x, y), kid(x, y)[0], kid(x, y, 2)[0], kid(x, y, 100, 10)[0], kid(x, y, seed=1)[0],
         prdc(x, y), prdc(x, y, 2),
     ]  # fmt: skip
     assert [metric.compute() for metric in metrics] == expected
@@ -120,9 +120,9 @@ def test_samples_are_put_in_order_and_counted_once() -> None:
     metric.update(x[5:], real=False, indices=range(5, 10))
     metric.update(x[:6], real=False, indices=range(6))
     metric.update(x[:4], real=True)
-    generated, reference = metric.compute()
-    assert torch.equal(generated, x)
-    assert torch.equal(reference, x[:4])
+    found = metric.compute()
+    assert torch.equal(found["generated"], x)
+    assert torch.equal(found["reference"], x[:4])
 
 
 def test_reset_keeps_the_reference_only_when_asked() -> None:
@@ -141,11 +141,20 @@ def test_errors_name_what_was_seen() -> None:
     refused("got 5 and 1", frechet_distance, x, x[:1])
     refused(r"\(5, 3\) and \(5, 2\)", frechet_distance, x, x[:, :2])
     refused("at least 6 generated", prdc, x, x)
-    refused("neighbours must be at least 1, got 0", prdc, x, x, 0)
-    refused("subset_size >= 2, got 100 and 1", kid, x, x, subset_size=1)
+    refused("neighbours must be a whole number of at least 1, got 0", prdc, x, x, 0)
+    refused("subset_size must be a whole number of at least 2, got 1", kid, x, x, subset_size=1)
     metric = TwoSample()
     metric.update(x, real=True)
     refused(r"D=2, earlier ones D=\{3\}", metric.update, x[:, :2], real=False)
     refused("NaN", metric.update, x * float("nan"), real=False)
     refused("3 indices for 5 images", metric.update, x, real=False, indices=[1, 2, 3])
-    refused(r"must be \[N, D\]", metric.update, x[0], real=False)
+    refused(r"must be floats \[N, D\]", metric.update, x[0], real=False)
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_broken_features_give_no_number(broken: float) -> None:
+    x, wrong = features(9, 3), features(9, 3)
+    wrong[4, 1] = broken
+    for function in (frechet_distance, kid, prdc):
+        refused("generated features hold NaN or infinite", function, wrong, x)
+        refused("reference features hold NaN or infinite", function, x, wrong)

@@ -73,12 +73,19 @@ def cut_off(patch: pytest.MonkeyPatch, folder: Path) -> None:
     patch.setattr(torch.hub, "_hub_dir", None)
 
 
-def close(a: Any, b: Any) -> bool:
+def close(a: Any, b: Any, rel: float = 1e-5, least: float = 1e-9) -> bool:
     """Whether nested values are equal up to rounding; NaN is equal to NaN."""
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(close(a[k], b[k]) for k in a)
+        return a.keys() == b.keys() and all(close(a[k], b[k], rel, least) for k in a)
     if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(close, a, b))
-    if isinstance(a, float) and isinstance(b, float):
-        return (math.isnan(a) and math.isnan(b)) or math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-9)
+        return len(a) == len(b) and all(close(x, y, rel, least) for x, y in zip(a, b, strict=True))
+    if isinstance(a, (float, Tensor)) and isinstance(b, (float, Tensor)):
+        x, y = float(a), float(b)
+        return (math.isnan(x) and math.isnan(y)) or math.isclose(x, y, rel_tol=rel, abs_tol=least)
     return bool(a == b)
+
+
+class Pixels(nn.Flatten):
+    """Pixels as features: nothing is rounded, so values must agree to the last digits of float64."""
+
+    name = "pixels"

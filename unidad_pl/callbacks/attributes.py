@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unidad_pl.callbacks.base import EvaluationCallback, Report, feature_name
-from unidad_pl.metrics.features import evaluating
+from unidad_pl.metrics.features import check_network, evaluating
 from unidad_pl.metrics.gather import RowMetric, distinct_in_order
 
 
@@ -19,7 +19,7 @@ class Hits(RowMetric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_rows("index", 1, torch.long)
+        self.add_rows("index", 1, torch.long, numbers="index")
         self.add_rows("hits", 2, torch.uint8)
 
     def update(self, hits: Tensor, index: Tensor) -> None:
@@ -45,6 +45,7 @@ class AttributeShare(EvaluationCallback):
 
     Raises:
         ValueError: nothing wanted. In ``setup``: a factor or value the classifier does not know.
+        TypeError: ``features`` is no module, or has no ``predict``.
     """
 
     def __init__(self, wanted: Mapping[str, str], features: nn.Module | None = None, **common: Any) -> None:
@@ -55,10 +56,18 @@ class AttributeShare(EvaluationCallback):
             from unidad_pl.cartoons.features import CartoonFeatures
 
             features = CartoonFeatures()
+        check_network(features=features)
+        if not callable(getattr(features, "predict", None)):
+            raise TypeError(
+                f"features must have predict(images) -> {{factor: [N] int64}}, and {type(features).__name__} has none"
+            )
         self.wanted = dict(wanted)
         self.features: nn.Module = features
         self.metric: Hits = Hits()
         self._codes: dict[str, int] = {}
+
+    def produces(self) -> list[str]:
+        return [f"share/{factor}={value}" for factor, value in self.wanted.items()]
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().prepare(trainer, pl_module)
@@ -83,7 +92,4 @@ class AttributeShare(EvaluationCallback):
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> Report:
         shares = self.metric.compute().reshape(-1).tolist()
-        values = {
-            f"share/{factor}={value}": share for (factor, value), share in zip(self.wanted.items(), shares, strict=True)
-        }
-        return Report(values, {"extractor": feature_name(self.features)})
+        return Report(dict(zip(self.produces(), shares, strict=True)), {"extractor": feature_name(self.features)})

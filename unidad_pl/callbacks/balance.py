@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from unidad_pl.checks import check_at_least
+from unidad_pl.checks import check_whole
 
 
 class LossBalance(pl.Callback):
@@ -31,7 +31,7 @@ class LossBalance(pl.Callback):
     """
 
     def __init__(self, every_n_iterations: int = 50) -> None:
-        check_at_least(1, every_n_iterations=every_n_iterations)
+        check_whole(1, every_n_iterations=every_n_iterations)
         self.every_n_iterations = every_n_iterations
         self._due = False
 

@@ -6,7 +6,7 @@ no mode is switched. What they need of the module is in :mod:`unidad_pl.callback
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any, Literal, get_args
@@ -21,6 +21,7 @@ from torchmetrics import Metric
 
 from unidad_pl.callbacks.outputs import METHODS, OutputCallback, Samples
 from unidad_pl.callbacks.records import FILE, append_record, on_rank_zero, run_folder, trained_iterations
+from unidad_pl.checks import check_whole
 from unidad_pl.metrics.gather import RowMetric, distinct_in_order
 
 Stage = Literal["val", "test"]
@@ -78,27 +79,47 @@ class EvaluationCallback(OutputCallback):
         key: entry of the step's outputs that holds the images.
         dataloader_idx: with several val or test dataloaders, the one whose samples are evaluated.
         stages: where to evaluate: ``val``, ``test`` or both.
+        name: put before the names of all values and files, so that two callbacks of one kind can be used together:
+            ``<stage>/<name>_<value>``. Where a kind has a main value (``fid``), it is put in its place.
 
     Attributes:
         features: the extractor of a subclass that has one.
         metric: what a subclass collects in, if it does so in a metric.
+        main: the value that ``name`` replaces, in a subclass that has one.
+        needs_prompts: whether the step must return ``prompts``.
 
     Raises:
-        ValueError: an unknown stage, or none.
+        ValueError: an unknown stage or none, an empty name, or a number out of range. In ``setup``: two callbacks would
+            log under one name, or write one file.
     """
 
     features: nn.Module | None = None
     metric: Metric | None = None
+    main: str = ""
+    needs_prompts: bool = False
 
-    def __init__(self, key: str = "samples", dataloader_idx: int = 0, stages: Sequence[Stage] = STAGES) -> None:
+    def __init__(
+        self,
+        key: str = "samples",
+        dataloader_idx: int = 0,
+        stages: Sequence[Stage] = STAGES,
+        name: str | None = None,
+    ) -> None:
         check_some("stages", stages, Stage)
+        check_whole(0, dataloader_idx=dataloader_idx)
+        if name is not None and (not isinstance(name, str) or not name.strip()):
+            raise ValueError(f"{type(self).__name__} needs a name to log its values under, got name={name!r}")
         super().__init__(key, stages, dataloader_idx)
+        self.name = name
+        self._logged: set[str] = set()
+        self._any_below_zero = False
         self._seeds = SeedRows()
         self._labels: Tensor | None = None
         self._prompts: list[str] | None = None
         self._weights: str | None = None
         self._size: tuple[int, int] | None = None
         self._warned: set[str] = set()
+        self._warned_of_range = False
 
     # -- to be implemented by subclasses -------------------------------------------------------------------------
 
@@ -122,17 +143,53 @@ class EvaluationCallback(OutputCallback):
         """The result over all ranks, the same on each; None: nothing to log or record."""
         raise NotImplementedError
 
+    def produces(self) -> Sequence[str]:
+        """Names of the values that :meth:`finish` will report or files it will write, as far as they are known."""
+        return ()
+
+    def inspect(self, trainer: pl.Trainer, samples: Samples) -> None:
+        """Refuse what a sanity step returned if it cannot be evaluated."""
+
     # -- one evaluation ------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         loop = {"validate": "val", "test": "test"}.get(stage)
         if stage == "fit" or loop in self.stages:  # a fit is often followed by its test: fail before it
+            for other in self._others(trainer):
+                if set(self.stages) & set(other.stages):
+                    self._refuse_twice(other, set(self.named(self.produces())) & set(other.named(other.produces())))
             with isolate_rng():
                 self.prepare(trainer, pl_module)
+
+    def _others(self, trainer: pl.Trainer) -> list[EvaluationCallback]:
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        return [other for other in callbacks if isinstance(other, EvaluationCallback) and other is not self]
+
+    def _refuse_twice(self, other: EvaluationCallback, names: Collection[str]) -> None:
+        if names:
+            raise ValueError(
+                f"{type(other).__name__} and {type(self).__name__} both produce {', '.join(sorted(names))}: values "
+                f"would be averaged, files overwritten. Give one of them another name=, e.g. "
+                f"{type(self).__name__}(name={(self.main or 'other') + '_2'!r})"
+            )
+
+    def named(self, keys: Iterable[str]) -> list[str]:
+        """``keys`` as they are logged: with :attr:`name` in place of :attr:`main`, or before them."""
+        if self.name is None or self.name == self.main:
+            return list(keys)
+        own = self.main
+        return [self.name + key[len(own) :] if own and key.startswith(own) else f"{self.name}_{key}" for key in keys]
+
+    def _inspect(self, trainer: pl.Trainer, samples: Samples) -> None:
+        self._prompts = samples.prompts
+        if self.needs_prompts:
+            self.needed_prompts()
+        self.inspect(trainer, samples)
 
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._seeds.to(pl_module.device).reset()
         self._weights, self._size = None, None
+        self._logged, self._any_below_zero = set(), False
         with isolate_rng():
             self.begin(pl_module)
 
@@ -144,6 +201,7 @@ class EvaluationCallback(OutputCallback):
         self._size, self._labels, self._prompts = size, samples.labels, samples.prompts
         self._weights = self._weights if samples.weights is None else samples.weights
         self._seeds.update(samples.seeds)
+        self._any_below_zero = self._any_below_zero or bool((samples.images < 0).any())
         with torch.no_grad(), isolate_rng():
             self.update(trainer, pl_module, samples.images, samples.seeds)
 
@@ -155,9 +213,16 @@ class EvaluationCallback(OutputCallback):
                 f"{type(self).__name__} saw no samples in the {stage} loop: no batch came from "
                 f"dataloader_idx={self.dataloader_idx}"
             )
-        size = torch.tensor(self._size or (0, 0), device=pl_module.device)
-        height, width = trainer.strategy.all_gather(size).reshape(-1, 2).amax(0).tolist()
+        own = torch.tensor([*(self._size or (0, 0)), int(self._any_below_zero)], device=pl_module.device)
+        height, width, below_zero = trainer.strategy.all_gather(own).reshape(-1, 3).amax(0).tolist()
         self._size = (height, width)  # known on ranks without a sample too
+        alike = [other for other in self._others(trainer) if other.key == self.key and other._warned_of_range]
+        if not below_zero and not alike:
+            self._warned_of_range = True
+            self.warn_once(
+                f"no value of the {len(seeds)} {stage} samples is below 0, but images are floats in [-1, 1]: does "
+                f"{METHODS[stage]} return [0, 1]? Then return 2 * images - 1"
+            )
         if seen > len(seeds):
             self.warn_once(
                 f"{seen - len(seeds)} of {seen} {stage} samples carry a seed that came before; metrics count a seed "
@@ -167,6 +232,10 @@ class EvaluationCallback(OutputCallback):
             report = self.finish(trainer, pl_module, stage)
         if report is None:
             return
+        report.values = dict(zip(self.named(report.values), report.values.values(), strict=True))
+        self._logged = {f"{stage}/{name}" for name in report.values}
+        for other in self._others(trainer):
+            self._refuse_twice(other, self._logged & other._logged)
         for name, value in report.values.items():
             pl_module.log(f"{stage}/{name}", value, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
         self._record(trainer, stage, seeds, report)
@@ -222,10 +291,10 @@ class EvaluationCallback(OutputCallback):
             )
         return self._prompts
 
-    def warn_once(self, message: str) -> None:
-        """Warn on rank 0, the first time this message comes up."""
-        if message not in self._warned:
-            self._warned.add(message)
+    def warn_once(self, message: str, once: str | None = None) -> None:
+        """Warn on rank 0, the first time this message comes up, or one about the same matter ``once``."""
+        if (once or message) not in self._warned:
+            self._warned.add(once or message)
             rank_zero_warn(f"{type(self).__name__}: {message}")
 
 
@@ -235,8 +304,9 @@ def check_some(name: str, values: Sequence[str], literal: Any) -> None:
     Raises:
         ValueError: names the option and what it may hold.
     """
-    if not values or not set(values) <= set(get_args(literal)):
-        raise ValueError(f"{name} must be some of {', '.join(get_args(literal))}, got {list(values)}")
+    listed = not isinstance(values, str) and isinstance(values, Collection)
+    if not listed or not values or not set(values) <= set(get_args(literal)):
+        raise ValueError(f"{name} must be some of {', '.join(get_args(literal))}, got {values!r}")
 
 
 def feature_name(features: nn.Module) -> str:

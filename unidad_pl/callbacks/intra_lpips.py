@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from unidad_pl.callbacks.base import EvaluationCallback, Report, feature_name
 from unidad_pl.callbacks.given_images import GivenImages, Images, model_range
+from unidad_pl.callbacks.outputs import Samples
 from unidad_pl.metrics.features import LPIPSFeatures
 from unidad_pl.metrics.intra_lpips import IntraClusterLPIPS, Protocol
 
@@ -28,9 +29,10 @@ class IntraLPIPS(EvaluationCallback):
         protocol: ``cdc`` or ``crdi``; see :class:`unidad_pl.metrics.IntraClusterLPIPS`.
         cap: how many members of a cluster are compared, at most; default 50 (``cdc``) or 100 (``crdi``).
         threshold: distance to a shot below which a sample counts as memorised.
-        shots: folder or tensor [k, 3, H, W] (uint8, or float in [-1, 1]). Default: ``trainer.datamodule.shots``.
+        shots: folder or tensor [k, 3, H, W] (uint8, or float in [-1, 1]), or a list of images. Default:
+            ``trainer.datamodule.shots``.
         relative: also log ``intra_lpips_relative``: the value over that of the reference images, the share of the
-            target domain's diversity that was kept.
+            target domain's diversity that was kept; left out, with a warning, where that has none.
         reference: images for ``relative``. Default: ``trainer.datamodule.reference``.
         name: what the value is logged as. With another name than ``intra_lpips`` the others are called
             ``<name>_memorised`` and so on, so that several of these callbacks can be used together.
@@ -39,7 +41,10 @@ class IntraLPIPS(EvaluationCallback):
 
     Raises:
         ValueError: an unknown protocol, a number out of range, or an empty name.
+        TypeError: ``features`` is no module.
     """
+
+    main = "intra_lpips"
 
     def __init__(
         self,
@@ -54,41 +59,53 @@ class IntraLPIPS(EvaluationCallback):
         batch_size: int = 8,
         **common: Any,
     ) -> None:
-        super().__init__(**common)
-        if not name:
-            raise ValueError("IntraLPIPS needs a name to log its value under")
+        super().__init__(name=name, **common)
         self.features: nn.Module = LPIPSFeatures("vgg") if features is None else features
         self.metric: IntraClusterLPIPS = IntraClusterLPIPS(self.features, protocol, cap, threshold, batch_size)
         self.shots = GivenImages("IntraLPIPS", "shots", shots)
-        self.relative, self.name = relative, name
+        self.relative = relative
         self.reference = GivenImages("IntraLPIPS(relative=True)", "reference", reference)
+
+        self._ready = False
+        self._reference_value: tuple[float, int] | None = None
+
+    def produces(self) -> list[str]:
+        return ["intra_lpips", "memorised", "empty_clusters", *(["intra_lpips_relative"] if self.relative else [])]
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().prepare(trainer, pl_module)
         self.shots.check(trainer)
         if self.relative:
-            self.reference.check(trainer)
-        self._shots_set = False  # another run may have other images
-        self._reference_value: float | None = None
+            self.reference.check(trainer, least=2)
+            if self.reference.are_shots(trainer):
+                self.warn_once("intra_lpips_relative compares with the shots themselves: there are no other images")
+        self._ready = False  # another run may have other images
+
+    def inspect(self, trainer: pl.Trainer, samples: Samples) -> None:
+        for given in (self.shots, self.reference) if self.relative else (self.shots,):
+            given.check_size(trainer, (samples.images.shape[2], samples.images.shape[3]))
 
     def update(self, trainer: pl.Trainer, pl_module: pl.LightningModule, images: Tensor, seeds: Tensor) -> None:
         self._set_shots(trainer)
         self.metric.update(images, seeds)
 
     def _set_shots(self, trainer: pl.Trainer) -> None:
-        if not self._shots_set:
-            shots = self.shots.load(trainer, self._size)
-            self.metric.set_shots(model_range(shots.to(self.metric.device)))
-            self._shots_set = True
+        if self._ready:
+            return
+        if self.shots.are_new(trainer, self._size):
+            self.metric.set_shots(model_range(self.shots.load(trainer, self._size).to(self.metric.device)))
+            self._reference_value = None
+        if self.relative and self.reference.are_new(trainer, self._size):
+            self._reference_value = None
+        self._ready = True
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> Report:
         self._set_shots(trainer)  # a rank that got no sample takes part in the gathering
-        result = self.metric.compute()
-        prefix = "" if self.name == "intra_lpips" else f"{self.name}_"
+        result = self.metric.result()
         values = {
-            self.name: result.mean,
-            f"{prefix}memorised": result.memorised,
-            f"{prefix}empty_clusters": float(result.empty_clusters),
+            "intra_lpips": result.mean,
+            "memorised": result.memorised,
+            "empty_clusters": float(result.empty_clusters),
         }
         if math.isnan(result.mean):
             self.warn_once(f"{self.name} is NaN: no cluster has two samples; draw more than the number of shots")
@@ -102,10 +119,17 @@ class IntraLPIPS(EvaluationCallback):
         }
         if self.relative:
             if self._reference_value is None:
-                self._reference_value, details["reference"] = self._of_reference(trainer)
-            known = self._reference_value
-            values[f"{self.name}_relative"] = result.mean / known if known else math.nan
-            details["intra_lpips_of_reference"] = known
+                self._reference_value = self._of_reference(trainer)
+            details["intra_lpips_of_reference"], details["reference"] = known, _ = self._reference_value
+            if self.reference.are_shots(trainer):
+                details["reference_is_shots"] = True
+            if known > 0:
+                values["intra_lpips_relative"] = result.mean / known
+            else:
+                self.warn_once(
+                    f"intra_lpips_relative is left out: the reference images have an intra-LPIPS of {known}; give "
+                    f"some that differ, and more than there are shots"
+                )
         return Report(values, details)
 
     def _of_reference(self, trainer: pl.Trainer) -> tuple[float, int]:
@@ -113,6 +137,6 @@ class IntraLPIPS(EvaluationCallback):
         self.metric.reset()
         for images, numbers in self.reference.share(trainer, self._size, self.metric.device, batch_size=64):
             self.metric.update(images, numbers)
-        result = self.metric.compute()
+        result = self.metric.result()
         self.metric.reset()
         return result.mean, sum(result.cluster_sizes)

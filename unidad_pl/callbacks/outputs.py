@@ -1,6 +1,7 @@
 """What a val, test or predict step returns, read in one way by every callback that looks at generated images.
 
-A callback sees a LightningModule through nothing else: a dict with ``samples`` [B, 3, H, W] in [-1, 1], and optionally
+A callback sees a LightningModule through nothing else: a dict with ``samples`` [B, 3, H, W] in [-1, 1] (or uint8, or of
+one channel, or a list: see :func:`~unidad_pl.callbacks.given_images.as_images`), and optionally
 ``seeds`` (B integers, the samples' global numbers), ``prompts`` (B strings), ``labels`` (B class numbers) and
 ``weights`` (``"ema"`` or ``"raw"``). So it works in any Lightning project.
 """
@@ -14,7 +15,8 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor
 
-from unidad_pl.callbacks.given_images import check_range
+from unidad_pl.callbacks.given_images import as_images, model_range
+from unidad_pl.checks import check_whole
 from unidad_pl.metrics.gather import sample_indices
 
 METHODS = {"val": "validation_step", "test": "test_step", "predict": "predict_step"}
@@ -42,15 +44,23 @@ class Samples:
 class OutputCallback(pl.Callback):
     """Base: follows some of Lightning's evaluation loops and reads the images that the module returns in them.
 
-    A subclass implements ``_begin``, ``_collect`` and ``_end``. Sanity checks are passed over.
+    A subclass implements ``_begin``, ``_collect`` and ``_end``. In Lightning's sanity steps outputs are read and
+    checked, so that a step that returns the wrong thing fails before the training, and nothing is collected.
 
     Args:
         key: entry of the step's outputs that holds the images.
         stages: the loops to follow: some of ``val``, ``test`` and ``predict``.
         dataloader_idx: with several dataloaders, the one whose samples are read; None: all of them.
+
+    Raises:
+        ValueError: ``key`` is no name, or ``dataloader_idx`` no whole number of at least 0.
     """
 
     def __init__(self, key: str, stages: Sequence[str], dataloader_idx: int | None = None) -> None:
+        if not key or not isinstance(key, str):
+            raise ValueError(f"key must be the name of an entry of the step's outputs, got {key!r}")
+        if dataloader_idx is not None:
+            check_whole(0, dataloader_idx=dataloader_idx)
         self.key, self.stages, self.dataloader_idx = key, tuple(stages), dataloader_idx
         self._seen = 0  # samples of this rank in this loop
 
@@ -63,6 +73,12 @@ class OutputCallback(pl.Callback):
     def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         raise NotImplementedError
 
+    def _inspect(self, trainer: pl.Trainer, samples: Samples) -> None:
+        """Refuse what a sanity step returned, if it lacks something; it has been read already."""
+
+    def _sanity(self, trainer: pl.Trainer) -> bool:
+        return trainer.sanity_checking and "val" in self.stages
+
     def _stage(self, trainer: pl.Trainer) -> str:
         """The loop that runs, if it is one to follow, or an empty string."""
         running = trainer.state.stage
@@ -70,6 +86,12 @@ class OutputCallback(pl.Callback):
         return stage if stage in self.stages else ""
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        loaders = len(trainer.num_sanity_val_batches) if self._sanity(trainer) else None
+        if loaders is not None and (self.dataloader_idx or 0) >= loaders:
+            raise ValueError(
+                f"{type(self).__name__}: no batch will come from dataloader_idx={self.dataloader_idx}: there are "
+                f"{loaders} val dataloaders"
+            )
         if self._stage(trainer):
             self._seen = 0
             self._begin(trainer, pl_module)
@@ -83,9 +105,13 @@ class OutputCallback(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        stage = self._stage(trainer)
-        if stage and self.dataloader_idx in (None, dataloader_idx):
-            samples = read_outputs(outputs, self.key, f"{type(self).__name__}: {METHODS[stage]}", self._seen)
+        stage = "val" if self._sanity(trainer) else self._stage(trainer)
+        if not stage or self.dataloader_idx not in (None, dataloader_idx):
+            return
+        samples = read_outputs(outputs, self.key, f"{type(self).__name__}: {METHODS[stage]}", self._seen)
+        if trainer.sanity_checking:
+            self._inspect(trainer, samples)
+        else:
             self._seen += len(samples.images)
             self._collect(trainer, pl_module, samples)
 
@@ -104,14 +130,14 @@ def read_outputs(outputs: Any, key: str, where: str, seen: int) -> Samples:
 
     Args:
         outputs: the step's return value.
-        key: entry with the images; one channel is repeated to three.
+        key: entry with the images; see :func:`~unidad_pl.callbacks.given_images.as_images`.
         where: how error messages begin.
         seen: samples this rank returned before; numbers follow from it if there is no entry ``seeds``.
 
     Raises:
         TypeError: not a dict.
         KeyError: no such entry; names the entries there are.
-        ValueError: not images, values outside [-1, 1], or another number of seeds.
+        ValueError: not images, NaN, values outside [-1, 1], or another number of seeds.
     """
     if not isinstance(outputs, Mapping):
         raise TypeError(
@@ -119,14 +145,8 @@ def read_outputs(outputs: Any, key: str, where: str, seen: int) -> Samples:
         )
     if key not in outputs:
         raise KeyError(f"{where} returned no {key!r}, only {', '.join(map(repr, outputs))}: return it, or set key=")
-    images = outputs[key]
-    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
-        got = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"{where}: {key!r} must be a tensor [B, 3, H, W], got {got}")
-    if not images.is_floating_point():
-        raise ValueError(f"{where}: {key!r} must be floats in [-1, 1], got {images.dtype}")
-    check_range(images, f"{where}: {key!r}")
-    images, count = images.detach().float().expand(-1, 3, -1, -1), len(images)
+    images = model_range(as_images(outputs[key], f"{where}: {key!r}"))
+    count = len(images)
     seeds = sample_indices(count, outputs.get("seeds"), seen).to(images.device)
     labels, prompts = outputs.get("labels"), outputs.get("prompts", ())
     if not isinstance(labels, Tensor) or labels.shape != (count,) or labels.is_floating_point():

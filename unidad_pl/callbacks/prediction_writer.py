@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -18,7 +19,7 @@ class PredictionWriter(OutputCallback):
 
         >>> trainer = pl.Trainer(callbacks=[PredictionWriter("pictures")])  # predict writes pictures/000000.png, ...
 
-    Every rank writes its own images. Values are rounded to 8 bits.
+    Every rank writes its own images. Values are rounded to 8 bits. With ``fast_dev_run`` nothing is written.
 
     Args:
         folder: where to write. Default: ``<run folder>/predictions``.
@@ -26,6 +27,7 @@ class PredictionWriter(OutputCallback):
 
     Raises:
         RuntimeError: a file cannot be written.
+        ValueError: in ``setup``, another one writes to the same folder.
     """
 
     def __init__(self, folder: str | None = None, key: str = "samples") -> None:
@@ -34,12 +36,25 @@ class PredictionWriter(OutputCallback):
         self._target = Path()
         self._written: set[int] = set()
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if stage == "predict" and any(
+            isinstance(other, PredictionWriter) and other is not self and other.folder == self.folder
+            for other in callbacks
+        ):
+            raise ValueError(
+                f"two PredictionWriters write to folder={self.folder!r} and would overwrite each other's files: give "
+                f"one of them another folder="
+            )
+
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         own = run_folder(trainer) / "predictions"
         self._target = own if self.folder is None else Path(self.folder).expanduser()
         self._written = set()
 
     def _collect(self, trainer: pl.Trainer, pl_module: pl.LightningModule, samples: Samples) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         for image, seed in zip(as_uint8(samples.images), samples.seeds.tolist(), strict=True):
             path = self._target / f"{seed:06d}.png"
             try:
@@ -51,6 +66,8 @@ class PredictionWriter(OutputCallback):
             self._written.add(seed)
 
     def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         counts = torch.tensor([self._seen, len(self._written)], device=pl_module.device)
         seen, written = trainer.strategy.all_gather(counts).reshape(-1, 2).sum(0).tolist()
         if seen > written:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from unidad_pl.callbacks.base import EvaluationCallback
 from unidad_pl.callbacks.records import run_folder, trained_iterations
-from unidad_pl.callbacks.sample_grid import default_scale, publish
-from unidad_pl.checks import check_at_least
+from unidad_pl.callbacks.sample_grid import check_given, default_scale, publish
+from unidad_pl.checks import check_whole
 from unidad_pl.data.pictures import grid
 from unidad_pl.metrics.similarity import PromptImages
 
@@ -37,22 +37,28 @@ class PromptGrid(EvaluationCallback):
         ValueError: a number below 1.
     """
 
+    needs_prompts = True
+
     def __init__(self, count: int = 4, columns: int = 4, scale: int | None = None, **common: Any) -> None:
         super().__init__(**common)
-        check_at_least(1, count=count, columns=columns, scale=scale)
+        check_whole(1, count=count, columns=columns)
+        check_given(scale=scale)
         self.count, self.columns, self.scale = count, columns, scale
         self.metric: PromptImages = PromptImages()
+
+    def produces(self) -> list[str]:
+        return ["prompts"]
 
     def update(self, trainer: pl.Trainer, pl_module: pl.LightningModule, images: Tensor, seeds: Tensor) -> None:
         self.metric.update(images, self.needed_prompts(), seeds)
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        folder = run_folder(trainer) / "samples" / f"{stage}_step{trained_iterations(trainer):08d}"
-        for number, (prompt, images) in enumerate(self.metric.compute().items()):
+        folder = run_folder(trainer) / "samples" / f"{self.named([stage])[0]}_step{trained_iterations(trainer):08d}"
+        for number, (prompt, images) in enumerate(self.metric.samples().items()):
             shown = images[: self.count]
             rows = grid(shown, None, min(self.columns, len(shown)), self.scale or default_scale(images))
             path = folder / f"{number:02d}_{file_name(prompt)}.png"
-            publish(trainer, with_caption(rows, prompt), path, f"{stage}/prompts/{number:02d}")
+            publish(trainer, with_caption(rows, prompt), path, f"{stage}/{self.named(['prompts'])[0]}/{number:02d}")
 
 
 def file_name(prompt: str, longest: int = 60) -> str:

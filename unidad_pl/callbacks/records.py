@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
 
 FILE = "metrics.jsonl"
 
@@ -25,10 +27,25 @@ def run_folder(trainer: pl.Trainer) -> Path:
 def trained_iterations(trainer: pl.Trainer) -> int:
     """For how many iterations the weights at hand were trained.
 
-    Outside of ``fit`` Lightning leaves ``trainer.global_step`` at 0 whatever checkpoint it loaded; a module that keeps
-    its own count as ``iteration``, as ours do, knows better.
+    Outside of ``fit`` Lightning leaves ``trainer.global_step`` as it is whatever checkpoint it loads. A module that
+    keeps its own count as ``iteration``, as ours do, knows better; else the checkpoint says it.
     """
-    return trainer.global_step or int(getattr(trainer.lightning_module, "iteration", 0))
+    own = getattr(trainer.lightning_module, "iteration", None)
+    if trainer.state.fn == TrainerFn.FITTING or isinstance(own, bool) or not isinstance(own, (int, torch.Tensor)):
+        own = None
+    if own is None and trainer.state.fn != TrainerFn.FITTING and trainer.ckpt_path:
+        own = _step_in(Path(trainer.ckpt_path))
+    return trainer.global_step if own is None else int(own)
+
+
+def _step_in(checkpoint: Path) -> int | None:
+    """``global_step`` of a Lightning checkpoint, a file or a sharded folder, or None if it is no plain data."""
+    path = checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return int(content["global_step"])
+    except Exception:  # noqa: BLE001 (others' files: whatever is wrong with them, the evaluation is worth keeping)
+        return None
 
 
 def _plain(value: Any) -> Any:
@@ -78,9 +95,13 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
 def on_rank_zero(trainer: pl.Trainer, path: Path, write: Callable[[], None]) -> None:
     """Call ``write`` on rank 0; if it fails to write ``path``, every rank raises, so that none is left waiting.
 
+    With ``fast_dev_run`` nothing is written.
+
     Raises:
         RuntimeError: says what could not be written, and why.
     """
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
     failure = None
     if trainer.is_global_zero:
         try:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from unidad_pl.callbacks.base import EvaluationCallback
 from unidad_pl.callbacks.given_images import GivenImages, Images, model_range
+from unidad_pl.callbacks.outputs import Samples
 from unidad_pl.callbacks.records import on_rank_zero, run_folder, trained_iterations
-from unidad_pl.checks import check_at_least
+from unidad_pl.checks import check_whole
 from unidad_pl.data.pictures import as_uint8, grid, write_png
 from unidad_pl.metrics.gather import RowMetric, distinct_in_order
 
@@ -27,7 +28,7 @@ class FirstImages(RowMetric):
     def __init__(self, wanted: int) -> None:
         super().__init__()
         self.wanted = wanted
-        self.add_rows("index", 1, torch.long)
+        self.add_rows("index", 1, torch.long, numbers="index")
         self.add_rows("images", 4, torch.uint8)
         self.add_rows("labels", 1, torch.long)
 
@@ -69,7 +70,8 @@ class SampleGrid(EvaluationCallback):
         shots_on_top: begin with the shots, above a thin line.
         every_n_evaluations: write at the first evaluation and then at every n-th.
         scale: enlargement by whole pixels; default what makes an image 64 pixels wide or more.
-        shots: folder or tensor [k, 3, H, W] (uint8, or float in [-1, 1]). Default: ``trainer.datamodule.shots``.
+        shots: folder or tensor [k, 3, H, W] (uint8, or float in [-1, 1]), or a list of images. Default:
+            ``trainer.datamodule.shots``.
         common: see :class:`~unidad_pl.callbacks.base.EvaluationCallback`.
 
     Raises:
@@ -87,12 +89,20 @@ class SampleGrid(EvaluationCallback):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        check_at_least(1, count=count, columns=columns, every_n_evaluations=every_n_evaluations, scale=scale)
+        check_whole(1, count=count, every_n_evaluations=every_n_evaluations)
+        check_given(columns=columns, scale=scale)
         self.count, self.columns, self.scale = count, columns, scale
         self.shots_on_top, self.every_n_evaluations = shots_on_top, every_n_evaluations
         self.shots = GivenImages("SampleGrid(shots_on_top=True)", "shots", shots)
         self.metric: FirstImages = FirstImages(count)
         self._evaluations: dict[str, int] = {}
+
+    def produces(self) -> list[str]:
+        return ["samples"]
+
+    def inspect(self, trainer: pl.Trainer, samples: Samples) -> None:
+        if self.shots_on_top:
+            self.shots.check_size(trainer, (samples.images.shape[2], samples.images.shape[3]))
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.shots_on_top:
@@ -112,8 +122,17 @@ class SampleGrid(EvaluationCallback):
         size = (samples.shape[2], samples.shape[3])
         shots = model_range(self.shots.load(trainer, size)) if self.shots_on_top else None
         picture = grid(samples, shots, columns, self.scale or default_scale(samples))
-        path = run_folder(trainer) / "samples" / f"{stage}_step{trained_iterations(trainer):08d}.png"
-        publish(trainer, picture, path, f"{stage}/samples")
+        path = run_folder(trainer) / "samples" / f"{self.named([stage])[0]}_step{trained_iterations(trainer):08d}.png"
+        publish(trainer, picture, path, f"{stage}/{self.named(['samples'])[0]}")
+
+
+def check_given(**values: int | None) -> None:
+    """Refuse numbers of pixels or pictures below 1; None is left alone.
+
+    Raises:
+        ValueError: names the first of them.
+    """
+    check_whole(1, **{name: value for name, value in values.items() if value is not None})
 
 
 def default_scale(images: Tensor) -> int:
@@ -128,7 +147,7 @@ def publish(trainer: pl.Trainer, picture: Tensor, path: Path, tag: str) -> None:
         RuntimeError: on every rank, if it cannot be written.
     """
     on_rank_zero(trainer, path, lambda: write_png(picture, path))
-    if trainer.is_global_zero:
+    if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         log_picture(trainer, tag, picture)
 
 

@@ -1,6 +1,7 @@
 """Metrics of generated images, as ``torchmetrics.Metric`` classes and pure functions; usable without Lightning.
 
-They need nothing of this package but each other. Every one gives the same number on one process and on many.
+They need nothing of this package but each other. Every one gives the same number on one process and on many, up to the
+rounding of float64 in its sums, and of float32 in a network whose kernels depend on processor and threads.
 """
 
 from unidad_pl.metrics.encoders import CLIPImages, CLIPTexts, DINOImages

@@ -7,6 +7,7 @@ before training begins, so that missing weights end a run in its first second an
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import warnings
@@ -323,14 +324,61 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
+def check_network(**networks: object) -> None:
+    """Refuse what is no network.
+
+    Raises:
+        TypeError: names the argument and what it got.
+    """
+    for name, network in networks.items():
+        if not isinstance(network, nn.Module):
+            got = f"the class {network.__name__}: call it" if isinstance(network, type) else repr(network)
+            raise TypeError(
+                f"{name} must be a torch.nn.Module that maps [N, 3, H, W] in [-1, 1] to features [N, D], got {got}"
+            )
+
+
+def check_images(images: Tensor, what: str) -> None:
+    """Refuse what are no float images [N, C, H, W] in [-1, 1], give or take some rounding.
+
+    Raises:
+        ValueError: says what they are.
+    """
+    if not isinstance(images, Tensor) or images.ndim != 4:
+        got = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"{what} must be a tensor [N, 3, H, W], got {got}")
+    if not images.is_floating_point():
+        raise ValueError(f"{what} must be floats in [-1, 1], got {images.dtype}")
+    if not images.numel():
+        return
+    low, high = (float(value) for value in images.aminmax())
+    if math.isnan(low) or math.isnan(high):
+        broken = int(images.isnan().flatten(1).any(1).sum())
+        raise ValueError(f"{what} hold NaN in {broken} of {len(images)} images: whatever made them has diverged")
+    if low < -1.01 or high > 1.01:
+        raise ValueError(f"{what} must be floats in [-1, 1], got values from {low:.4g} to {high:.4g}")
+
+
 def extract(features: nn.Module, images: Tensor, batch_size: int) -> Tensor:
     """Features [N, D] float32 of images [N, 3, H, W] in [-1, 1], ``batch_size`` at a time; eval mode, no gradient.
 
-    On a CPU all parts have one size, at most :data:`CPU_ROWS`, and the last one is filled up with copies: kernels that
-    are chosen by the size of a batch would make features depend, in the last bit, on how many ranks share the images.
+    On a CPU all parts have one size, at most :data:`CPU_ROWS`, and the last one is filled up with copies: most kernels
+    are chosen by the size of a batch, and features would depend on how many ranks share the images.
+
+    Raises:
+        ValueError: the network returns anything but finite numbers [N, D].
     """
     rows = min(batch_size, CPU_ROWS) if images.device.type == "cpu" else batch_size
     missing = -len(images) % rows if images.device.type == "cpu" and len(images) else 0
     filled = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)]) if missing else images
     with torch.no_grad(), evaluating(features):
-        return torch.cat([features(part).float() for part in filled.split(rows)])[: len(images)]
+        parts = [(features(part), len(part)) for part in filled.split(rows)]
+    name = getattr(features, "name", type(features).__name__)
+    for found, wanted in parts:
+        if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != wanted:
+            got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(f"{name} must return features [N, D] of {wanted} images, got {got}")
+    every = torch.cat([found.float() for found, _ in parts])[: len(images)]
+    if not bool(torch.isfinite(every).all()):
+        raise ValueError(f"{name} returned NaN or infinite features: the images or the network are broken")
+    return every

@@ -30,7 +30,7 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
         The distance, >= 0. Its bias depends on n and m: compare only values of equal n and m.
 
     Raises:
-        ValueError: fewer than 2 rows, or shapes that do not match.
+        ValueError: fewer than 2 rows, shapes that do not match, or values that are not finite.
     """
     check_pair(x, y, "the Frechet distance")
     x, y = double(x), double(y)
@@ -38,22 +38,23 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
     r_x, r_y = _factor(x - mu_x), _factor(y - mu_y)
     cross = torch.linalg.svdvals(r_x @ r_y.T).sum()
     distance = (mu_x - mu_y).square().sum() + r_x.square().sum() + r_y.square().sum() - 2 * cross
-    return max(0.0, float(distance))
+    return float(distance.clamp_min(0))
 
 
 class Frechet(TwoSample):
-    """:func:`frechet_distance` as a metric: ``update(features, real)``, then ``compute() -> float``.
+    """:func:`frechet_distance` as a metric: ``update(features, real)``, then ``compute()``: a float64 scalar.
 
         >>> metric, reference = Frechet(), torch.randn(50, 4)
         >>> metric.update(reference, real=True)
         >>> metric.update(reference + 0.5, real=False)
-        >>> round(metric.compute(), 4)  # four times 0.5^2: only the means differ
+        >>> round(float(metric.compute()), 4)  # four times 0.5^2: only the means differ
         1.0
 
     Sets of other sizes have another bias: compare only values of equal sizes.
     """
 
     higher_is_better = False
+    least = 2
 
-    def compute(self) -> float:
-        return frechet_distance(*self.pair())
+    def value(self, generated: Tensor, reference: Tensor) -> Tensor:
+        return self.scalar(frechet_distance(generated, reference))

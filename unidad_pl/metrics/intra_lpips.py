@@ -15,29 +15,31 @@ n + k * cap at most, against 2 (n k + pairs) of the pairwise code; any number of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.utilities.distributed import gather_all_tensors
 
-from unidad_pl.metrics.features import LPIPSFeatures, extract
-from unidad_pl.metrics.gather import RowMetric, cat_rows, distinct_in_order, double, sample_indices
+from unidad_pl.checks import check_at_least, check_whole
+from unidad_pl.metrics.features import LPIPSFeatures, check_images, check_network, extract
+from unidad_pl.metrics.gather import RowMetric, distinct_in_order, double
 
 Protocol = Literal["cdc", "crdi"]
 CAPS: dict[Protocol, int] = {"cdc": 50, "crdi": 100}
+KEPT = ("kept_index", "kept_cluster", "kept")
 
 
 @dataclass
 class IntraClusterResult:
-    """What :class:`IntraClusterLPIPS` computes. Distances are those of the protocol (LPIPS, no unit).
+    """What :meth:`IntraClusterLPIPS.result` finds. Distances are those of the protocol (LPIPS, no unit).
 
         >>> metric = IntraClusterLPIPS(nn.Flatten(), threshold=0.01)  # pixels as features
         >>> metric.set_shots(torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)]))
         >>> metric.update(torch.stack([torch.zeros(3, 4, 4), torch.full((3, 4, 4), 0.1), torch.full((3, 4, 4), 0.9)]))
-        >>> found = metric.compute()
+        >>> found = metric.result()
         >>> found.cluster_sizes, round(found.memorised, 2)  # the first sample is a shot
         ([2, 1], 0.33)
 
@@ -90,7 +92,8 @@ def mean_pairwise_distance(features: Iterable[Tensor]) -> float:
             count += 1
     if count < 2:
         return float("nan")
-    return max(0.0, float(2 / (count - 1) * (second - first.square().sum() / count)))
+    # Not max(0.0, ...), which makes 0 of NaN.
+    return float((2 / (count - 1) * (second - first.square().sum() / count)).clamp_min(0))
 
 
 def first_per_cluster(cluster: Tensor, index: Tensor, cap: int) -> Tensor:
@@ -109,13 +112,13 @@ def first_per_cluster(cluster: Tensor, index: Tensor, cap: int) -> Tensor:
 
 
 class IntraClusterLPIPS(RowMetric):
-    """``set_shots(images)``, then ``update(images, indices)``, then ``compute() -> IntraClusterResult``.
+    """``set_shots(images)``, then ``update(images, indices)``, then ``compute()``: a float64 scalar.
 
         >>> metric = IntraClusterLPIPS(LPIPSFeatures("squeeze", pnet_rand=True))  # without pnet_rand: the real weights
         >>> metric.set_shots(torch.rand(2, 3, 32, 32))
         >>> metric.update(torch.rand(6, 3, 32, 32))
-        >>> metric.compute().mean > 0
-        True
+        >>> bool(metric.compute() > 0), metric.result().mean == metric.compute()
+        (True, tensor(True))
 
     Args:
         features: extractor phi; default ``LPIPSFeatures("vgg")``. Any feature module gives the same statistic of its
@@ -131,9 +134,9 @@ class IntraClusterLPIPS(RowMetric):
 
     Raises:
         ValueError: an unknown protocol, or a number out of range.
+        TypeError: ``features`` is no module.
     """
 
-    is_differentiable = False
     higher_is_better = True
     shot_features: Tensor
 
@@ -150,22 +153,32 @@ class IntraClusterLPIPS(RowMetric):
         if protocol not in CAPS:
             raise ValueError(f"protocol must be {' or '.join(map(repr, CAPS))}, got {protocol!r}")
         self.cap = CAPS[protocol] if cap is None else cap
-        if self.cap < 2 or batch_size < 1 or threshold < 0:
-            raise ValueError(
-                f"cap must be >= 2, batch_size >= 1, threshold >= 0, got {self.cap}, {batch_size}, {threshold}"
-            )
+        check_whole(2, cap=self.cap)
+        check_whole(1, batch_size=batch_size)
+        check_at_least(0, threshold=math.nan if threshold is None else threshold)
         self.features = LPIPSFeatures("vgg") if features is None else features
+        check_network(features=self.features)
         self.protocol, self.threshold, self.batch_size = protocol, threshold, batch_size
-        self.add_rows("index", 1, torch.long)
-        self.add_rows("distances", 2, torch.float32)
+        self.add_rows("index", 1, torch.long, numbers="index")
+        self.add_rows("distances", 2, torch.float64, on_cpu=True)
+        # What this rank keeps of possible members, one row an entry: numbers, clusters, features or images.
+        self.add_rows("kept_index", 1, torch.long, numbers="index", on_cpu=True)
+        self.add_rows("kept_cluster", 1, torch.long, on_cpu=True)
+        self.add_rows("kept", 2, torch.float32, on_cpu=True)
+        # A MetricCollection lets metrics share states that are equal at first; with another cap they will not stay so.
+        self.add_state("most", torch.tensor(self.cap), dist_reduce_fx="max")
         self.register_buffer("shot_features", torch.zeros(0, 0), persistent=False)
         self._image_shape: tuple[int, ...] | None = None
-        self._kept: dict[int, tuple[Tensor, int]] = {}  # number of a possible member -> its row and cluster
 
     def set_shots(self, images: Tensor) -> None:
-        """The training images, [k, 3, H, W] float in [-1, 1], of the same size as the samples will be."""
-        if images.ndim != 4 or len(images) < 1:
-            raise ValueError(f"shots must be [k, 3, H, W] with k >= 1, got shape {tuple(images.shape)}")
+        """The training images, [k, 3, H, W] float in [-1, 1], of the same size as the samples will be.
+
+        Raises:
+            ValueError: no such images, or none.
+        """
+        check_images(images, "shots")
+        if not len(images):
+            raise ValueError("shots must be [k, 3, H, W] with k >= 1, got none")
         self.reset()
         self._image_shape = tuple(images.shape[1:])
         self.shot_features = extract(self.features, images.to(self.device), self.batch_size)
@@ -180,85 +193,88 @@ class IntraClusterLPIPS(RowMetric):
         Args:
             images: [N, 3, H, W] float in [-1, 1].
             indices: their global numbers, which decide who is among the first of a cluster; a number seen before is
-                the same sample and counts once. Default: in the order they come, dealt to ranks in turn.
+                the same sample and counts once. Default: in the order they come, dealt to ranks in turn. Give them
+                always or never.
 
         Raises:
             RuntimeError: no shots yet.
-            ValueError: images of another size than the shots.
+            ValueError: images of another size than the shots, with NaN or outside [-1, 1], or indices that do not fit.
         """
         if self._image_shape is None:
             raise RuntimeError("IntraClusterLPIPS has no shots: call set_shots(images) before update")
+        check_images(images, "samples")
         if tuple(images.shape[1:]) != self._image_shape:
             raise ValueError(
                 f"samples are {tuple(images.shape[1:])} but shots are {self._image_shape}: resize the shots"
             )
-        numbers = sample_indices(len(images), indices, start=self.count("index")).to(self.device)
+        numbers = self.number("index", len(images), indices).to(self.device)
         if not len(images):
             return
         if self.protocol == "crdi":
             images = (images + 1) / 2
         for part, number in zip(images.split(self.batch_size), numbers.split(self.batch_size), strict=True):
             phi = extract(self.features, part.to(self.device), self.batch_size)
-            distances = torch.stack([(phi - shot).square().sum(1) for shot in self.shot_features], 1)
+            # Each row alone and in float64: the sum of a float32 row can depend on how many rows there are.
+            kind = self.scalar(0).dtype
+            distances = torch.stack([(phi - shot).square().sum(1, dtype=kind) for shot in self.shot_features], 1)
             self.append("index", number)
             self.append("distances", distances)
             self._keep(phi if self._keeps_features else part, number, distances.argmin(1))
 
     def _keep(self, rows: Tensor, index: Tensor, cluster: Tensor) -> None:
         """Keep what new samples need as members; drop samples that have ``cap`` of this rank's before them."""
-        for number, row, own in zip(index.tolist(), rows.detach().float().cpu(), cluster.tolist(), strict=True):
-            self._kept.setdefault(number, (row.clone(), own))  # a view would keep the whole batch
-        numbers = torch.tensor(list(self._kept))
-        clusters = torch.tensor([own for _, own in self._kept.values()])
-        chosen = numbers[first_per_cluster(clusters, numbers, self.cap)]
-        self._kept = {number: self._kept[number] for number in chosen.tolist()}
+        new = (index.cpu(), cluster.cpu(), rows.detach().float().flatten(1).cpu())
+        for name, values in zip(KEPT, new, strict=True):
+            getattr(self, name).extend(value.clone() for value in values.split(1))  # a view would keep the whole batch
+        numbers = self.rows("kept_index")
+        distinct = distinct_in_order(numbers)
+        first = first_per_cluster(self.rows("kept_cluster")[distinct], numbers[distinct], self.cap)
+        self._keep_only(distinct[first].tolist())
 
-    def forward(self, *args: Any, **kwargs: Any) -> None:
-        """Only ``update``: the value of a single batch has no meaning."""
-        self.update(*args, **kwargs)
+    def _keep_only(self, positions: Sequence[int]) -> None:
+        for name in KEPT:
+            single = [row for part in getattr(self, name) for row in part.split(1)]
+            setattr(self, name, [single[position] for position in positions])
 
-    def reset(self) -> None:
-        """Forget the samples; the shots stay."""
-        super().reset()
-        self._kept = {}
+    def _before_gathering(self, name: str) -> None:
+        if name == "kept_index" and self.count("index"):
+            index, _, members = self._members()
+            wanted = set(index[members].tolist())
+            own = self.rows("kept_index").tolist()
+            self._keep_only([position for position, number in enumerate(own) if number in wanted])
 
-    def _members(self, wanted: Tensor) -> dict[int, Tensor]:
-        """What was kept of the samples numbered ``wanted``, from all ranks: number -> row."""
-        own = sorted(set(wanted.tolist()) & set(self._kept))
-        shape = self.shot_features.shape[1:] if self._keeps_features else torch.Size(self._image_shape or ())
-        rows = torch.stack([self._kept[number][0] for number in own]) if own else torch.zeros(0, *shape)
-        index = torch.tensor(own, dtype=torch.long)
-        if self._is_synced:
-            rows = cat_rows(gather_all_tensors(rows.to(self.device), self.process_group)).cpu()
-            index = cat_rows(gather_all_tensors(index.to(self.device), self.process_group)).cpu()
-        return dict(zip(index.tolist(), rows, strict=True))
+    def _members(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Numbers [n] of the samples, their clusters [n], and which of them are compared: positions."""
+        index, distances = self.rows("index").cpu(), self.rows("distances").cpu()
+        distinct = distinct_in_order(index)
+        index, assigned = index[distinct], distances[distinct].argmin(1)
+        return index, assigned, first_per_cluster(assigned, index, self.cap)
 
     def _features_of(self, rows: Sequence[Tensor]) -> Iterable[Tensor]:
         for start in range(0, len(rows), self.batch_size):
             part = torch.stack(list(rows[start : start + self.batch_size])).to(self.device)
-            yield part if self._keeps_features else extract(self.features, part, self.batch_size)
+            if not self._keeps_features:
+                part = extract(self.features, part.unflatten(1, self._image_shape or ()), self.batch_size)
+            yield part
 
-    def compute(self) -> IntraClusterResult:
-        """The statistics of all samples of all ranks.
+    def result(self) -> IntraClusterResult:
+        """The statistics of all samples of all ranks, one by one.
 
         Raises:
             ValueError: no samples.
         """
-        index, distances = self.rows("index").cpu(), self.rows("distances").cpu()
-        if not len(index):
-            raise ValueError("IntraClusterLPIPS has no samples: call update before compute")
-        distinct = distinct_in_order(index)
-        index, distances = index[distinct], distances[distinct]
+        with self.everyones():
+            if not self.count("index"):
+                raise ValueError("IntraClusterLPIPS has no samples: call update before compute")
+            index, assigned, members = self._members()
+            distances = self.rows("distances").cpu()[distinct_in_order(self.rows("index").cpu())]
+            kept = dict(zip(self.rows("kept_index").tolist(), self.rows("kept"), strict=True))
         clusters = distances.shape[1]
-        assigned = distances.argmin(1)
-        members = first_per_cluster(assigned, index, self.cap)
-        kept = self._members(index[members])
         means, counts = [], []
         for cluster in range(clusters):
             numbers = index[members[assigned[members] == cluster]].tolist()
             means.append(mean_pairwise_distance(self._features_of([kept[number] for number in numbers])))
             counts.append(len(numbers))
-        sizes = torch.bincount(assigned, minlength=clusters).tolist()
         pairs = [mean for mean, count in zip(means, counts, strict=True) if count >= 2]
         with_zeros = sum(pairs) / clusters
         without = sum(pairs) / len(pairs) if pairs else float("nan")
@@ -267,11 +283,19 @@ class IntraClusterLPIPS(RowMetric):
             mean=without if self.protocol == "cdc" else with_zeros,
             mean_with_empty_as_zero=with_zeros,
             cluster_means=means,
-            cluster_sizes=sizes,
+            cluster_sizes=torch.bincount(assigned, minlength=clusters).tolist(),
             cluster_counts=counts,
             empty_clusters=counts.count(0),
             single_clusters=counts.count(1),
-            nearest_mean=float(nearest.double().mean()),
+            nearest_mean=float(nearest.mean()),
             nearest_min=float(nearest.min()),
             memorised=float((nearest < self.threshold).double().mean()),
         )
+
+    def compute(self) -> Tensor:
+        """The protocol's number, of all samples of all ranks; NaN if no cluster has two samples (``cdc``).
+
+        Raises:
+            ValueError: no samples.
+        """
+        return self.scalar(self.result().mean)

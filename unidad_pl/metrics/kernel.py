@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unidad_pl.checks import check_whole
 from unidad_pl.metrics.gather import double
 from unidad_pl.metrics.two_sample import TwoSample, check_pair
 
@@ -43,8 +44,7 @@ def kid(x: Tensor, y: Tensor, subsets: int = 100, subset_size: int = 1000, seed:
         ValueError: fewer than 2 rows, shapes that do not match, or ``subsets`` or ``subset_size`` out of range.
     """
     check_pair(x, y, "KID")
-    if subsets < 1 or subset_size < 2:
-        raise ValueError(f"KID needs subsets >= 1 and subset_size >= 2, got {subsets} and {subset_size}")
+    _check(subsets, subset_size, seed)
     x, y = double(x), double(y)
     size = min(subset_size, len(x), len(y))
     if size == len(x) == len(y):  # every subset is the whole set
@@ -65,14 +65,19 @@ def kid(x: Tensor, y: Tensor, subsets: int = 100, subset_size: int = 1000, seed:
     return float(np.mean(values)), float(np.std(values))
 
 
+def _check(subsets: int, subset_size: int, seed: int) -> None:
+    check_whole(1, subsets=subsets)
+    check_whole(2, subset_size=subset_size)
+    check_whole(0, 2**32 - 1, seed=seed)
+
+
 class KID(TwoSample):
-    """:func:`kid` as a metric: ``update(features, real, indices)``, then ``compute() -> (mean, std)``.
+    """The mean of :func:`kid` as a metric: ``update(features, real, indices)``, then ``compute()``: a float64 scalar.
 
         >>> metric = KID(subset_size=20)
         >>> metric.update(torch.randn(50, 4), real=True)
         >>> metric.update(torch.randn(40, 4) + 5, real=False)
-        >>> mean, std = metric.compute()
-        >>> mean > std > 0
+        >>> bool(metric.compute() > 0)
         True
 
     Args:
@@ -80,13 +85,18 @@ class KID(TwoSample):
         subset_size: see :func:`kid`.
         seed: see :func:`kid`.
         kwargs: for :class:`~unidad_pl.metrics.two_sample.TwoSample`.
+
+    Raises:
+        ValueError: a number out of range.
     """
 
     higher_is_better = False
+    least = 2
 
     def __init__(self, subsets: int = 100, subset_size: int = 1000, seed: int = 2020, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        _check(subsets, subset_size, seed)
         self.subsets, self.subset_size, self.seed = subsets, subset_size, seed
 
-    def compute(self) -> tuple[float, float]:
-        return kid(*self.pair(), self.subsets, self.subset_size, self.seed)
+    def value(self, generated: Tensor, reference: Tensor) -> Tensor:
+        return self.scalar(kid(generated, reference, self.subsets, self.subset_size, self.seed)[0])

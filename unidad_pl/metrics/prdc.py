@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from unidad_pl.checks import check_whole
 from unidad_pl.metrics.gather import double
 from unidad_pl.metrics.two_sample import TwoSample, check_pair
 
+NAMES = ("precision", "recall", "density", "coverage")
 CHUNK = 2048  # rows of a distance matrix at a time: 0.8 GB in float64 for 50 000 images
 
 
@@ -29,8 +32,7 @@ def prdc(x: Tensor, y: Tensor, neighbours: int = 5) -> dict[str, float]:
     Raises:
         ValueError: shapes that do not match, or no more than ``neighbours`` images in one of the sets.
     """
-    if neighbours < 1:
-        raise ValueError(f"neighbours must be at least 1, got {neighbours}")
+    check_whole(1, neighbours=neighbours)
     check_pair(x, y, f"PRDC with {neighbours} neighbours", least=neighbours + 1)
     x, y = double(x), double(y)
     radii_x, radii_y = _radii(x, neighbours), _radii(y, neighbours)
@@ -51,25 +53,32 @@ def prdc(x: Tensor, y: Tensor, neighbours: int = 5) -> dict[str, float]:
 
 
 class PRDC(TwoSample):
-    """:func:`prdc` as a metric: ``update(features, real)``, then ``compute() -> dict[str, float]``.
+    """:func:`prdc` as a metric: ``update(features, real)``, then ``compute()``: a dict of float64 scalars.
 
         >>> metric, reference = PRDC(neighbours=3), torch.randn(50, 4)
         >>> metric.update(reference, real=True)
         >>> metric.update(reference[:10], real=False)
         >>> found = metric.compute()
-        >>> found["precision"], found["coverage"] < 1  # all of it real, not all of the real
+        >>> float(found["precision"]), bool(found["coverage"] < 1)  # all of it real, not all of the real
         (1.0, True)
 
     Args:
         neighbours: see :func:`prdc`.
         kwargs: for :class:`~unidad_pl.metrics.two_sample.TwoSample`.
+
+    Raises:
+        ValueError: ``neighbours`` below 1.
     """
 
     higher_is_better = True
 
     def __init__(self, neighbours: int = 5, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.neighbours = neighbours
+        check_whole(1, neighbours=neighbours)
+        self.neighbours, self.least = neighbours, neighbours + 1
 
-    def compute(self) -> dict[str, float]:
-        return prdc(*self.pair(), self.neighbours)
+    def value(self, generated: Tensor, reference: Tensor) -> dict[str, Tensor]:
+        return {name: self.scalar(value) for name, value in prdc(generated, reference, self.neighbours).items()}
+
+    def undefined(self) -> dict[str, Tensor]:
+        return dict.fromkeys(NAMES, self.scalar(math.nan))

@@ -6,25 +6,25 @@ the same on any number of ranks.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unidad_pl.metrics.features import extract
+from unidad_pl.checks import check_whole
+from unidad_pl.metrics.features import check_images, check_network, extract
 from unidad_pl.metrics.gather import RowMetric, distinct_in_order, double
 
 
 def mean_cosine(embeddings: Tensor, others: Tensor) -> Tensor:
-    """The mean cosine [N] of each of ``embeddings`` [N, D] with all of ``others`` [M, D]."""
-    # Not a matrix product, whose last bit depends on the number of rows, and so on the number of ranks.
-    return (double(F.normalize(embeddings, dim=1)) * double(F.normalize(others, dim=1)).mean(0)).sum(1)
+    """The mean cosine [N] of each of ``embeddings`` [N, D] with all of ``others`` [M, D], in float64."""
+    # Each row alone, and no matrix product: its last bits depend on the number of rows, and so on the number of ranks.
+    directions = F.normalize(double(others), dim=1).to(embeddings.device)
+    return (F.normalize(double(embeddings), dim=1).to(directions) * directions.mean(0)).sum(1)
 
 
 def without_token(prompt: str, token: str | None) -> str:
@@ -34,56 +34,64 @@ def without_token(prompt: str, token: str | None) -> str:
     return " ".join(re.sub(rf"(?<!\w){re.escape(token.strip())}(?!\w)", " ", prompt).split())
 
 
-def prompt_key(prompt: str) -> int:
-    """A number that stands for a prompt in tensors, the same in every process."""
-    return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big", signed=True)
-
-
 class PromptMetric(RowMetric):
     """A :class:`~unidad_pl.metrics.gather.RowMetric` whose rows belong to numbered samples with prompts."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_rows("index", 1, torch.long)
-        self.add_rows("keys", 1, torch.long)
-        self._texts: dict[int, str] = {}
+        self.add_rows("index", 1, torch.long, numbers="index")
+        self.add_rows("lengths", 1, torch.long)
+        self.add_rows("letters", 1, torch.uint8)  # all prompts one after the other, in UTF-8
 
-    def add_samples(self, index: Tensor, prompts: Sequence[str]) -> None:
-        """Samples numbered ``index`` [B] of ``prompts``.
+    def add_samples(
+        self, state: str, rows: Tensor, prompts: Sequence[str], indices: Tensor | Sequence[int] | None
+    ) -> None:
+        """Samples with their ``prompts`` and numbers, and what ``state`` keeps of them: ``rows`` [B, ...].
 
         Raises:
-            ValueError: another number of prompts.
+            ValueError: another number of prompts or of indices, or indices in one update and none in another.
         """
-        if len(prompts) != len(index):
-            raise ValueError(f"{len(prompts)} prompts for {len(index)} images: give one per image")
-        self._texts |= {prompt_key(prompt): prompt for prompt in prompts}
-        self.append("index", index)
-        self.append("keys", torch.tensor([prompt_key(prompt) for prompt in prompts], dtype=torch.long))
+        numbers = self.number("index", len(prompts), indices)
+        texts = [prompt.encode() for prompt in prompts]
+        self.append(state, rows)
+        self.append("index", numbers)
+        self.append("lengths", torch.tensor([len(text) for text in texts], dtype=torch.long))
+        self.append("letters", torch.tensor(list(b"".join(texts)), dtype=torch.uint8))
 
     def by_prompt(self) -> dict[str, Tensor]:
         """Prompt -> positions of its samples among the rows, every sample number once; for use in ``compute``.
 
         Samples are in the order of their numbers, prompts in the order of their first samples.
+
+        Raises:
+            ValueError: no samples.
         """
-        texts = dict(self._texts)
-        if self._is_synced and dist.is_initialized():
-            everyone: list[Any] = [None] * dist.get_world_size(self.process_group)
-            dist.all_gather_object(everyone, self._texts, group=self.process_group)
-            texts = {key: text for own in everyone for key, text in own.items()}
-        keys = self.rows("keys")
+        lengths = self.rows("lengths")
+        if not len(lengths):
+            raise ValueError(f"{type(self).__name__} has no samples: call update before compute")
+        letters, ends = bytes(self.rows("letters").tolist()), lengths.cumsum(0).tolist()
         groups: dict[str, list[int]] = {}
         for position in distinct_in_order(self.rows("index")).tolist():
-            groups.setdefault(texts[int(keys[position])], []).append(position)
-        return {text: torch.tensor(positions, device=keys.device) for text, positions in groups.items()}
+            text = letters[ends[position - 1] if position else 0 : ends[position]].decode()
+            groups.setdefault(text, []).append(position)
+        return {text: torch.tensor(positions) for text, positions in groups.items()}
 
-    def reset(self) -> None:
-        super().reset()
-        self._texts = {}
+
+def check_prompts(prompts: Sequence[str], images: Tensor) -> None:
+    """Refuse what is not one prompt per image.
+
+    Raises:
+        ValueError: says how many they are.
+    """
+    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"prompts must be a list of strings, got {prompts!r}")
+    if len(prompts) != len(images):
+        raise ValueError(f"{len(prompts)} prompts for {len(images)} images: give one per image")
 
 
 @dataclass
 class Scores:
-    """What :class:`SubjectCosines` computes.
+    """What :class:`SubjectCosines` and :class:`PromptLPIPS` find.
 
     Attributes:
         means: score -> mean over all samples.
@@ -95,13 +103,15 @@ class Scores:
 
 
 class SubjectCosines(PromptMetric):
-    """``set_photos(photos)``, then ``update(images, prompts, indices)``, then ``compute() -> Scores``.
+    """``set_photos(photos)``, then ``update(images, prompts, indices)``, then ``compute()``: score -> float64 scalar.
 
         >>> metric = SubjectCosines({"pixels": nn.Flatten()})
         >>> metric.set_photos(torch.ones(2, 3, 4, 4))
-        >>> metric.update(torch.full((1, 3, 4, 4), 0.5), ["a dog"], torch.arange(1))
-        >>> round(metric.compute().means["pixels"], 4)  # brightness does not count
+        >>> metric.update(torch.full((1, 3, 4, 4), 0.5), ["a dog"])
+        >>> round(float(metric.compute()["pixels"]), 4)  # brightness does not count
         1.0
+        >>> list(metric.result().by_prompt)
+        ['a dog']
 
     Args:
         image_encoders: score -> encoder of pictures [N, 3, H, W] in [-1, 1]; the score is the mean cosine with the
@@ -113,10 +123,10 @@ class SubjectCosines(PromptMetric):
         kwargs: for ``torchmetrics.Metric``.
 
     Raises:
-        ValueError: no encoder, or ``text_side`` names none.
+        ValueError: no encoder, ``text_side`` names none, or a number out of range.
+        TypeError: an encoder that is no module.
     """
 
-    is_differentiable = False
     higher_is_better = True
 
     def __init__(
@@ -133,10 +143,13 @@ class SubjectCosines(PromptMetric):
             raise ValueError(
                 f"text_side must name one of the image encoders, got {text_side!r} and {list(image_encoders)}"
             )
+        check_whole(1, batch_size=batch_size)
+        check_network(**image_encoders)
+        check_network(text_encoder=nn.Identity() if text_encoder is None else text_encoder)
         self.encoders = nn.ModuleDict(dict(image_encoders))
         self.text_encoder, self.text_side, self.token, self.batch_size = text_encoder, text_side, token, batch_size
         self.names = [*image_encoders, *(["clip_t"] if text_encoder is not None else [])]
-        self.add_rows("scores", 2, torch.float64)
+        self.add_rows("scores", 2, torch.float64, on_cpu=True)
         self._photos: dict[str, Tensor] = {}
         self._embedded: dict[str, Tensor] = {}
 
@@ -146,24 +159,34 @@ class SubjectCosines(PromptMetric):
         return named if self.text_encoder is None else named | {"clip_t": self.text_encoder}
 
     def set_photos(self, photos: Tensor) -> None:
-        """The subject's photos [k, 3, H, W] in [-1, 1]; ``reset`` keeps them."""
-        self._photos = {name: extract(encoder, photos, self.batch_size) for name, encoder in self.encoders.items()}
-
-    def update(self, images: Tensor, prompts: Sequence[str], indices: Tensor) -> None:
-        """Samples [B, 3, H, W] in [-1, 1], their prompts and their numbers [B].
+        """The subject's photos [k, 3, H, W] in [-1, 1]; ``reset`` keeps them.
 
         Raises:
-            ValueError: another number of prompts, or no photos yet.
+            ValueError: no such images, or none.
+        """
+        check_images(photos, "photos")
+        if not len(photos):
+            raise ValueError("photos must be [k, 3, H, W] with k >= 1, got none")
+        self._photos = {name: extract(encoder, photos, self.batch_size) for name, encoder in self.encoders.items()}
+
+    def update(self, images: Tensor, prompts: Sequence[str], indices: Tensor | Sequence[int] | None = None) -> None:
+        """Samples [B, 3, H, W] in [-1, 1], their prompts and their numbers [B]; see :meth:`TwoSample.update`.
+
+        Raises:
+            ValueError: no photos yet, images with NaN or outside [-1, 1], another number of prompts or of indices.
         """
         if not self._photos:
             raise ValueError("SubjectCosines has no photos: call set_photos before update")
-        self.add_samples(indices, prompts)
+        check_images(images, "samples")
+        check_prompts(prompts, images)
+        if not len(images):
+            return
         found = {name: extract(encoder, images, self.batch_size) for name, encoder in self.encoders.items()}
         columns = [mean_cosine(rows, self._photos[name]) for name, rows in found.items()]
         if self.text_encoder is not None:
-            own = F.normalize(found[self.text_side], dim=1)
-            columns.append((double(own) * double(self._texts_of(prompts).to(own.device))).sum(1))
-        self.append("scores", torch.stack(columns, 1))
+            texts = double(self._texts_of(prompts))
+            columns.append((F.normalize(double(found[self.text_side]), dim=1).to(texts.device) * texts).sum(1))
+        self.add_samples("scores", torch.stack([column.cpu() for column in columns], 1), prompts, indices)
 
     def _texts_of(self, prompts: Sequence[str]) -> Tensor:
         assert self.text_encoder is not None
@@ -174,15 +197,14 @@ class SubjectCosines(PromptMetric):
                     self._embedded[text] = F.normalize(self.text_encoder([text]).float(), dim=1)[0]
         return torch.stack([self._embedded[text] for text in texts])
 
-    def compute(self) -> Scores:
-        """The means over all samples of all ranks.
+    def result(self) -> Scores:
+        """The means over all samples of all ranks, and by prompt.
 
         Raises:
             ValueError: no samples.
         """
-        groups, scores = self.by_prompt(), self.rows("scores")
-        if not groups:
-            raise ValueError("SubjectCosines has no samples: call update before compute")
+        with self.everyones():
+            groups, scores = self.by_prompt(), self.rows("scores")
         every = scores[torch.cat(list(groups.values()))].mean(0)
         return Scores(
             means=dict(zip(self.names, every.tolist(), strict=True)),
@@ -190,6 +212,14 @@ class SubjectCosines(PromptMetric):
                 text: dict(zip(self.names, scores[rows].mean(0).tolist(), strict=True)) for text, rows in groups.items()
             },
         )
+
+    def compute(self) -> dict[str, Tensor]:
+        """Score -> mean over all samples of all ranks.
+
+        Raises:
+            ValueError: no samples.
+        """
+        return {name: self.scalar(value) for name, value in self.result().means.items()}
 
 
 class PromptImages(PromptMetric):
@@ -199,28 +229,38 @@ class PromptImages(PromptMetric):
         super().__init__(**kwargs)
         self.add_rows("images", 4, torch.uint8)
 
-    def update(self, images: Tensor, prompts: Sequence[str], indices: Tensor) -> None:
-        """Samples [B, 3, H, W] in [-1, 1], their prompts and their numbers [B].
+    def update(self, images: Tensor, prompts: Sequence[str], indices: Tensor | Sequence[int] | None = None) -> None:
+        """Samples [B, 3, H, W] in [-1, 1], their prompts and their numbers [B]; see :meth:`TwoSample.update`.
 
         Raises:
-            ValueError: another number of prompts.
+            ValueError: images with NaN or outside [-1, 1], another number of prompts or of indices.
         """
-        self.add_samples(indices, prompts)
-        self.append("images", ((images.float().clamp(-1, 1) + 1) * 127.5).round())
+        check_images(images, "samples")
+        check_prompts(prompts, images)
+        if len(images):
+            self.add_samples("images", ((images.float().clamp(-1, 1) + 1) * 127.5).round(), prompts, indices)
 
-    def compute(self) -> Any:
-        """The samples of all ranks."""
-        images = self.rows("images")
-        return {text: images[rows] for text, rows in self.by_prompt().items()}
+    def samples(self) -> dict[str, Tensor]:
+        """Prompt -> the samples of all ranks.
+
+        Raises:
+            ValueError: no samples.
+        """
+        with self.everyones():
+            images = self.rows("images")
+            return {text: images[rows] for text, rows in self.by_prompt().items()}
+
+    def compute(self) -> dict[str, Tensor]:
+        return self.samples()
 
 
 class PromptLPIPS(PromptImages):
-    """``update(images, prompts, indices)``, then ``compute() -> Scores``: LPIPS between samples.
+    """``update(images, prompts, indices)``, then ``compute()``: LPIPS between samples, as a dict of float64 scalars.
 
         >>> from unidad_pl.metrics import LPIPSFeatures
         >>> metric = PromptLPIPS(LPIPSFeatures("squeeze", pnet_rand=True))  # without pnet_rand: the real weights
-        >>> metric.update(torch.rand(4, 3, 32, 32), ["a dog", "a dog", "a cat", "a cat"], torch.arange(4))
-        >>> sorted(metric.compute().means)
+        >>> metric.update(torch.rand(4, 3, 32, 32), ["a dog", "a dog", "a cat", "a cat"])
+        >>> sorted(metric.compute())
         ['inter', 'intra']
 
     ``intra``: the mean distance of two samples of one prompt, averaged over prompts with two samples or more.
@@ -233,24 +273,35 @@ class PromptLPIPS(PromptImages):
         features: phi, e.g. :class:`~unidad_pl.metrics.LPIPSFeatures`.
         batch_size: pictures per pass.
         kwargs: for ``torchmetrics.Metric``.
+
+    Raises:
+        ValueError: ``batch_size`` below 1.
+        TypeError: ``features`` is no module.
     """
 
-    is_differentiable = False
     higher_is_better = True
 
     def __init__(self, features: nn.Module, batch_size: int = 8, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        check_network(features=features)
+        check_whole(1, batch_size=batch_size)
         self.features, self.batch_size = features, batch_size
 
-    def compute(self) -> Scores:
-        """The means over all samples of all ranks.
+    def compute(self) -> dict[str, Tensor]:
+        """``intra`` and ``inter`` over all samples of all ranks.
 
         Raises:
             ValueError: no samples.
         """
-        groups = super().compute()
-        if not groups:
-            raise ValueError("PromptLPIPS has no samples: call update before compute")
+        return {name: self.scalar(value) for name, value in self.result().means.items()}
+
+    def result(self) -> Scores:
+        """The means over all samples of all ranks, and ``intra`` by prompt.
+
+        Raises:
+            ValueError: no samples.
+        """
+        groups = self.samples()
         prompts: dict[str, tuple[float, int]] = {}
         anchor: Tensor | None = None
         s1, s2 = torch.zeros(()), 0.0
@@ -273,8 +324,8 @@ class PromptLPIPS(PromptImages):
 
 def distances_and_pairs(s1: Tensor, s2: float, count: int) -> tuple[float, int]:
     """The sum of all distances between ``count`` samples, from their sums around any anchor, and how many there are."""
-    return max(0.0, count * s2 - float(s1.square().sum())), count * (count - 1) // 2
+    return max(count * s2 - float(s1.square().sum()), 0.0), count * (count - 1) // 2  # in this order NaN stays NaN
 
 
 def _ratio(total: float, count: int) -> float:
-    return max(0.0, total) / count if count else float("nan")
+    return max(total, 0.0) / count if count else float("nan")
