@@ -184,7 +184,8 @@ class GenerativeModule(ManualOptimization, Networks):
         if type(self.codec) is Codec and tuple(images.shape[1:]) != tuple(self.sampled_network.image_shape):
             raise ValueError(
                 f"the data module serves images of {tuple(images.shape[1:])}, but the model works on "
-                f"{tuple(self.sampled_network.image_shape)}: set the data module's resolution to the model's"
+                f"{tuple(self.sampled_network.image_shape)}: set the data module's resolution to the model's, and its "
+                f"grey to true for a model of one channel"
             )
         if len(images) % self.accumulate:
             raise ValueError(f"a batch of {len(images)} images cannot be split into accumulate={self.accumulate} parts")
