@@ -18,15 +18,12 @@ from unidad_pl.cartoons.shots import choose_shots
 from unidad_pl.cartoons.world import check_domain
 from unidad_pl.checks import check_at_least
 from unidad_pl.data.batch import Batch
+from unidad_pl.data.choice import SMALL, choose, without
 from unidad_pl.data.image_sets import BUILTIN, CartoonImages, open_images
 from unidad_pl.data.images import Decoded, ImageSet, image_hash, to_grey
 from unidad_pl.data.stream import SeedBatches, ShotStream, place_in
 from unidad_pl.denoiser import to_float
-from unidad_pl.seeds import mix_seed
 
-SMALL = 100
-"""Up to so many pictures of a place are all decoded and compared: copies are found and a broken one is an error, before
-shots are chosen. Of a larger place only the shots are decoded, and the reference when it is asked for."""
 CHUNK = 256  # reference images that are decoded at a time
 FEW = 10
 """Fewer reference images are warned of."""
@@ -175,9 +172,9 @@ class FewShotDataModule(pl.LightningDataModule):
         if self._shots is not None:
             return
         if self.domain is None:
-            place = open_images(self.root)
-            self._place = Decoded(place, self.resolution) if len(place) <= SMALL else place
-            chosen, images = self._choose_shots(self._place)
+            place: ImageSet = open_images(self.root)
+            place = self._place = Decoded(place, self.resolution) if len(place) <= SMALL else place
+            chosen, images, self._rest = choose(place, self.wanted_shots, self.seed, self.resolution, self.root)
         else:
             place = CartoonImages(self.domain, choose_shots(self.domain, int(self.wanted_shots or 0), self.seed))
             chosen, images = list(range(len(place))), place.load(self.resolution)
@@ -197,38 +194,6 @@ class FewShotDataModule(pl.LightningDataModule):
                 )
         return torch.tensor([place.labels[i] for i in chosen])
 
-    def _choose_shots(self, place: ImageSet) -> tuple[list[int], Tensor]:
-        """Numbers of the shots in their place, and the shots; of a large place nothing else is decoded."""
-        candidates = self._different(place) if isinstance(place, Decoded) else range(len(place))
-        wanted = self.wanted_shots or len(candidates)
-        order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(mix_seed(self.seed, 1)))
-        found: dict[str, tuple[int, Tensor]] = {}
-        for number in (candidates[i] for i in order.tolist()):
-            if len(found) == wanted:
-                break
-            image = place.read(number, self.resolution)
-            same, _ = found.setdefault(image_hash(image), (number, image))
-            if same != number:
-                rank_zero_warn(f"{place.names[number]} is the same picture as {place.names[same]}: used once")
-        if len(found) < (self.wanted_shots or 1):
-            copies = f" ({len(place)} with copies)" if len(place) > len(found) else ""
-            raise ValueError(
-                f"{self.root!r} holds {len(found)} images{copies}, but shots={wanted} were asked for: "
-                f"add images or set shots to {len(found)} or less"
-            )
-        shots = dict(sorted(found.values(), key=lambda one: one[0]))
-        self._rest = sorted(set(candidates) - set(shots))
-        return list(shots), torch.stack(list(shots.values()))
-
-    def _different(self, place: Decoded) -> list[int]:
-        """Numbers of the pictures without copies of an earlier one, after a warning that names both."""
-        first: dict[str, int] = {}
-        for i, image in enumerate(place.images):
-            same = first.setdefault(image_hash(image), i)
-            if same != i:
-                rank_zero_warn(f"{place.names[i]} is the same picture as {place.names[same]}: used once")
-        return sorted(first.values())
-
     def _coloured(self, images: Tensor) -> Tensor:
         return to_grey(images) if self.grey else images
 
@@ -239,16 +204,12 @@ class FewShotDataModule(pl.LightningDataModule):
         assert self._shots is not None
         return self._shots
 
-    def _without_shots(self, images: Tensor) -> Tensor:
-        shots = {image_hash(shot) for shot in self._pixels}
-        return images[[image_hash(image) not in shots for image in images]]
-
     def _load_reference(self, place: ImageSet, numbers: Sequence[int], exclude: bool) -> Tensor:
         """Pictures of ``place``, in chunks, so that what is left out needs no room; without shots if ``exclude``."""
         kept: list[Tensor] = []
         for start in range(0, len(numbers), CHUNK):
             images = self._coloured(place.load(self.resolution, numbers[start : start + CHUNK]))
-            kept.append(self._without_shots(images) if exclude else images)
+            kept.append(without(self._pixels, images) if exclude else images)
         return torch.cat(kept)
 
     def state_dict(self) -> dict[str, Any]:
@@ -294,7 +255,7 @@ class FewShotDataModule(pl.LightningDataModule):
         if self._reference is None:
             self._reference = self._given_reference() if self.reference_options.root else self._own_reference()
             count, way_out = len(self._reference), "name more images as data.reference.root"
-            copies = count - len(self._without_shots(self._reference))
+            copies = count - len(without(self._pixels, self._reference))
             self._reference_is_shots = 2 * copies > count
             if self._reference_is_shots:
                 rank_zero_warn(

@@ -178,10 +178,9 @@ class HuggingFaceImages(ImageSet):
         if len(classes) == 1:
             self.labels = [-1 if label is None else int(label) for label in rows[classes[0]]]
         self.names = [f"{images[0]} {i}" for i in range(len(rows))]
-        self._rows, self._column = (
-            rows.select_columns(images).cast_column(images[0], datasets.Image(decode=False)),
-            images[0],
-        )
+        self._column = images[0]
+        # As bytes, so that they are decoded as those of any other place, whatever the dataset says.
+        self._rows = rows.select_columns(images).cast_column(images[0], datasets.Image(decode=False))
 
     def read(self, index: int, resolution: int) -> Tensor:
         shown = f"{self.name}/{self.names[index]}"
