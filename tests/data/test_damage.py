@@ -134,7 +134,7 @@ def test_absurd_shapes_of_an_lmdb(shape: str, tmp_path: Path) -> None:
 def test_damaged_datasets(tmp_path: Path) -> None:
     place = saved_dataset(tmp_path / "rows")
     for name in ("data-00000-of-00001.arrow", "dataset_info.json", "state.json"):
-        assert survives(place / name, 4, 4, lambda: open_images(place).load(8), "rows") >= 5
+        assert survives(place / name, 4, 1, lambda: open_images(place).load(8), "rows") >= 5
     for name in ("dataset_info.json", "state.json"):
         kept = (place / name).read_bytes()
         for text in ("[" * 100_000, '{"a":' * 50_000, "null", "[]", "3", "{}"):
