@@ -148,7 +148,7 @@ def test_broken_lmdbs_are_named(name: str, record: bytes | None, message: str, t
     place = write_lmdb(tmp_path / "place", **{name: record})
     refused(message, open_images, place, error=(ValueError, FileNotFoundError))
     (place / "data.mdb").write_bytes(b"x" * 5000)
-    refused("cannot be read", open_images, place)
+    refused(r"place/data\.mdb. is no readable LMDB", open_images, place)
 
 
 def test_missing_packages_name_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +173,7 @@ def test_broken_and_encrypted_zips_are_named(folder: Path) -> None:
     path = zipped(folder)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    refused(r"pictures\.zip.*no zip", open_images, path)
+    refused(r"pictures\.zip. is no readable zip", open_images, path)
     place = whole.index(b"0.png") + 5 + 20  # inside the first picture
     path.write_bytes(whole[:place] + bytes(b ^ 255 for b in whole[place : place + 30]) + whole[place + 30 :])
     refused(r"pictures\.zip/0\.png", open_images(path).load, SIZE)
@@ -195,7 +195,7 @@ def test_a_file_cut_anywhere_is_an_error_with_its_name(suffix: str, tmp_path: Pa
     whole = path.read_bytes()
     for share in (0.0, 0.001, 0.01, 0.05, 0.2, 0.5, 0.9):
         path.write_bytes(whole[: int(share * len(whole))])
-        refused(rf"cannot read image .*a\.{suffix}", load_image, path, 8)
+        refused(rf"a\.{suffix}. is no readable picture", load_image, path, 8)
 
 
 def test_damaged_bytes_never_escape_as_another_error(tmp_path: Path) -> None:
@@ -221,13 +221,13 @@ def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty.jpg").write_bytes(b"")
     (tmp_path / "lost.png").symlink_to(tmp_path / "gone.png")
     for name in ("text.png", "empty.jpg", "lost.png"):
-        refused(f"cannot read image .*{name}", load_image, tmp_path / name, 8)
+        refused(f"{name}. is no readable picture", load_image, tmp_path / name, 8)
     (tmp_path / "folder.png").mkdir()
     assert "folder.png" not in open_images(tmp_path).names
     if os.geteuid() != 0:
         Image.fromarray(picture(0)).save(tmp_path / "secret.png")
         (tmp_path / "secret.png").chmod(0)
-        refused(r"secret\.png.*Permission", load_image, tmp_path / "secret.png", 8)
+        refused(r"Permission.*secret\.png", load_image, tmp_path / "secret.png", 8, error=PermissionError)
 
 
 def test_a_decompression_bomb_is_an_error(tmp_path: Path) -> None:

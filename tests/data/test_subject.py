@@ -217,13 +217,13 @@ def test_what_is_wrong_is_named(photos: Path, tmp_path: Path) -> None:
     missing, wrong, binary = (
         FileNotFoundError,
         tmp_path / "wrong.txt",
-        r"file .*wrong\.txt' cannot be read as UTF-8 text",
+        r"file .*: save it as UTF-8 text",
     )
     refused(r"no template file at 'none\.txt'", subject, photos, prompts__train="none.txt", error=missing)
     refused(r"no prompts file", subject, photos, None, prompts__dreambooth="none.txt", error=missing)
     wrong.write_bytes(b"a {}\xff\xfe")
-    refused(f"template {binary}", subject, photos, prompts__train=str(wrong))
-    refused(f"prompts {binary}", read_dreambooth, wrong)
+    refused(rf"wrong\.txt. is no readable template {binary}", subject, photos, prompts__train=str(wrong))
+    refused(rf"wrong\.txt. is no readable prompts {binary}", read_dreambooth, wrong)
     wrong.write_text(LIST.replace("mug,cup", "mug,"))
     refused("no class word after the comma for 'mug'", read_dreambooth, wrong)
     wrong.write_text("hello")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,15 @@ from unidad_pl.cartoons.shots import choose_shots
 from unidad_pl.cartoons.world import check_domain
 from unidad_pl.checks import check_at_least
 from unidad_pl.data.batch import Batch
-from unidad_pl.data.image_sets import BUILTIN, CartoonImages, ImageSet, open_images
-from unidad_pl.data.images import image_hash
+from unidad_pl.data.choice import SMALL, choose, without
+from unidad_pl.data.image_sets import BUILTIN, CartoonImages, open_images
+from unidad_pl.data.images import Decoded, ImageSet, image_hash, to_grey
 from unidad_pl.data.stream import SeedBatches, ShotStream, place_in
 from unidad_pl.denoiser import to_float
-from unidad_pl.seeds import mix_seed
+
+CHUNK = 256  # reference images that are decoded at a time
+FEW = 10
+"""Fewer reference images are warned of."""
 
 
 @dataclass
@@ -100,9 +105,10 @@ class FewShotDataModule(pl.LightningDataModule):
     and prediction loaders yield sample seeds, each exactly once over all ranks; the module turns them into images.
 
     Args:
-        root: where the images are: a folder (with all folders in it) or a zip of PNG, JPEG, WebP or BMP files, an LMDB
-            of the released code, a dataset saved to disk, ``hf:NAME[:SPLIT]``, one of the Hugging Face hub, or
-            ``builtin:DOMAIN``: ``faces``, ``sunglasses`` or ``cats`` of the embedded cartoon world.
+        root: where the images are: a folder (with all folders in it, and linked from it) or a zip of picture files
+            (:data:`~unidad_pl.data.images.FORMATS`), an LMDB of the released code, a dataset saved to disk,
+            ``hf:NAME[:SPLIT]``, one of the Hugging Face hub, or ``builtin:DOMAIN``: ``faces``, ``sunglasses`` or
+            ``cats`` of the embedded cartoon world.
         shots: number of training images. A place with more gives a random choice by ``seed``, null takes all of it; a
             built-in domain gives renders that are as varied as the domain
             (:func:`~unidad_pl.cartoons.shots.choose_shots`).
@@ -114,6 +120,7 @@ class FewShotDataModule(pl.LightningDataModule):
         augmentation: how training images are varied.
         reference: the images that metrics compare with.
         evaluation: which samples are drawn.
+        grey: batches of one channel, for a model of one; ``shots`` and ``reference``, for metrics, show it thrice.
 
     Raises:
         ValueError: a number that makes no sense; names it.
@@ -130,6 +137,7 @@ class FewShotDataModule(pl.LightningDataModule):
         augmentation: Augmentation = Augmentation(),  # noqa: B008 (values, never mutated)
         reference: Reference = Reference(),  # noqa: B008
         evaluation: Evaluation = Evaluation(),  # noqa: B008
+        grey: bool = False,
     ) -> None:
         super().__init__()
         root = str(root)
@@ -142,11 +150,14 @@ class FewShotDataModule(pl.LightningDataModule):
             if shots is None:
                 raise ValueError(f"{root!r} is endless: give the number of shots")
         self.root, self.wanted_shots = root, shots
-        self.resolution, self.batch_size, self.labels = resolution, batch_size, labels
+        self.resolution, self.batch_size, self.labels, self.grey = resolution, batch_size, labels, grey
         self.seed = 0 if seed is None else seed
         self.augmentation, self.reference_options, self.evaluation = augmentation, reference, evaluation
         self._shots: Tensor | None = None
+        self._place: ImageSet | None = None
+        self._rest: Sequence[int] = ()
         self._reference: Tensor | None = None
+        self._reference_is_shots = False
         self.shot_names: list[str] = []
         self.shot_labels: Tensor | None = None
         self.excluded = 0
@@ -161,72 +172,52 @@ class FewShotDataModule(pl.LightningDataModule):
         if self._shots is not None:
             return
         if self.domain is None:
-            images = open_images(self.root)
+            place: ImageSet = open_images(self.root)
+            place = self._place = Decoded(place, self.resolution) if len(place) <= SMALL else place
+            chosen, images, self._rest = choose(place, self.wanted_shots, self.seed, self.resolution, self.root)
         else:
-            images = CartoonImages(self.domain, choose_shots(self.domain, int(self.wanted_shots or 0), self.seed))
-        if self.labels and images.labels is None:
+            place = CartoonImages(self.domain, choose_shots(self.domain, int(self.wanted_shots or 0), self.seed))
+            chosen, images = list(range(len(place))), place.load(self.resolution)
+        if self.labels:
+            self.shot_labels = self._labels_of(place, chosen)
+        self.shot_names = [place.names[i] for i in chosen]
+        self._shots = self._coloured(images)
+
+    def _labels_of(self, place: ImageSet, chosen: list[int]) -> Tensor:
+        if place.labels is None:
             raise ValueError(f"labels=True, but the images of {self.root!r} come without class labels")
-        self._shots, rest = self._choose_shots(images)
-        if self.reference_options.root is None:
-            self._reference = rest
+        for i in chosen:
+            if place.labels[i] < 0:
+                raise ValueError(
+                    f"labels=True, but {place.names[i]!r} of {self.root!r} has the label {place.labels[i]}: give it a "
+                    f"class number of 0 or more, or take it out"
+                )
+        return torch.tensor([place.labels[i] for i in chosen])
 
-    def _choose_shots(self, place: ImageSet) -> tuple[Tensor, Tensor | None]:
-        """The shots, and what is left of their place, if that is to be the reference."""
-        images = place.load(self.resolution)
-        if self.domain is not None:
-            self.shot_names = place.names
-            return images, None
-        different = self._different(place, images)
-        wanted = self.wanted_shots or len(different)
-        if len(different) < wanted:
-            copies = f" ({len(images)} with copies)" if len(images) > len(different) else ""
-            raise ValueError(
-                f"{self.root!r} holds {len(different)} images{copies}, but shots={wanted} were asked for: "
-                f"add images or set shots to {len(different)} or less"
-            )
-        order = torch.randperm(len(different), generator=torch.Generator().manual_seed(mix_seed(self.seed, 1)))
-        chosen, rest = different[order[:wanted].sort().values], different[order[wanted:].sort().values]
-        self.shot_names = [place.names[i] for i in chosen.tolist()]
-        if self.labels and place.labels is not None:
-            self.shot_labels = torch.tensor(place.labels)[chosen]
-        return images[chosen], images[rest] if len(rest) >= 2 and self.reference_options.exclude_shots else images
-
-    def _different(self, place: ImageSet, images: Tensor) -> Tensor:
-        """Indices of ``images`` without copies of an earlier one, after a warning that names both."""
-        first: dict[str, int] = {}
-        for i, image in enumerate(images):
-            same = first.setdefault(image_hash(image), i)
-            if same != i:
-                rank_zero_warn(f"{place.names[i]} is the same picture as {place.names[same]}: used once")
-        return torch.tensor(sorted(first.values()))
+    def _coloured(self, images: Tensor) -> Tensor:
+        return to_grey(images) if self.grey else images
 
     @property
     def _pixels(self) -> Tensor:
-        """The training images, [k, 3, R, R] uint8."""
+        """The training images, [k, C, R, R] uint8; C is 1 if grey, else 3."""
         self.setup()
         assert self._shots is not None
         return self._shots
 
-    def _without_shots(self, images: Tensor) -> Tensor:
-        """The given reference without the shots, if they are to be left out."""
-        if not self.reference_options.exclude_shots:
-            return images
-        shots = {image_hash(shot) for shot in self._pixels}
-        kept = [i for i, image in enumerate(images) if image_hash(image) not in shots]
-        self.excluded = len(images) - len(kept)
-        if not kept:
-            raise ValueError(
-                f"reference {self.reference_options.root!r} holds nothing but the shots: give other images, or set "
-                f"exclude_shots: false"
-            )
-        if self.excluded:
-            rank_zero_info(f"{self.excluded} of {len(images)} reference images are shots and left out")
-        return images[kept]
+    def _load_reference(self, place: ImageSet, numbers: Sequence[int], exclude: bool) -> Tensor:
+        """Pictures of ``place``, in chunks, so that what is left out needs no room; without shots if ``exclude``."""
+        kept: list[Tensor] = []
+        for start in range(0, len(numbers), CHUNK):
+            images = self._coloured(place.load(self.resolution, numbers[start : start + CHUNK]))
+            kept.append(without(self._pixels, images) if exclude else images)
+        return torch.cat(kept)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint remembers of the training data: with the same, a position of the stream is the same."""
         content = image_hash(self._pixels.flatten(0, 1))
-        return {"shots": content, "seed": self.seed, "batch": self.batch_size, **asdict(self.augmentation)}
+        labels = None if self.shot_labels is None else self.shot_labels.tolist()
+        own = {"shots": content, "seed": self.seed, "batch": self.batch_size, "labels": labels}
+        return own | asdict(self.augmentation)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Compare with the data of the run that is resumed; another batch size is allowed, and logged.
@@ -250,21 +241,59 @@ class FewShotDataModule(pl.LightningDataModule):
     @property
     def shots(self) -> Tensor:
         """The training images, [k, 3, R, R] float32 in [-1, 1]."""
-        return to_float(self._pixels)
+        return to_float(self._pixels).expand(-1, 3, -1, -1)
 
     @property
     def reference(self) -> Tensor:
         """The images metrics compare with, [N, 3, R, R] uint8: decoded when first asked for, as a run without metrics
-        needs none.
+        needs none. Says before training if they are too few, or no others than the shots.
 
         Raises:
             FileNotFoundError, ValueError: a missing or empty place, an unreadable image, or nothing but the shots.
         """
         self.setup()
         if self._reference is None:
-            images = open_images(self.reference_options.root or self.root).load(self.resolution)
-            self._reference = images if self.reference_options.root is None else self._without_shots(images)
-        return self._reference
+            self._reference = self._given_reference() if self.reference_options.root else self._own_reference()
+            count, way_out = len(self._reference), "name more images as data.reference.root"
+            copies = count - len(without(self._pixels, self._reference))
+            self._reference_is_shots = 2 * copies > count
+            if self._reference_is_shots:
+                rank_zero_warn(
+                    f"most of the {count} reference images are the shots themselves: metrics praise a model that "
+                    f"copies them; {way_out}"
+                )
+            elif count < FEW:
+                rank_zero_warn(f"there are {count} reference images: too few for metrics to mean much; {way_out}")
+        return self._reference.expand(-1, 3, -1, -1)
+
+    def _own_reference(self) -> Tensor:
+        """What is no shot of the data's own root; all of it if that is less than 2."""
+        if self._place is None:
+            return self._coloured(open_images(self.root).load(self.resolution))
+        if len(self._rest) >= 2 and self.reference_options.exclude_shots:
+            rest = self._load_reference(self._place, self._rest, exclude=True)
+            if len(rest) >= 2:
+                return rest
+        return self._load_reference(self._place, range(len(self._place)), exclude=False)
+
+    def _given_reference(self) -> Tensor:
+        root, exclude = str(self.reference_options.root), self.reference_options.exclude_shots
+        place = open_images(root)
+        images = self._load_reference(place, range(len(place)), exclude)
+        self.excluded = len(place) - len(images)
+        if not len(images):
+            raise ValueError(
+                f"reference {root!r} holds nothing but the shots: give other images, or set exclude_shots: false"
+            )
+        if self.excluded:
+            rank_zero_info(f"{self.excluded} of {len(place)} reference images are shots and left out")
+        return images
+
+    @property
+    def reference_is_shots(self) -> bool:
+        """Whether most of :attr:`reference` are the shots themselves, pixel for pixel: nothing else was there, or
+        ``exclude_shots: false``. Metrics then praise a model that copies them."""
+        return len(self.reference) > 0 and self._reference_is_shots
 
     def train_dataloader(self) -> DataLoader[Batch]:
         stream = ShotStream(

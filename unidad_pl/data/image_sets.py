@@ -2,55 +2,24 @@
 
 from __future__ import annotations
 
-import re
+import os
 import zipfile
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
-from typing import Any
 
-import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from unidad_pl.cartoons.world import check_domain, render
-from unidad_pl.data.images import EXTENSIONS, as_shown, load_image, square
+from unidad_pl.data.images import FORMATS, MAX_BYTES, WAY_OUT, ImageSet, load_image, readable
+from unidad_pl.data.packed import HUGGING_FACE, HuggingFaceImages, LMDBImages
 from unidad_pl.denoiser import to_uint8
+from unidad_pl.files import reading
 
-HUGGING_FACE, BUILTIN = "hf:", "builtin:"
+BUILTIN = "builtin:"
 HELD_OUT = 1000
 """Renders of a built-in domain that serve as its reference."""
-
-
-class ImageSet(ABC):
-    """Pictures in a fixed order.
-
-    Attributes:
-        names: a name for each, for messages.
-        labels: their class numbers, or None where the place has none.
-    """
-
-    names: list[str]
-    labels: list[int] | None = None
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    @abstractmethod
-    def read(self, index: int, resolution: int) -> Tensor:
-        """Picture ``index``, [3, resolution, resolution] uint8.
-
-        Raises:
-            ValueError: it cannot be decoded; names it.
-        """
-
-    def load(self, resolution: int) -> Tensor:
-        """All of them: [N, 3, resolution, resolution] uint8.
-
-        Raises:
-            ValueError: see :meth:`read`.
-        """
-        return torch.stack([self.read(i, resolution) for i in range(len(self))])
 
 
 def open_images(root: str | Path) -> ImageSet:
@@ -75,28 +44,61 @@ def open_images(root: str | Path) -> ImageSet:
         if count and not (count.isdecimal() and int(count)):
             raise ValueError(f"{text!r}: the number of renders must be a whole number above 0, got {count!r}")
         return CartoonImages(domain, range(int(count or HELD_OUT)))
-    place = Path(root).expanduser()
+    place = Path(os.path.expanduser(root))
     if place.is_file():
         return ZipImages(place)
     if (place / "data.mdb").is_file():
         return LMDBImages(place)
     if (place / "dataset_info.json").is_file() or (place / "dataset_dict.json").is_file():
-        return HuggingFaceImages(text)
+        return HuggingFaceImages(str(place))
     return FolderImages(place)
 
 
-def _is_picture(path: PurePath) -> bool:
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-    return not hidden and path.suffix.lower() in EXTENSIONS
+TEXTS = (
+    "", ".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".yaml", ".yml", ".caption", ".html", ".log", ".xml", ".py",
+    ".pt", ".npy", ".npz", ".safetensors", ".ini", ".db",
+)  # fmt: skip
+"""Endings of what lies beside pictures and nobody takes for one; whatever else is left out is said."""
 
 
-def _nothing(kind: str, place: object, seen: list[str]) -> FileNotFoundError:
-    inside = f"it holds {', '.join(seen[:5])}" if seen else "it is empty"
-    return FileNotFoundError(f"{kind} {str(place)!r} holds no image ({', '.join(EXTENSIONS)}); {inside}")
+def _sort_out(kind: str, place: object, inside: list[PurePath], lost: dict[str, str]) -> list[PurePath]:
+    """The pictures among files; one warning names what is left out and why.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    seen = [path for path in inside if not any(map(_is_hidden, path.parts))]
+    found = [path for path in seen if path.suffix.lower() in readable()]
+    left = {str(p): _reason(p) for p in seen if p.suffix.lower() not in (*readable(), *TEXTS)} | lost
+    some = [f"{name} ({reason})" for name, reason in list(left.items())[:5]] + ["..."] * (len(left) > 5)
+    if not found:
+        some = some or [str(path) for path in seen[:5]]
+        holds = f"it holds {', '.join(some)}" if some else "it is empty"
+        raise FileNotFoundError(f"{kind} {str(place)!r} holds no image ({', '.join(readable())}); {holds}")
+    if left:
+        rank_zero_warn(f"{kind} {str(place)!r}: {len(left)} left out beside {len(found)} pictures: {', '.join(some)}")
+    return found
+
+
+def _is_hidden(part: str) -> bool:
+    return part == "__MACOSX" or (part.startswith(".") and part != "..")
+
+
+def _reason(path: PurePath) -> str:
+    if path.suffix.lower() in FORMATS["HEIF"]:
+        return "pip install 'unidad_pl[heif]' to read it"
+    known = any(path.suffix.lower() in endings for endings in FORMATS.values())
+    return "this Pillow cannot read it: update it" if known else f"{path.suffix} is no kind of picture that is read"
 
 
 class FolderImages(ImageSet):
-    """Image files in a folder and the folders in it, sorted by path; hidden ones are left out."""
+    """Image files in a folder and the folders in it, sorted by path; hidden ones are left out, links are followed.
+
+    >>> from PIL import Image
+    >>> Image.new("RGB", (8, 8)).save("only.png")
+    >>> FolderImages(Path(".")).names
+    ['only.png']
+    """
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
@@ -105,133 +107,72 @@ class FolderImages(ImageSet):
                 f"another place with --data.root (or --data.reference.root)"
             )
         self.folder = folder
-        inside = sorted(p.relative_to(folder) for p in folder.rglob("*"))
-        self.names = [p.as_posix() for p in inside if _is_picture(p) and not (folder / p).is_dir()]
-        if not self.names:
-            raise _nothing("image folder", folder, [str(p) for p in inside])
+        self.names = [path.as_posix() for path in _sort_out("image folder", folder, *_walk(folder))]
 
     def read(self, index: int, resolution: int) -> Tensor:
         return load_image(self.folder / self.names[index], resolution)
 
 
+def _walk(root: Path) -> tuple[list[PurePath], dict[str, str]]:
+    """Files in ``root`` and the folders in it and linked from it, each folder once; and what is left out, and why."""
+    inside: list[PurePath] = []
+    lost: dict[str, str] = {}
+    seen: set[tuple[int, int]] = set()
+
+    def told(error: OSError) -> None:
+        lost[os.path.relpath(error.filename, root)] = str(error.strerror)
+
+    links = [root]
+    while links:  # links last, so that a picture goes by the name it has without them
+        for place, folders, files in os.walk(links.pop(0), onerror=told):
+            here, identity = PurePath(place).relative_to(root), os.stat(place)
+            folders[:] = [] if (identity.st_dev, identity.st_ino) in seen else sorted(folders)
+            if (identity.st_dev, identity.st_ino) in seen:
+                continue
+            seen.add((identity.st_dev, identity.st_ino))
+            inside += [here / file for file in files]
+            for name in folders:
+                path = Path(place, name)
+                if path.is_symlink() and root.resolve().is_relative_to(path.resolve()):
+                    lost[str(here / name)] = "a link to a folder that this one lies in"
+                elif path.is_symlink() and not name.startswith("."):
+                    links.append(path)
+    return sorted(inside), lost
+
+
 class ZipImages(ImageSet):
-    """Image files in a zip, at any depth, sorted by path; read without unpacking."""
+    """Image files in a zip, at any depth, sorted by path; read without unpacking.
+
+    >>> from PIL import Image
+    >>> Image.new("RGB", (8, 8)).save("one.png")
+    >>> with zipfile.ZipFile("shots.zip", "w") as made:
+    ...     made.write("one.png")
+    >>> ZipImages(Path("shots.zip")).names
+    ['one.png']
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            with zipfile.ZipFile(path) as opened:
-                inside = sorted(opened.namelist())
-        except (zipfile.BadZipFile, OSError) as error:
-            raise ValueError(f"{str(path)!r} is a file, but no zip of images that can be read: {error}") from error
-        self.names = [name for name in inside if _is_picture(PurePath(name)) and not name.endswith("/")]
-        if not self.names:
-            raise _nothing("zip", path, inside)
+        with reading(path, "zip of pictures"), zipfile.ZipFile(path) as opened:
+            entries = {PurePath(name): opened.getinfo(name) for name in sorted(opened.namelist()) if name[-1:] != "/"}
+        self._entries = [entries[name] for name in _sort_out("zip", path, list(entries), {})]
+        self.names = [entry.filename for entry in self._entries]
 
     def read(self, index: int, resolution: int) -> Tensor:
-        shown = f"{self.path}/{self.names[index]}"
-        try:  # opened anew each time: an open zip cannot be shared with worker processes
-            with zipfile.ZipFile(self.path) as opened, opened.open(self.names[index]) as entry:
-                return load_image(entry, resolution, shown)
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:  # broken, packed strangely, encrypted
-            raise ValueError(f"cannot read image {shown!r}: {error}") from error
-
-
-class LMDBImages(ImageSet):
-    """The released code's LMDB: raw CHW bytes ``images_<i>_data``, the shape of all as text, labels.
-
-    Numbers are plain (few-shot sets) or have six digits (subjects).
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        try:
-            import lmdb
-        except ImportError as error:
-            raise ImportError(f"{str(folder)!r} is an LMDB: pip install 'unidad_pl[lmdb]' to read it") from error
-        try:
-            with lmdb.open(str(folder), readonly=True, lock=False, create=False) as env, env.begin() as records:
-                self._records = {bytes(key).decode("utf-8", "replace"): bytes(value) for key, value in records.cursor()}
-        except lmdb.Error as error:
-            raise ValueError(f"LMDB {str(folder)!r} cannot be read: {error}") from error
-        shape = self._record("images_shape").decode("ascii", "replace")
-        if not re.fullmatch(r"\d+ [13] \d+ \d+", shape):
-            raise ValueError(f"LMDB {str(folder)!r}: images_shape must be like '10 3 256 256', got {shape!r}")
-        count, *self._shape = map(int, shape.split())
-        self._number = "%d" if "images_0_data" in self._records else "%06d"
-        self.names = [f"images_{self._number % i}_data" for i in range(count)]
-        if not count:
-            raise FileNotFoundError(f"LMDB {str(folder)!r} holds no image: images_shape is {shape!r}")
-        wanted = np.prod(self._shape)
-        for name in self.names:
-            if (size := len(self._record(name))) != wanted:
-                seen = f"{name} has {size} bytes"
-                raise ValueError(f"LMDB {str(folder)!r}: {seen}, images_shape {shape!r} means {wanted}")
-        if f"labels_{self._number % 0}_data" in self._records:
-            self.labels = [self._label(i) for i in range(count)]
-
-    def _record(self, key: str) -> bytes:
-        if key not in self._records:
-            some = ", ".join(list(self._records)[:5])
-            raise ValueError(f"LMDB {str(self.folder)!r} has no record {key!r}, only {some}")
-        return self._records[key]
-
-    def _label(self, index: int) -> int:
-        value = self._record(f"labels_{self._number % index}_data")
-        if len(value) != 8:
-            raise ValueError(f"LMDB {str(self.folder)!r}: label {index} must be 8 bytes (int64), got {len(value)}")
-        return int.from_bytes(value, "little", signed=True)
-
-    def read(self, index: int, resolution: int) -> Tensor:
-        from PIL import Image
-
-        pixels = np.frombuffer(self._record(self.names[index]), np.uint8).reshape(self._shape)
-        pixels = pixels.repeat(3 // len(pixels), 0).transpose(1, 2, 0)
-        return square(Image.fromarray(np.ascontiguousarray(pixels)), resolution)
-
-
-class HuggingFaceImages(ImageSet):
-    """A dataset with one image column: ``hf:NAME``, ``hf:NAME:SPLIT`` (``train`` by default), or saved to disk."""
-
-    def __init__(self, name: str) -> None:
-        try:
-            import datasets
-        except ImportError as error:
-            raise ImportError(f"{name!r} is a Hugging Face dataset: pip install 'unidad_pl[hf]' to read it") from error
-        self.name = name
-        try:
-            if name.startswith(HUGGING_FACE):
-                repository, _, split = name.removeprefix(HUGGING_FACE).partition(":")
-                rows: Any = datasets.load_dataset(repository, split=split or "train")
-            else:
-                rows = datasets.load_from_disk(name)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ValueError(f"dataset {name!r} cannot be loaded: {error}") from error
-        if isinstance(rows, dict):
-            if "train" not in rows:
-                splits = ", ".join(rows)
-                raise ValueError(f"dataset {name!r} has the splits {splits} and no 'train': name a split's folder")
-            rows = rows["train"]
-        images = [column for column, feature in rows.features.items() if isinstance(feature, datasets.Image)]
-        if len(images) != 1:
-            raise ValueError(f"dataset {name!r} must have one image column, its columns are {dict(rows.features)}")
-        if not len(rows):
-            raise FileNotFoundError(f"dataset {name!r} holds no image: it has no rows")
-        classes = [column for column, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
-        if len(classes) == 1:
-            self.labels = [int(label) for label in rows[classes[0]]]
-        self.names = [f"{images[0]} {i}" for i in range(len(rows))]
-        self._rows, self._column = rows, images[0]
-
-    def read(self, index: int, resolution: int) -> Tensor:
-        try:
-            return square(as_shown(self._rows[index][self._column]), resolution)
-        except (OSError, ValueError, SyntaxError, AttributeError) as error:
-            raise ValueError(f"cannot read image {self.names[index]!r} of dataset {self.name!r}: {error}") from error
+        shown, entry = f"{self.path}/{self.names[index]}", self._entries[index]
+        with reading(shown, "picture", WAY_OUT):  # opened anew each time: it cannot be shared with worker processes
+            if entry.file_size > MAX_BYTES:
+                raise ValueError(f"{entry.file_size} bytes when unpacked, at most {MAX_BYTES} are taken")
+            with zipfile.ZipFile(self.path) as opened:
+                content = opened.read(entry)  # whole, so that its checksum is compared
+        return load_image(content, resolution, shown)
 
 
 class CartoonImages(ImageSet):
     """Renders of a domain of the embedded cartoon world.
+
+        >>> CartoonImages("cats", range(2)).names
+        ['cats[0]', 'cats[1]']
 
     Raises:
         ValueError: an unknown domain.
@@ -245,6 +186,7 @@ class CartoonImages(ImageSet):
     def read(self, index: int, resolution: int) -> Tensor:
         return to_uint8(render(self.indices[index : index + 1], self.domain, resolution))[0]
 
-    def load(self, resolution: int) -> Tensor:
-        parts = [self.indices[i : i + 500] for i in range(0, len(self.indices), 500)]  # to bound memory
+    def load(self, resolution: int, indices: Iterable[int] | None = None) -> Tensor:
+        wanted = self.indices if indices is None else [self.indices[i] for i in indices]
+        parts = [wanted[i : i + 500] for i in range(0, len(wanted), 500)]  # to bound memory
         return torch.cat([to_uint8(render(part, self.domain, resolution)) for part in parts])

@@ -3,26 +3,83 @@
 from __future__ import annotations
 
 import hashlib
-import struct
-import zlib
-from pathlib import Path
-from typing import IO, TYPE_CHECKING
+import os
+import stat
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from functools import cache
+from io import BytesIO
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from unidad_pl.data.colours import as_shown
+from unidad_pl.files import BrokenFile, reading
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FORMATS: dict[str, tuple[str, ...]] = {
+    "PNG": (".png", ".apng"), "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"), "WEBP": (".webp",),
+    "BMP": (".bmp",), "DIB": (".dib",), "GIF": (".gif",), "TIFF": (".tif", ".tiff"), "AVIF": (".avif",),
+    "HEIF": (".heic", ".heif", ".hif"), "JPEG2000": (".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"), "SGI": (".sgi", ".rgb", ".rgba", ".bw"), "QOI": (".qoi",),
+    "PSD": (".psd",), "DDS": (".dds",), "TGA": (".tga",), "PCX": (".pcx",),
+}  # fmt: skip
+"""Pillow's formats that are read, and endings: pictures, none that starts a program (EPS) or is a drawing."""
+WEAK = ("TGA", "PCX")
+"""Formats that nearly any bytes could be: for files with their own ending only."""
+MAX_BYTES = 2**29
+"""A file of one picture is not larger."""
+MAX_PIXELS = 179_000_000
+"""A picture has no more: twice Pillow's own limit of warning, whatever another package sets that to."""
+WAY_OUT = "replace it or take it out"
 
 
-def load_image(file: str | Path | IO[bytes], resolution: int, name: str | None = None) -> Tensor:
-    """One picture as a photo viewer shows it (EXIF turned, transparency on white), square and resized.
+@cache
+def readable() -> dict[str, str]:
+    """Ending of a file -> Pillow's format, of all kinds that are read with what is installed here."""
+    from PIL import Image, features
+
+    Image.init()
+    try:
+        import pillow_heif
+    except ImportError:
+        pass
+    else:
+        pillow_heif.register_heif_opener()
+    known = {name for name in FORMATS if name in Image.OPEN and (name != "WEBP" or features.check("webp"))}
+    return {ending: name for name, endings in FORMATS.items() if name in known for ending in endings}
+
+
+def check_regular(path: str | Path, what: str = "picture") -> int:
+    """The size of a regular file in bytes; what only looks like one (a pipe, a device) may never end.
+
+    Raises:
+        BrokenFile: it is none, or a link to nothing; names it.
+        PermissionError: it may not be looked at.
+    """
+    try:
+        seen = os.stat(path)
+    except PermissionError:
+        raise
+    except OSError as error:
+        raise BrokenFile(f"{str(path)!r} is no readable {what} ({error.strerror}): {WAY_OUT}") from error
+    if not stat.S_ISREG(seen.st_mode):
+        raise BrokenFile(
+            f"{str(path)!r} is no readable {what} (no regular file, but a folder, pipe, socket or device): {WAY_OUT}"
+        )
+    return seen.st_size
+
+
+def load_image(file: str | Path | bytes, resolution: int, name: str | None = None) -> Tensor:
+    """One picture as a photo viewer shows it, square and resized; see :func:`~unidad_pl.data.colours.as_shown`.
 
     Args:
-        file: a path, or an open file.
+        file: a path, or a file's content.
         resolution: side of the result in pixels. The centre square is cut out and resized with antialiased bicubic.
         name: what errors call it; None: its path.
 
@@ -30,32 +87,22 @@ def load_image(file: str | Path | IO[bytes], resolution: int, name: str | None =
         [3, resolution, resolution] uint8.
 
     Raises:
-        ValueError: the file cannot be decoded; names it and why.
+        BrokenFile: it is no regular file, or cannot be decoded; names it and why.
+        PermissionError: it may not be read.
     """
     from PIL import Image
 
-    try:
-        with Image.open(file) as opened:
-            return square(as_shown(opened), resolution)
-    except (
-        OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError, OverflowError, MemoryError,
-        struct.error, zlib.error, Image.DecompressionBombError,
-    ) as error:  # fmt: skip
-        shown = repr(str(file) if name is None else name)
-        raise ValueError(f"cannot read image {shown}: {error or type(error).__name__}") from error
-
-
-def as_shown(opened: Image) -> Image:
-    """A PIL image as a photo viewer shows it: turned by its EXIF orientation, on white, 8 bits of RGB."""
-    from PIL import Image, ImageOps
-
-    picture = ImageOps.exif_transpose(opened)
-    if picture.mode.startswith("I") or picture.mode == "F":  # 16 bits a channel
-        picture = Image.fromarray((np.asarray(picture, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8))
-    if "A" in picture.getbands() or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+    shown = str(file) if name is None and not isinstance(file, bytes) else str(name)
+    size = len(file) if isinstance(file, bytes) else check_regular(file)
+    ending = PurePath(shown).suffix.lower()
+    kinds = sorted({kind for kind in readable().values() if kind not in WEAK or ending in FORMATS[kind]})
+    with reading(shown, "picture", WAY_OUT):
+        if size > MAX_BYTES:
+            raise ValueError(f"{size} bytes, at most {MAX_BYTES} are taken")
+        with Image.open(BytesIO(file) if isinstance(file, bytes) else file, formats=kinds) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise ValueError(f"{opened.width} x {opened.height} pixels: too many, a decompression bomb")
+            return square(as_shown(opened, shown), resolution)
 
 
 def square(picture: Image, resolution: int) -> Tensor:
@@ -69,6 +116,71 @@ def square(picture: Image, resolution: int) -> Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
+def to_grey(images: Tensor) -> Tensor:
+    """RGB images [..., 3, H, W] uint8 as one channel of luma [..., 1, H, W] (BT.601, as Pillow); greys stay."""
+    weights = torch.tensor([19595, 38470, 7471]).view(3, 1, 1)
+    return ((images.int() * weights).sum(-3, keepdim=True) + 2**15).div(2**16, rounding_mode="floor").byte()
+
+
 def image_hash(image: Tensor) -> str:
     """sha256 of a uint8 image's shape and pixels: equal for equal pictures, whatever file they came from."""
     return hashlib.sha256(str(tuple(image.shape)).encode() + image.contiguous().numpy().tobytes()).hexdigest()
+
+
+class ImageSet(ABC):
+    """Pictures in a fixed order.
+
+        >>> from unidad_pl.data.image_sets import open_images
+        >>> open_images("builtin:cats:5").load(16, [0, 3]).shape
+        torch.Size([2, 3, 16, 16])
+
+    Attributes:
+        names: a name for each, for messages.
+        labels: their class numbers, below 0 where one has none; or None where the place has none.
+    """
+
+    names: list[str]
+    labels: list[int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @abstractmethod
+    def read(self, index: int, resolution: int) -> Tensor:
+        """Picture ``index``, [3, resolution, resolution] uint8.
+
+        Raises:
+            ValueError: it cannot be decoded; names it.
+        """
+
+    def load(self, resolution: int, indices: Iterable[int] | None = None) -> Tensor:
+        """Those of ``indices``, by default all of them: [N, 3, resolution, resolution] uint8. No other is decoded.
+
+        Raises:
+            ValueError: see :meth:`read`.
+        """
+        wanted = range(len(self)) if indices is None else list(indices)
+        images = torch.empty(len(wanted), 3, resolution, resolution, dtype=torch.uint8)
+        for row, index in enumerate(wanted):
+            images[row] = self.read(index, resolution)
+        return images
+
+
+class Decoded(ImageSet):
+    """All pictures of a small set, held in memory.
+
+        >>> from unidad_pl.data.image_sets import open_images
+        >>> len(Decoded(open_images("builtin:cats:5"), 16))
+        5
+
+    Args:
+        place: the set.
+        resolution: as of :meth:`ImageSet.read`, which gives this one then.
+    """
+
+    def __init__(self, place: ImageSet, resolution: int) -> None:
+        self.names, self.labels = place.names, place.labels
+        self.images = place.load(resolution)
+
+    def read(self, index: int, resolution: int) -> Tensor:
+        return self.images[index]

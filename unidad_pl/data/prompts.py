@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from unidad_pl.files import reading
+
+MAX_BYTES = 2**24
+"""A file of prompts is not larger."""
 LIVE = ("cat", "dog")
 """DreamBooth's classes of live subjects, which have templates of their own."""
 BOTH = "{0} {1}"
@@ -85,12 +90,13 @@ def _subjects(lines: list[str]) -> Iterator[tuple[str, str]]:
 
 def _text_of(path: str | Path, what: str) -> str:
     """The text of a file, without a byte order mark."""
-    if not Path(path).is_file():
+    place = Path(os.path.expanduser(path))
+    if not place.is_file():
         raise FileNotFoundError(f"no {what} at {str(path)!r}")
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"the {what} {str(path)!r} cannot be read as UTF-8 text: {error}") from error
+    with reading(path, what, "save it as UTF-8 text"):
+        if (size := place.stat().st_size) > MAX_BYTES:
+            raise ValueError(f"{size} bytes, at most {MAX_BYTES} are taken")
+        return place.read_text(encoding="utf-8-sig")
 
 
 def read_templates(given: str | Sequence[str]) -> list[str]:

@@ -147,7 +147,7 @@ class SubjectDataModule(FewShotDataModule):
             )
         if not token.strip() or (class_word is not None and not class_word.strip()):
             raise ValueError(f"class_word (e.g. dog) and token must be words, got {class_word!r} and {token!r}")
-        self.subject = Path(os.path.abspath(root)).name.removesuffix(".zip").removeprefix(BUILTIN)
+        self.subject = Path(os.path.abspath(os.path.expanduser(root))).name.removesuffix(".zip").removeprefix(BUILTIN)
         self.class_word = class_word or known.class_of(self.subject)  # type: ignore[union-attr]
         self.token, self.samples_per_prompt = token, evaluation.samples_per_prompt
         self.prior = prior

@@ -125,7 +125,7 @@ def check_batch(batch: Batch, pixels: tuple[int, ...] | None, parts: int, takes_
     if pixels is not None and tuple(images.shape[1:]) != pixels:
         raise ValueError(
             f"the data module serves images of {tuple(images.shape[1:])}, but the model works on {pixels}: set the "
-            f"data module's resolution to the model's"
+            f"data module's resolution to the model's, and its grey to true for a model of one channel"
         )
     if len(images) % parts:
         raise ValueError(f"a batch of {len(images)} images cannot be split into accumulate={parts} parts")

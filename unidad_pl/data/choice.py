@@ -1,0 +1,72 @@
+"""Which pictures of a place are the shots, and which are not."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from unidad_pl.data.images import Decoded, ImageSet, image_hash
+from unidad_pl.seeds import mix_seed
+
+SMALL = 100
+"""Up to so many pictures of a place are all decoded and compared: copies are found and a broken one is an error, before
+shots are chosen. Of a larger place only the shots are decoded, and the reference when it is asked for."""
+
+
+def choose(
+    place: ImageSet, shots: int | None, seed: int, resolution: int, root: str
+) -> tuple[list[int], Tensor, list[int]]:
+    """A random choice of pictures that differ from each other.
+
+    Args:
+        place: where they are; :class:`~unidad_pl.data.images.Decoded` if it is small.
+        shots: how many; None: all that differ.
+        seed: of the choice.
+        resolution: at which they are compared.
+        root: what errors call the place.
+
+    Returns:
+        Numbers of the shots, the shots [k, 3, resolution, resolution] uint8, numbers of the rest of their place.
+
+    Raises:
+        ValueError: fewer different pictures than shots, or one that cannot be decoded.
+    """
+    candidates = _different(place) if isinstance(place, Decoded) else list(range(len(place)))
+    order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(mix_seed(seed, 1)))
+    found: dict[str, tuple[int, Tensor]] = {}
+    for number in (candidates[i] for i in order.tolist()):
+        if len(found) == shots:
+            break
+        image = place.read(number, resolution)
+        same, _ = found.setdefault(image_hash(image), (number, image))
+        if same != number:
+            _warn_of_copy(place, number, same)
+    if len(found) < (shots or 1):
+        copies = f" ({len(place)} with copies)" if len(place) > len(found) else ""
+        raise ValueError(
+            f"{root!r} holds {len(found)} images{copies}, but shots={shots} were asked for: add images or set shots to "
+            f"{len(found)} or less"
+        )
+    chosen = dict(sorted(found.values(), key=lambda one: one[0]))
+    return list(chosen), torch.stack(list(chosen.values())), sorted(set(candidates) - set(chosen))
+
+
+def _different(place: Decoded) -> list[int]:
+    """Numbers of the pictures without copies of an earlier one."""
+    first: dict[str, int] = {}
+    for number, image in enumerate(place.images):
+        same = first.setdefault(image_hash(image), number)
+        if same != number:
+            _warn_of_copy(place, number, same)
+    return sorted(first.values())
+
+
+def _warn_of_copy(place: ImageSet, number: int, same: int) -> None:
+    rank_zero_warn(f"{place.names[number]} is the same picture as {place.names[same]}: used once")
+
+
+def without(shots: Tensor, images: Tensor) -> Tensor:
+    """``images`` [N, C, H, W] that are none of ``shots`` [k, C, H, W], pixel for pixel."""
+    known = {image_hash(shot) for shot in shots}
+    return images[[image_hash(image) not in known for image in images]]
