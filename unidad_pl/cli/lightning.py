@@ -105,6 +105,19 @@ class UnidadCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """``args`` are always given: Lightning would warn that there is a command line too."""
         self.config = parser.parse_args(args)
+        self._refuse_unknown_variables(self.config["subcommand"])
+
+    def _refuse_unknown_variables(self, subcommand: str) -> None:
+        prefix = f"UNIDAD_{subcommand.upper()}__"
+        options = self._parser(subcommand)._actions
+        known = {prefix + action.dest.replace(".", "__").upper() for action in options}
+        for name in os.environ:
+            if name.startswith(prefix) and name not in known:
+                raise ValueError(
+                    f"the environment variable {name} is no option of unidad {subcommand}: unset it, or correct it "
+                    f"({prefix}TRAINER__MAX_STEPS; the options of a class come together, as {prefix}MODEL="
+                    f"'{{class_path: ..., init_args: {{...}}}}')"
+                )
 
     def before_instantiate_classes(self) -> None:
         """``seed_everything`` seeds the model and the data too, wherever they take a seed and were not given one; the
