@@ -12,7 +12,7 @@ import pytest
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
 
-from tests.worlds import fit, unidad
+from tests.worlds import Stream, fit, random_images, unidad
 from unidad_pl.training.refusals import refuse_endless, refuse_idle_options
 
 IDLE: list[tuple[dict[str, Any], str]] = [
@@ -39,12 +39,34 @@ ENDLESS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "message"), [*IDLE, *ENDLESS], ids=lambda value: str(value)[:40])
-def test_it_is_refused_before_the_first_iteration(options: dict[str, Any], message: str, tmp_path: Path) -> None:
-    module = unidad()
+def trainer_with(folder: Path, **options: Any) -> pl.Trainer:
     checkpointing = any(isinstance(one, ModelCheckpoint) for one in options.get("callbacks", []))
+    settings = dict(accelerator="cpu", max_steps=2, max_epochs=-1, logger=False, enable_checkpointing=checkpointing,
+                    enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+                    default_root_dir=folder)  # fmt: skip
+    return pl.Trainer(**(settings | options))
+
+
+@pytest.mark.parametrize(("options", "message"), IDLE, ids=lambda value: str(value)[:40])
+def test_what_does_nothing(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=message):
-        fit(module, 2, default_root_dir=tmp_path, **({"enable_checkpointing": checkpointing} | options))
+        refuse_idle_options(trainer_with(tmp_path, **options))
+
+
+@pytest.mark.parametrize(("options", "message"), ENDLESS, ids=lambda value: str(value)[:40])
+def test_what_waits_for_the_end_of_an_endless_epoch(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    trainer = trainer_with(tmp_path, **options)
+    refuse_idle_options(trainer)
+    trainer.fit_loop.max_batches = float("inf")
+    with pytest.raises(RuntimeError, match=message):
+        refuse_endless(trainer)
+
+
+@pytest.mark.parametrize(("options", "message"), [IDLE[4], ENDLESS[0]], ids=["idle", "endless"])
+def test_a_fit_refuses_before_its_first_iteration(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    module = unidad()
+    with pytest.raises(RuntimeError, match=message):
+        trainer_with(tmp_path, **options).fit(module, Stream(random_images()))
     assert module.iteration == 0
     assert not os.listdir(tmp_path)
 
@@ -55,15 +77,14 @@ def test_it_is_refused_before_the_first_iteration(options: dict[str, Any], messa
         {},
         {"max_epochs": 2, "max_steps": -1, "limit_train_batches": 2},
         {"max_epochs": -1, "max_steps": 2},
-        {"max_steps": -1, "max_time": timedelta(seconds=0)},
-        {"callbacks": [ModelCheckpoint(monitor="loss/student", every_n_train_steps=2)], "enable_checkpointing": True},
+        {"max_epochs": None, "max_steps": -1, "max_time": timedelta(seconds=9)},
+        {"callbacks": [ModelCheckpoint(monitor="loss/student", every_n_train_steps=2)]},
         {"callbacks": [EarlyStopping("val/fid", strict=False)], "limit_val_batches": 1},
     ],
     ids=str,
 )
 def test_what_works_is_not_refused(options: dict[str, Any], tmp_path: Path) -> None:
-    settings = dict(accelerator="cpu", max_steps=2, logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
-    trainer = pl.Trainer(**(settings | options))
+    trainer = trainer_with(tmp_path, **options)
     refuse_idle_options(trainer)
     trainer.fit_loop.max_batches = trainer.limit_train_batches if options.get("limit_train_batches") else float("inf")
     refuse_endless(trainer)

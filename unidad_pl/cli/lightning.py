@@ -207,7 +207,7 @@ class UnidadCLI(LightningCLI):
     def before_predict(self) -> None:
         """Pictures of our own modules are written; other people's may return anything."""
         self._find_checkpoint()
-        if isinstance(self.model, GenerativeModule):
+        if isinstance(self.model, GenerativeModule) and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             folder = self._get(self.config, "predictions_folder")
             trainer: Any = self.trainer
             trainer.callbacks.append(PredictionWriter(folder))

@@ -87,12 +87,13 @@ def choose_folder(trainer: pl.Trainer, checkpoint: str | None) -> None:
 def _claim(loggers: list[Any]) -> int:
     """Make a new folder ``version_N`` in the root of each logger, with the same N: no other run can have made it."""
     version = max(logger._get_next_version() for logger in loggers)
-    roots = list(dict.fromkeys(str(logger.root_dir) for logger in loggers if not is_remote(logger.root_dir)))
+    local = [Path(logger.root_dir).expanduser().resolve() for logger in loggers if not is_remote(logger.root_dir)]
+    roots = list(dict.fromkeys(local))  # two names of one folder would be in each other's way for ever
     while True:
         made: list[Path] = []
         try:
             for root in roots:
-                folder = Path(root) / f"version_{version}"
+                folder = root / f"version_{version}"
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 folder.mkdir()
                 made.append(folder)

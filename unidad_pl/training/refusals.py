@@ -83,7 +83,8 @@ def _idle_checkpoint(callback: ModelCheckpoint, trainer: Any) -> Iterator[str]:
 
 def _never_due(trainer: Any) -> Iterator[str]:
     epochs = trainer.max_epochs
-    if trainer.max_steps == -1 and trainer.max_time is None and epochs not in (None, -1):
+    timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # max_time makes one
+    if trainer.max_steps == -1 and not timed and epochs not in (None, -1):
         yield (
             f"max_epochs: {epochs} never ends this run, its training data is one epoch without an end: set max_steps "
             f"(iterations) or max_time, or limit_train_batches to the iterations of an epoch"
