@@ -13,6 +13,7 @@ import pytest
 from unidad_pl.cli.main import main
 from unidad_pl.cli.report_subjects import report_subjects
 from unidad_pl.data.prompts import read_dreambooth
+from unidad_pl.files import BrokenFile
 
 SCRIPT = Path(__file__).resolve().parents[2] / "configs" / "sdp_dreambooth.sbatch"
 LIST = "\ufeffsubject_name,class\ncan,can\ncat2, cat\n\nduck_toy,toy\n\nPrompts, and more\n\n" + 2 * (
@@ -51,6 +52,32 @@ def test_the_table_has_the_latest_value_of_each_subject_and_their_mean(tmp_path:
     rows = (tmp_path / "made" / "table.csv").read_text().splitlines()
     assert rows[1:3] == ["can,0.2000,", "dog,0.5000,0.3000"]
     assert "0.9000" in report_subjects(str(tmp_path), stage="val")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"values": [1]},
+        {"values": {"clip_i": "0.5"}},
+        {"step": None},
+        {"time": 3},
+        {"subject": ["dog"]},
+        {"values": None},
+    ],
+    ids=str,
+)
+def test_a_record_of_other_types_is_named(wrong: dict[str, Any], tmp_path: Path) -> None:
+    write(tmp_path / "a", "dog", 0.5)
+    write(tmp_path / "b", "can", 0.5, **wrong)
+    with pytest.raises(BrokenFile, match=rf"b/metrics\.jsonl' has a record whose {next(iter(wrong))} is"):
+        report_subjects(str(tmp_path))
+
+
+def test_lines_that_are_no_records_are_left_out(tmp_path: Path) -> None:
+    write(tmp_path / "a", "dog", 0.5)
+    with (tmp_path / "a" / "metrics.jsonl").open("ab") as file:
+        file.write(b"[" * 9000 + b"\n3\nnull\n[]\n\xff\xfe\x00\n{'a': 1}\n" + b"1" * 5000 + b'\n{"stage": "te')
+    assert "0.5000" in report_subjects(str(tmp_path))
 
 
 def test_the_command_prints_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

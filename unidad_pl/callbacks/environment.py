@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,23 +16,63 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_warn
 
 from unidad_pl.callbacks.records import append_record, on_rank_zero, run_folder
+from unidad_pl.files import replacing
 
 FILE = "environment.jsonl"
+STARTED = "run_started"
+"""Entry of a checkpoint: when the run that wrote it began, ISO 8601 in UTC."""
 PACKAGES = ("unidad_pl", "torch", "lightning", "torchmetrics", "diffusers", "transformers", "safetensors", "numpy")
 
 
 class RunRecord(SaveConfigCallback):
-    """Writes ``config.yaml``, and at every start of the run a line of :func:`environment` to ``environment.jsonl``."""
+    """Writes ``config.yaml``, and at every start of the run a line of :func:`environment` to ``environment.jsonl``.
+
+        >>> from unidad_pl.cli.lightning import run
+        >>> run(["fit", "--config", "configs/quickstart.yaml"])  # doctest: +SKIP
+
+    Checkpoints get the time of that start, by which ``--ckpt_path last`` tells runs apart. Where the run's folder is
+    deleted while it trains, both files are written anew, with a warning; ``deleted_at`` is the iteration then.
+    """
+
+    deleted_at: int | None = None
+    _started = ""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        first = not self.already_saved
-        super().setup(trainer, pl_module, stage)
-        if first:
-            path = run_folder(trainer) / FILE
-            record = environment(trainer) | {"stage": stage, "seed": self.config.get("seed_everything")}
-            on_rank_zero(trainer, path, lambda: append_record(path, record))
+        if self.already_saved:
+            return
+        self._folder = run_folder(trainer)
+        self._record = environment(trainer) | {"stage": stage, "seed": self.config.get("seed_everything")}
+        self._started = datetime.now(timezone.utc).isoformat()
+        on_rank_zero(trainer, self._folder, self._write)
+        self.already_saved = True
+
+    def _write(self) -> None:
+        text = self.parser.dump(self.config, skip_none=False)
+        with replacing(self._folder / self.config_filename) as part:
+            part.write_text(text, encoding="utf-8")
+        append_record(self._folder / FILE, self._record)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
+        if trainer.is_global_zero and not (self._folder / self.config_filename).is_file():
+            self.deleted_at = trainer.global_step
+            self._write()
+            rank_zero_warn(
+                f"{str(self._folder)!r} was deleted or moved while the run was writing there: config.yaml is written "
+                f"anew and training goes on, but checkpoints and numbers from before iteration {self.deleted_at} are "
+                f"gone, and TensorBoard's may stay away"
+            )
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
+        checkpoint[STARTED] = self._started
+
+
+def unidad_command() -> str:
+    """``unidad`` as the user's shell finds it: with its path if it lies in an environment that is not activated."""
+    beside = Path(sys.executable).with_name("unidad")
+    return "unidad" if shutil.which("unidad") or not beside.exists() else shlex.quote(str(beside))
 
 
 def environment(trainer: pl.Trainer) -> dict[str, Any]:

@@ -1,33 +1,40 @@
-"""End a run in good order when its time on the machine is over: on SIGTERM and SIGUSR1 it saves and exits."""
+"""End a run in good order on a signal: a fit finishes its iteration, saves, and says the command that goes on."""
 
 from __future__ import annotations
 
+import os
+import shlex
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.distributed_c10d import _get_default_store
 
+from unidad_pl.callbacks.environment import unidad_command
 from unidad_pl.callbacks.records import run_folder
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP") if hasattr(signal, name))
+"""The end of a job, the warning before it, Ctrl-C, and the terminal that was closed."""
 EXIT_CODE = 85
+PATIENCE = 3
 FILE = "preempted.ckpt"
 KEY = "unidad_pl/stop_after"
 
 
 class Preemption(pl.Callback):
-    """On SIGTERM or SIGUSR1 a fit finishes its iteration, saves ``checkpoints/preempted.ckpt`` and exits.
+    """On SIGTERM, SIGUSR1, SIGINT (Ctrl-C) or SIGHUP a fit finishes its iteration, saves, and exits.
 
         >>> trainer = pl.Trainer(callbacks=[Preemption(exit_code=99)])
+
+    It saves ``checkpoints/preempted.ckpt``. More signals do not disturb that; before it has begun, the third Ctrl-C
+    leaves at once. What was ignored when the process started, as SIGHUP under ``nohup``, stays ignored.
 
     All ranks stop after the same iteration, whichever of them got the signal, and exit with the same code. They agree
     through the store of the process group: no collective, and nothing that waits for a GPU. A signal outside the
@@ -45,11 +52,12 @@ class Preemption(pl.Callback):
     def __init__(self, exit_code: int = EXIT_CODE) -> None:
         self.exit_code = exit_code
         self._caught: int | None = None
-        self._training = False
-        self._iterations = 0
+        self._training = self._saving = False
+        self._iterations = self._interrupts = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._training, self._iterations, self._caught = True, 0, None
+        self._training, self._saving, self._caught = True, False, None
+        self._iterations = self._interrupts = 0
         listen(self._note)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -69,7 +77,14 @@ class Preemption(pl.Callback):
 
     def _note(self, number: int, frame: Any) -> None:
         if not self._training:
-            sys.exit(self.exit_code)
+            leave(number, self.exit_code)
+        self._interrupts += number == signal.SIGINT
+        if self._saving:
+            say("the checkpoint is being written: this signal changes nothing, the process ends after it")
+        elif self._interrupts >= PATIENCE:
+            leave(number, self.exit_code)
+        elif self._caught is None:
+            say(f"{signal.Signals(number).name}: finishing this iteration, then saving a checkpoint")
         self._caught = number
 
     def _stop_now(self, trainer: pl.Trainer) -> bool:
@@ -82,32 +97,64 @@ class Preemption(pl.Callback):
         return bool(store.check([KEY])) and self._iterations >= int(store.get(KEY))
 
     def _save_and_leave(self, trainer: pl.Trainer) -> None:
-        folder = getattr(trainer.checkpoint_callback, "dirpath", None) or run_folder(trainer) / "checkpoints"
-        path = Path(folder) / FILE
+        self._saving = True
+        run = run_folder(trainer)
+        path = Path(getattr(trainer.checkpoint_callback, "dirpath", None) or run / "checkpoints") / FILE
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            sys.exit(self.exit_code)
         trainer.save_checkpoint(path, weights_only=False)
         own_child = (
             isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
             and trainer.local_rank > 0
         )
-        rank_zero_info(
-            f"Stopped by a signal after iteration {trainer.global_step}, saved {path}, exit code {self.exit_code}. "
-            f"Resume with --ckpt_path last"
-        )
+        if trainer.is_global_zero:
+            config = run / "config.yaml"
+            going_on = f"trainer.fit(module, data, ckpt_path={str(path)!r})"
+            if config.is_file():
+                going_on = f"{unidad_command()} fit --config {shlex.quote(str(config))} --ckpt_path last"
+            say(
+                f"Stopped by a signal after iteration {trainer.global_step}, saved {path}, exit code {self.exit_code}. "
+                f"To go on:\n{going_on}"
+            )
         sys.exit(0 if own_child else self.exit_code)
 
 
+def say(text: str) -> None:
+    """Write a line to stderr, which may be interrupted in a write of its own, or be a terminal that is gone."""
+    with suppress(OSError):
+        os.write(2, f"{text}\n".encode())
+
+
+def leave(number: int, exit_code: int) -> NoReturn:
+    """End this process where there is nothing to save: with ``exit_code``, on Ctrl-C and SIGHUP as shells expect it."""
+    say(f"{signal.Signals(number).name}: ended at once, there was nothing to save")
+    sys.exit(exit_code if number in SIGNALS[:2] else 128 + number)
+
+
 def listen(handler: Any) -> None:
-    """Call ``handler`` on :data:`SIGNALS`; only the main thread may ask for that."""
+    """Call ``handler`` on :data:`SIGNALS`; only the main thread may ask for that.
+
+    Workers of a data loader, forked from this process, are left to it: a Ctrl-C in a terminal reaches them too.
+    """
+    own = os.getpid()
+
+    def of_this_process(number: int, frame: Any) -> None:
+        if os.getpid() == own:
+            handler(number, frame)
+        elif number == signal.SIGTERM:
+            os._exit(128 + number)
+
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
-            signal.signal(number, handler)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, of_this_process)
 
 
 @contextmanager
 def leaving_on_signals() -> Iterator[None]:
-    """A signal before and after the loops exits with :data:`EXIT_CODE`."""
+    """A signal before and after the loops ends the process with a sentence."""
     before = [signal.getsignal(number) for number in SIGNALS]
-    listen(lambda number, frame: sys.exit(EXIT_CODE))
+    listen(lambda number, frame: leave(number, EXIT_CODE))
     try:
         yield
     finally:

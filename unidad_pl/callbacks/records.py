@@ -11,17 +11,26 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 FILE = "metrics.jsonl"
 
 
 def run_folder(trainer: pl.Trainer) -> Path:
-    """Where this run writes: the first logger's folder, or ``default_root_dir``; the same on every rank.
+    """Where this run writes, the same on every rank: ``save_dir/name/version`` of the first logger, as its checkpoints
+    do; without a logger ``default_root_dir``.
 
     All ranks must call it together: the folder of rank 0 is broadcast.
     """
-    return Path(trainer.log_dir or trainer.default_root_dir)
+    first = trainer.loggers[0] if trainer.loggers else None
+    if first is None or isinstance(first, (TensorBoardLogger, CSVLogger, DummyLogger)):
+        return Path(trainer.log_dir or trainer.default_root_dir)
+    # Lightning's trainer.log_dir is save_dir alone here, which all runs of a W&B or MLflow project share.
+    version = first.version if isinstance(first.version, str) else f"version_{first.version}"
+    folder = os.path.join(first.save_dir or trainer.default_root_dir, str(first.name), version)
+    return Path(trainer.strategy.broadcast(folder))
 
 
 def trained_iterations(trainer: pl.Trainer) -> int:
@@ -76,7 +85,7 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """All whole lines of a JSON-lines file, in order; unfinished ones are left out.
+    """All whole lines of a JSON-lines file, in order; unfinished ones, and what is no mapping, are left out.
 
     Raises:
         FileNotFoundError: no such file.
@@ -85,7 +94,7 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict):
             records.append(record)
@@ -95,7 +104,7 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
 def on_rank_zero(trainer: pl.Trainer, path: Path, write: Callable[[], None]) -> None:
     """Call ``write`` on rank 0; if it fails to write ``path``, every rank raises, so that none is left waiting.
 
-    With ``fast_dev_run`` nothing is written.
+    Nothing is written in a ``fast_dev_run``.
 
     Raises:
         RuntimeError: says what could not be written, and why.

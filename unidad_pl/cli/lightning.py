@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import warnings
-from argparse import SUPPRESS, RawDescriptionHelpFormatter
 from collections.abc import Sequence
-from dataclasses import is_dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import yaml
-from jsonargparse import DefaultHelpFormatter, get_loader, set_loader
 from jsonargparse.typing import PositiveInt
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from unidad_pl.callbacks.environment import RunRecord
 from unidad_pl.callbacks.prediction_writer import PredictionWriter
 from unidad_pl.callbacks.preemption import Preemption, leaving_on_signals
 from unidad_pl.callbacks.records import run_folder
+from unidad_pl.checks import check_at_least
+from unidad_pl.cli.launch import check_launcher
+from unidad_pl.cli.parsing import ConfigFile, HelpFormatter, Parser, later_values_replace, read_nested_nulls
 from unidad_pl.cli.summary import fit_summary
 from unidad_pl.runs.checkpoints import DurableCheckpointIO, is_remote, refuse_damaged
 from unidad_pl.runs.resume import WORDS, choose_folder, find_checkpoint
 from unidad_pl.training.module import GenerativeModule
+from unidad_pl.training.refusals import refuse_idle_options
 
 DESCRIPTION = """Few-step few-shot image generation: distil a diffusion model to 1-4 steps and adapt it to a new
 domain from about ten images, in one training run (Uni-DAD).
@@ -43,8 +46,12 @@ domain from about ten images, in one training run (Uni-DAD).
   unidad report subjects --runs FOLDER                  CLIP-I, CLIP-T and DINO of many subjects' runs, one table
   unidad import adm --checkpoint FILE --preset ffhq256 --out FOLDER     a guided-diffusion model as a source model
   unidad restore adm --folder FOLDER --out FILE         such a folder as a guided-diffusion checkpoint again
+
+Options may also come from the environment (UNIDAD_FIT__TRAINER__MAX_STEPS=100; configs and the command line win). What
+cannot be done ends with one sentence, and 1 or, for a wrong command line, 2; --debug shows the traceback as well.
 """
 
+THREADS_PER_CORE = 4
 LOGGER = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "runs", "name": None}}
 """A name of null is that of the first config."""
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -53,26 +60,21 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 
 
-class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Keeps the description's example commands one per line."""
+class LastValidation(pl.Callback):
+    """Remembers what the validation within a fit found, so that it need not be done again at the end.
 
+    >>> LastValidation().step is None
+    True
+    """
 
-class Parser(LightningArgumentParser):
-    """Explains groups of options that may be null as it explains the others, where jsonargparse shows one line."""
+    step: int | None = None
+    metrics: dict[str, float]
 
-    _inner_parser = False
-
-    def format_help(self, *args: Any) -> str:
-        """The help of a class, its optional groups one after the other at its end."""
-        text = super().format_help(*args)
-        for action in self._actions if self._inner_parser else ():  # of a class
-            kinds = () if action.dest.endswith(".help") else get_args(getattr(action, "_typehint", None))
-            for kind in filter(is_dataclass, kinds):
-                group = Parser(usage=SUPPRESS, add_help=False, description=f"{action.dest}, unless it is null:")
-                group.add_class_arguments(kind, action.dest)
-                group._inner_parser = True
-                text += f"\n{group.format_help()}"
-        return text
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            logged: Any = trainer._results
+            self.step = trainer.global_step
+            self.metrics = {name: float(value) for name, value in logged.metrics(on_step=False)["log"].items()}
 
 
 class UnidadCLI(LightningCLI):
@@ -81,7 +83,7 @@ class UnidadCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser whose help explains all groups."""
         parser = Parser(**{"dump_header": [f"unidad_pl=={version('unidad_pl')}"], **kwargs})
-        parser.add_argument("-c", "--config", action="config", help="YAML file of options; later ones win")
+        parser.add_argument("-c", "--config", action=ConfigFile, help="YAML file of options; later ones win")
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -100,11 +102,29 @@ class UnidadCLI(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint", required=False)
         parser.set_defaults({"checkpoint.every_n_train_steps": 1000, "checkpoint.save_last": True})
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """``args`` are always given: Lightning would warn that there is a command line too."""
+        self.config = parser.parse_args(args)
+        self._refuse_unknown_variables(self.config["subcommand"])
+
+    def _refuse_unknown_variables(self, subcommand: str) -> None:
+        prefix = f"UNIDAD_{subcommand.upper()}__"
+        options = self._parser(subcommand)._actions
+        known = {prefix + action.dest.replace(".", "__").upper() for action in options}
+        for name in os.environ:
+            if name.startswith(prefix) and name not in known:
+                raise ValueError(
+                    f"the environment variable {name} is no option of unidad {subcommand}: unset it, or correct it "
+                    f"({prefix}TRAINER__MAX_STEPS; the options of a class come together, as {prefix}MODEL="
+                    f"'{{class_path: ..., init_args: {{...}}}}')"
+                )
+
     def before_instantiate_classes(self) -> None:
         """``seed_everything`` seeds the model and the data too, wherever they take a seed and were not given one; the
         run is called after its first config."""
         config = self.config[self.subcommand]
         if config.threads is not None:
+            check_at_least(1, THREADS_PER_CORE * (os.cpu_count() or 1), threads=config.threads)
             torch.set_num_threads(config.threads)
         seed = 0 if isinstance(config.seed_everything, bool) else int(config.seed_everything)
         for place in ("model.init_args.training", "data.init_args"):
@@ -119,11 +139,10 @@ class UnidadCLI(LightningCLI):
             trainer.check_val_every_n_epoch = 1
 
     def _parse_ckpt_path(self) -> None:
-        # Lightning reads the file here, for its hyperparameters: say what is wrong with one before torch does.
+        # Lightning would put the file's hyperparameters over the config, and import the class they name.
         path = self.config[self.config.subcommand].get("ckpt_path")
         if path is not None and not is_remote(path) and Path(path).is_file():
             refuse_damaged(path)
-        super()._parse_ckpt_path()
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """With checkpoints that survive and an end in good order on signals, unless the config brings its own."""
@@ -132,11 +151,14 @@ class UnidadCLI(LightningCLI):
         if init.enable_checkpointing is False or any(isinstance(one, ModelCheckpoint) for one in own):
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
         trainer = super().instantiate_trainer(**kwargs)
+        check_launcher(trainer.world_size, os.environ)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = DurableCheckpointIO()
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         if not any(isinstance(callback, Preemption) for callback in callbacks):
             callbacks.append(Preemption())  # last: what it saves is what all others have made of the iteration
+        self.validated = LastValidation()
+        callbacks.append(self.validated)
         return trainer
 
     def before_fit(self) -> None:
@@ -145,6 +167,8 @@ class UnidadCLI(LightningCLI):
         Raises:
             FileNotFoundError: ``--ckpt_path`` leads to no file; Lightning would train from the start after a warning.
         """
+        if isinstance(self.model, GenerativeModule):
+            refuse_idle_options(self.trainer)  # before the first evaluation, which takes its time
         wanted = self._get(self.config, "ckpt_path")
         path = self._find_checkpoint()
         choose_folder(self.trainer, path if wanted in WORDS else None)
@@ -162,17 +186,28 @@ class UnidadCLI(LightningCLI):
         return path
 
     def after_fit(self) -> None:
-        """Metrics of the trained weights, and the closing table."""
-        after = self._validate()
+        """Metrics of the trained weights, and the closing table.
+
+        Raises:
+            RuntimeError: the run folder was deleted while the run wrote there.
+        """
+        last = self.validated
+        after = last.metrics if last.step == self.trainer.global_step else self._validate()
         if self._get(self.config, "summary"):
             folder = run_folder(self.trainer)  # a collective: on every rank
             if self.trainer.is_global_zero:
                 fit_summary(self.trainer, folder, self.metrics_before, after)
+        record = next((one for one in self.trainer.callbacks if isinstance(one, RunRecord)), None)  # type: ignore[attr-defined]
+        if record is not None and record.deleted_at is not None:
+            raise RuntimeError(
+                f"the run folder was deleted at iteration {record.deleted_at}: checkpoints from then on are there, "
+                f"what was written before is lost"
+            )
 
     def before_predict(self) -> None:
         """Pictures of our own modules are written; other people's may return anything."""
         self._find_checkpoint()
-        if isinstance(self.model, GenerativeModule):
+        if isinstance(self.model, GenerativeModule) and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             folder = self._get(self.config, "predictions_folder")
             trainer: Any = self.trainer
             trainer.callbacks.append(PredictionWriter(folder))
@@ -203,17 +238,11 @@ def _quieten() -> None:
     )
 
 
-def _read_nested_nulls() -> None:
-    """``--model.target_teacher.adaptation null``: jsonargparse hands null on to nested options as the word None."""
-    load = get_loader("yaml")
-    set_loader("yaml", lambda text: None if text == "None" else load(text), exceptions=(yaml.YAMLError,))
-
-
 def run(args: Sequence[str] | None) -> UnidadCLI:
     """Parse ``args`` (the command line's if None) and run the subcommand they name."""
     _quieten()
-    _read_nested_nulls()
-    with leaving_on_signals():
+    read_nested_nulls()
+    with leaving_on_signals(), later_values_replace():
         return UnidadCLI(
             pl.LightningModule,
             pl.LightningDataModule,
@@ -221,8 +250,9 @@ def run(args: Sequence[str] | None) -> UnidadCLI:
             subclass_mode_data=True,
             seed_everything_default=0,
             trainer_defaults=TRAINER_DEFAULTS,
-            args=None if args is None else list(args),
-            parser_kwargs={"description": DESCRIPTION, "formatter_class": HelpFormatter},
+            args=list(sys.argv[1:] if args is None else args),
+            parser_kwargs={"prog": "unidad", "description": DESCRIPTION, "formatter_class": HelpFormatter,
+                           "default_env": True, "env_prefix": "UNIDAD"},
             save_config_callback=RunRecord,
             save_config_kwargs={"overwrite": True},
-        )
+        )  # fmt: skip

@@ -10,6 +10,8 @@ import sys
 from inspect import signature
 from typing import TYPE_CHECKING
 
+from unidad_pl.cli.errors import StrictParser, refuse, sentence_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
@@ -26,41 +28,55 @@ TOOLS = {
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point of the ``unidad`` command; ``args`` default to the command line's."""
+    """Entry point of the ``unidad`` command; ``args`` default to the command line's.
+
+    Raises:
+        Refused: the command ends with one sentence on stderr, and the code 1, or 2 for a wrong command line.
+    """
     given = list(sys.argv[1:] if args is None else args)
     if given == ["--version"]:  # answered before torch is imported
         from importlib.metadata import version
 
         sys.stdout.write(f"unidad {version('unidad_pl')}\n")
         return
-    if given and given[0] in {command.split()[0] for command in TOOLS}:
-        _run_tool(given)
-        return
-    from unidad_pl.cli.lightning import run
+    debug, given = "--debug" in given, [word for word in given if word != "--debug"]
+    try:
+        if given and given[0] in {command.split()[0] for command in TOOLS}:
+            _run_tool(given)
+        else:
+            from unidad_pl.cli.lightning import run
 
-    run(None if args is None else given)
+            run(given)
+    except Exception as error:
+        if debug:
+            raise
+        refuse(f"unidad {_named(given)}: {sentence_of(error)}", 1)
+
+
+def _named(given: Sequence[str]) -> str:
+    """The words that name the command."""
+    return " ".join(given[:2]) if " ".join(given[:2]) in TOOLS else " ".join(given[:1])
 
 
 def _run_tool(given: Sequence[str]) -> None:
-    """Run a command of :data:`TOOLS`; what is wrong with the request is one line, not a traceback."""
+    """Run a command of :data:`TOOLS`."""
     from importlib import import_module
 
     from jsonargparse import ArgumentParser
 
-    same = {command: place for command, place in TOOLS.items() if command.split()[0] == given[0]}
-    name = given[0] if given[0] in same else " ".join(given[:2])
-    if name not in same:
-        sys.exit(f"unidad {given[0]}: use one of: " + ", ".join(f"unidad {command}" for command in same))
-    module, _, function_name = same[name].partition(":")
+    class Parser(StrictParser, ArgumentParser):
+        """A tool's options."""
+
+    name = _named(given)
+    if name not in TOOLS:
+        same = [f"unidad {command}" for command in TOOLS if command.split()[0] == given[0]]
+        refuse(f"unidad {given[0]}: use one of: " + ", ".join(same), 2)
+    module, _, function_name = TOOLS[name].partition(":")
     function: Callable[..., Path | str] = getattr(import_module(module), function_name)
-    parser = ArgumentParser(prog=f"unidad {name}", description=(function.__doc__ or "").partition("\n\n")[0])
+    parser = Parser(prog=f"unidad {name}", description=(function.__doc__ or "").partition("\n\n")[0])
     parser.add_function_arguments(function, as_group=False)
     options = [_spelled_out(option, function) for option in given[len(name.split()) :]]
-    request = parser.instantiate_classes(parser.parse_args(options))
-    try:
-        made = function(**request)
-    except (ValueError, OSError) as error:
-        sys.exit(f"unidad {name}: {error}")
+    made = function(**parser.instantiate_classes(parser.parse_args(options)))
     sys.stdout.write(made if isinstance(made, str) else f"written: {made}\n")
 
 

@@ -238,7 +238,7 @@ def report_memory(config: list[str], batch_size: int | None = None, precision: s
     for path in config:
         if not Path(path).is_file():
             raise FileNotFoundError(f"no config at {path!r}")
-    merged = merge_configs([read_config(path) or {} for path in config])
+    merged = merge_configs([read_config(path) for path in config])
     module = build_module(merged, ", ".join(config))
     data = (merged.get("data") or {}).get("init_args") or {}
     size = batch_size if batch_size is not None else int(data.get("batch_size", 1))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from unidad_pl.callbacks.records import FILE, read_records
+from unidad_pl.files import BrokenFile, replacing
 
 SIMILARITY, DIVERSITY = "SubjectSimilarity", "PromptDiversity"
 MEAN = "mean"
@@ -41,9 +43,7 @@ def report_subjects(runs: str, stage: str = "test", out: str | None = None) -> s
     for subject, row in rows.items():
         table.append([subject, *("" if (value := row.get(name)) is None else f"{value:.4f}" for name in names)])
     if out is not None:
-        path = Path(out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="", encoding="utf-8") as file:
+        with replacing(Path(out)) as part, part.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(table)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     left = [subject.ljust(widths[0]) for subject, *_ in table]
@@ -61,6 +61,8 @@ def collect_subjects(runs: Path, stage: str) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(runs.rglob(FILE)):
         records = [record for record in read_records(path) if record.get("stage") == stage]
+        for record in records:
+            _check(record, path)
         similar = [record for record in records if record.get("metric") == SIMILARITY]
         if not similar:
             continue
@@ -75,6 +77,25 @@ def collect_subjects(runs: Path, stage: str) -> dict[str, dict[str, Any]]:
             found[record["subject"]] = merged
     _check_alike(list(found.values()))
     return found
+
+
+def _check(record: dict[str, Any], path: Path) -> None:
+    """Refuse a record whose entries are not of the types that callbacks write.
+
+    Raises:
+        BrokenFile: names file and entry.
+    """
+    subject, values = record.get("subject"), record.get("values")
+    wrong = [name for name, kind in (("step", int), ("time", str)) if not isinstance(record.get(name), kind)]
+    if not isinstance(values, dict) or not all(isinstance(v, (int, float, NoneType)) for v in values.values()):
+        wrong.append("values")
+    if subject is not None and not isinstance(subject, str):
+        wrong.append("subject")
+    if wrong:
+        raise BrokenFile(
+            f"{str(path)!r} has a record whose {wrong[0]} is {record.get(wrong[0])!r}, which no callback writes: take "
+            f"its line out, or measure again"
+        )
 
 
 def _check_alike(records: list[dict[str, Any]]) -> None:

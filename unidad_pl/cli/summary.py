@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from unidad_pl.callbacks.environment import unidad_command
 from unidad_pl.modules.unidad import UniDAD
+from unidad_pl.runs.checkpoints import is_remote
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -37,27 +38,32 @@ def fit_summary(
             cells = [f"{before[name]:.4g}" if name in before else "-"] if before else []
             table.add_row(name, *cells, f"{after[name]:.4g}")
         console.print(table)
-    places = {"run folder": folder, "pictures": folder / "samples", "numbers": folder / "metrics.jsonl"}
-    lines = {label: str(path) for label, path in places.items() if label == "run folder" or path.exists()}
-    if (checkpoint := _last_checkpoint(trainer)) is not None:
-        unidad, lines["checkpoint"] = _command(), checkpoint
-        lines["next"] = f"{unidad} predict --config {folder / 'config.yaml'} --ckpt_path {checkpoint}"
-        if isinstance(trainer.lightning_module, UniDAD):
-            lines["hand on"] = f"{unidad} export --ckpt_path {checkpoint} --out {folder / 'export'}"
-    for label, text in lines.items():
+    for label, text in _places(trainer, folder).items():
         console.print(f"{label:<13} {text}", soft_wrap=True, highlight=False)
 
 
-def _command() -> str:
-    """``unidad`` as the user's shell finds it: with its path if it lies in an environment that is not activated."""
-    beside = Path(sys.executable).with_name("unidad")
-    return "unidad" if shutil.which("unidad") or not beside.exists() else str(beside)
+def _places(trainer: pl.Trainer, folder: Path) -> dict[str, str]:
+    """Label -> path or command, of what is there; commands as a shell takes them, whatever the paths hold."""
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return {"run folder": "none: a fast_dev_run writes nothing"}
+    places = {"run folder": folder, "pictures": folder / "samples", "numbers": folder / "metrics.jsonl"}
+    lines = {label: str(path) for label, path in places.items() if label == "run folder" or path.exists()}
+    checkpoint, config = _last_checkpoint(trainer), folder / "config.yaml"
+    if checkpoint is not None:
+        lines["checkpoint"] = checkpoint
+        unidad, quoted = unidad_command(), shlex.quote(checkpoint)
+        if config.is_file():
+            lines["next"] = f"{unidad} predict --config {shlex.quote(str(config))} --ckpt_path {quoted}"
+        if isinstance(trainer.lightning_module, UniDAD):
+            out = shlex.quote(str(folder / "export"))
+            lines["hand on"] = f"{unidad} export --ckpt_path {quoted} --out {out}"
+    return lines
 
 
 def _last_checkpoint(trainer: pl.Trainer) -> str | None:
     """The newest checkpoint the run wrote, if it wrote one."""
     callback = trainer.checkpoint_callback
     for name in ("last_model_path", "best_model_path"):
-        if path := getattr(callback, name, ""):
+        if (path := getattr(callback, name, "")) and (is_remote(path) or Path(path).exists()):
             return str(path)
     return None

@@ -7,11 +7,11 @@ and ``unzip`` read it, and a file that is cut short or has a flipped bit is noti
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 import time
 import zipfile
-import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +22,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
 from unidad_pl.backbones.weights import read_plain
-from unidad_pl.files import replacing
+from unidad_pl.callbacks.environment import STARTED
+from unidad_pl.files import BrokenFile, reading, replacing
 
 MARK = b"sha256:"
 COMMENT = len(MARK) + hashlib.sha256().digest_size * 2
@@ -31,8 +32,21 @@ CHUNK = 1 << 22
 ABANDONED = 3600.0  # seconds after which a temporary file belongs to a run that was killed while it wrote
 
 
-class DamagedCheckpoint(ValueError):
-    """A checkpoint file that is not what was written; the message says which, and what to resume from."""
+ENTRIES = {
+    "state_dict": dict, "global_step": int, "epoch": int, "pytorch-lightning_version": str, "loops": dict,
+    "callbacks": dict, "optimizer_states": list, "lr_schedulers": list,
+}  # fmt: skip
+"""What Lightning reads when it resumes; only the first must be there."""
+
+
+class DamagedCheckpoint(BrokenFile):
+    """A checkpoint file that is not what was written; the message says which, and what to resume from.
+
+    >>> raise DamagedCheckpoint("'last.ckpt' is damaged: it is cut short")
+    Traceback (most recent call last):
+    ...
+    unidad_pl.runs.checkpoints.DamagedCheckpoint: 'last.ckpt' is damaged: it is cut short
+    """
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -69,14 +83,17 @@ class DurableCheckpointIO(TorchCheckpointIO):
         Raises:
             FileNotFoundError: there is none.
             DamagedCheckpoint: it was cut short or changed; names the newest intact one of its folder.
-            ValueError: it carries code, or ``weights_only=False`` asks to run that.
+            BrokenFile: it carries code, or is no checkpoint of Lightning.
+            ValueError: ``weights_only=False`` asks to run code.
         """
         if weights_only is False:
             raise ValueError(
                 "weights_only=False would run code that a checkpoint carries: leave it out, or take this plugin "
                 "(DurableCheckpointIO) away for a file you trust"
             )
-        return read_checkpoint(path, map_location)
+        content = read_checkpoint(path, map_location)
+        check_entries(content, path)
+        return content
 
 
 def is_remote(path: str | Path) -> bool:
@@ -191,8 +208,8 @@ def _check_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             wrong = archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError, RuntimeError) as error:
-        raise DamagedCheckpoint(f"{str(path)!r} is damaged: {error}") from error
+    except Exception as error:  # a damaged table of contents makes zipfile fail in as many ways as it has lines
+        raise DamagedCheckpoint(f"{str(path)!r} is damaged ({type(error).__name__}: {error})") from error
     if wrong is not None:
         raise DamagedCheckpoint(f"{str(path)!r} is damaged: {wrong} in it is not what was written")
 
@@ -218,23 +235,62 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     Raises:
         FileNotFoundError: there is none.
         DamagedCheckpoint: it was cut short or changed; names the newest intact one of its folder.
-        ValueError: it carries code, or torch cannot read it.
+        BrokenFile: it carries code, or torch cannot read it.
     """
     if not is_remote(path):
         refuse_damaged(path)
-    with get_filesystem(str(path)).open(str(path), "rb") as file:
-        return read_plain(file, str(path), map_location)
+    with reading(path, "checkpoint"), get_filesystem(str(path)).open(str(path), "rb") as file:
+        try:
+            return read_plain(file, str(path), map_location)
+        except ValueError as error:  # a sentence already
+            raise BrokenFile(str(error)) from error
+
+
+def check_entries(content: Any, path: str | Path) -> None:
+    """Refuse what Lightning could not resume from.
+
+    Raises:
+        BrokenFile: names the file, and the entry that is missing or of another type.
+    """
+    entries = content if isinstance(content, dict) else {}
+    wrong = [f"its entry {name} is {type(entries[name]).__name__}, no {kind.__name__}"
+             for name, kind in ENTRIES.items() if not isinstance(entries.get(name, kind()), kind)]  # fmt: skip
+    if not wrong and "state_dict" in entries:
+        wrong = [f"{name!r} in its state_dict is no tensor" for name, value in entries["state_dict"].items()
+                 if not (isinstance(name, str) and isinstance(value, torch.Tensor))]  # fmt: skip
+    elif not wrong:
+        wrong = ["it has no state_dict"]
+    if wrong:
+        raise BrokenFile(
+            f"{str(path)!r} is no checkpoint to resume from ({wrong[0]}): give one that a Lightning trainer wrote"
+        )
+
+
+def age(path: Path) -> tuple[str, float, int, str]:
+    """What orders checkpoints: the start of their run, the step stored in them, the file's time, its name.
+
+    Only the file's table of contents is read, no weights. File times alone mislead: a copied run has new ones. A file
+    that cannot be read counts as newest, so that whoever looks for the newest gets to know that it is damaged.
+    """
+    written = path.stat().st_mtime_ns
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        step, started = content.get("global_step", -1), content.get(STARTED, "")
+    except Exception:  # noqa: BLE001 (whatever it is: verifying the file says what)
+        return "~", math.inf, written, path.name
+    known = isinstance(step, int) and isinstance(started, str)
+    return (started, step, written, path.name) if known else ("", -1, written, path.name)
 
 
 def newest_intact(*folders: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint that is whole in ``folders`` and the folders in them, by the time it was written.
+    """The newest checkpoint that is whole in ``folders`` and the folders in them, by :func:`age`.
 
     Returns:
         The file, None if there is none; and the newer ones that were passed over, with what is wrong with each.
     """
     passed_over: dict[Path, str] = {}
     files = {path for folder in folders for path in folder.rglob("*.ckpt") if path.is_file()}
-    for path in sorted(files, key=lambda file: (file.stat().st_mtime_ns, file.name), reverse=True):
+    for path in sorted(files, key=age, reverse=True):
         try:
             verify_checkpoint(path)
         except (DamagedCheckpoint, OSError) as error:

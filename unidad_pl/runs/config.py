@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from unidad_pl.files import BrokenFile, reading
+
 CONFIG_FILE = "config.yaml"
+MOST, MOST_BYTES = 100_000, 10_000_000  # the largest of configs/ has about 150 values
 
 
 def find_config(ckpt_path: str | Path, config: str | None = None) -> Path:
@@ -23,25 +26,51 @@ def find_config(ckpt_path: str | Path, config: str | None = None) -> Path:
     )
 
 
-def read_config(path: str | Path) -> Any:
-    """The content of a YAML file.
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The content of a YAML file; nothing for an empty one.
 
     Raises:
-        ValueError: it is not YAML.
+        FileNotFoundError: there is none.
+        BrokenFile: it is not YAML, no mapping from names to values, asks for Python objects by a tag, or grows beyond
+            :data:`MOST` values when its aliases are written out.
     """
     import yaml
 
-    try:
-        return yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{str(path)!r} is not YAML: {error}") from error
+    way_out = "write it as a YAML mapping, such as a run's config.yaml"
+    with reading(path, "config", way_out):
+        text = Path(path).read_bytes()[: MOST_BYTES + 1].decode()
+        if len(text) > MOST_BYTES:
+            raise ValueError(f"more than {MOST_BYTES} bytes")
+        _size(yaml.compose(text, Loader=yaml.SafeLoader), {})
+        content = yaml.safe_load(text)
+    if not isinstance(content or {}, dict) or not all(isinstance(name, str) for name in content or {}):
+        raise BrokenFile(f"{str(path)!r} is no config (its content is {type(content).__name__}): {way_out}")
+    return content or {}
+
+
+def _size(node: Any, known: dict[int, int]) -> int:
+    """How many values a YAML node holds, those behind aliases counted wherever they stand.
+
+    Raises:
+        ValueError: too many.
+    """
+    if id(node) in known:
+        return known[id(node)]
+    known[id(node)] = MOST  # an alias of what holds it has no end
+    inner = node.value if isinstance(getattr(node, "value", None), list) else []
+    size = 1 + sum(_size(part, known) for pair in inner for part in (pair if isinstance(pair, tuple) else (pair,)))
+    if size > MOST:
+        raise ValueError(f"more than {MOST} values when its aliases are written out")
+    known[id(node)] = size
+    return size
 
 
 def merge_configs(configs: list[Any]) -> Any:
-    """Configs on top of each other: entries of later ones win, mappings are merged."""
+    """Configs on top of each other: later values win, lists whole; mappings are merged, unless the class changes."""
     merged: Any = {}
     for config in configs:
-        if isinstance(merged, dict) and isinstance(config, dict):
+        both = isinstance(merged, dict) and isinstance(config, dict)
+        if both and config.get("class_path", merged.get("class_path")) == merged.get("class_path"):
             merged = merged | {k: merge_configs([merged[k], v]) if k in merged else v for k, v in config.items()}
         else:
             merged = config

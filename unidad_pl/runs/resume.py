@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from unidad_pl.runs.checkpoints import is_remote, newest_intact
 from unidad_pl.runs.config import CONFIG_FILE
@@ -24,7 +24,9 @@ def run_tree(trainer: pl.Trainer) -> list[Path]:
     """The folders in which all runs of this config write checkpoints."""
     if trainer.loggers:
         first = trainer.loggers[0]
-        folders = [Path(first.save_dir or trainer.default_root_dir) / str(first.name or "")]
+        own = isinstance(first, (TensorBoardLogger, CSVLogger))
+        name = str(first.name or "") if own else str(first.name)  # as the checkpoint callback names its folder
+        folders = [Path(first.save_dir or trainer.default_root_dir) / name]
     else:
         folders = [Path(trainer.default_root_dir) / "checkpoints"]
     given = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
@@ -61,16 +63,46 @@ def find_checkpoint(trainer: pl.Trainer, wanted: str | Path | None) -> str | Non
 
 
 def choose_folder(trainer: pl.Trainer, checkpoint: str | None) -> None:
-    """One folder for all loggers whose config names no version: that of the run which wrote ``checkpoint``, or the
-    first logger's. Lightning would give each the next number that is free when it starts."""
+    """One folder for all loggers whose config names no version: that of the run which wrote ``checkpoint``, or one that
+    no other run has. Lightning would give each the next number that is free when it starts, and two that start in the
+    same second the same. Other ranks follow rank 0, whose folder Lightning broadcasts.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
     undecided = [logger for logger in trainer.loggers if getattr(logger, "_version", "given") is None]
-    if not undecided:
+    if not trainer.loggers:
+        rank_zero_info(f"no logger: this run writes to {trainer.default_root_dir!r} (--trainer.default_root_dir)")
+    if not undecided or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
-    version = _version_of(run_tree(trainer)[0], checkpoint) if checkpoint else None
+    version: Any = _version_of(run_tree(trainer)[0], checkpoint) if checkpoint else None
+    resumed = version is not None
+    version = version if resumed else _claim(undecided)
     for logger in undecided:
-        logger._version = trainer.loggers[0].version if version is None else version  # type: ignore[attr-defined]
-        if version is not None and isinstance(logger, CSVLogger):
+        logger._version = version  # type: ignore[attr-defined]
+        if resumed and isinstance(logger, CSVLogger):
             _keep_rows(logger)
+
+
+def _claim(loggers: list[Any]) -> int:
+    """Make a new folder ``version_N`` in the root of each logger, with the same N: no other run can have made it."""
+    version = max(logger._get_next_version() for logger in loggers)
+    local = [Path(logger.root_dir).expanduser().resolve() for logger in loggers if not is_remote(logger.root_dir)]
+    roots = list(dict.fromkeys(local))  # two names of one folder would be in each other's way for ever
+    while True:
+        made: list[Path] = []
+        try:
+            for root in roots:
+                folder = root / f"version_{version}"
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                folder.mkdir()
+                made.append(folder)
+        except FileExistsError:
+            for folder in made:
+                folder.rmdir()
+            version += 1
+        else:
+            return version
 
 
 def _version_of(root: Path, checkpoint: str) -> str | None:
@@ -82,7 +114,6 @@ def _version_of(root: Path, checkpoint: str) -> str | None:
     return version if (root / version / CONFIG_FILE).is_file() else None
 
 
-@rank_zero_only
 def _keep_rows(logger: CSVLogger) -> None:
     """Lightning's CSV logger deletes the file it finds in its folder: put the rows back."""
     path = Path(logger.log_dir) / "metrics.csv"

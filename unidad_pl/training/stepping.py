@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from unidad_pl.strategies import ManualDDPStrategy, ShardedStrategy
 from unidad_pl.strategies.fsdp import full, is_sharded, local_shard
 from unidad_pl.training.optimization import OptimizerOptions
+from unidad_pl.training.refusals import refuse_endless, refuse_idle_options
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
 STRATEGIES = (SingleDeviceStrategy, ManualDDPStrategy, ShardedStrategy)
@@ -44,8 +45,10 @@ class ManualOptimization(pl.LightningModule):
         Raises:
             RuntimeError: another strategy than ``unidad_ddp`` or ``unidad_fsdp`` on several processes
                 (DistributedDataParallel expects every parameter in every backward pass), or a precision that the sigma
-                range does not survive.
+                range does not survive, or an option that would do nothing.
         """
+        if stage == "fit":
+            refuse_idle_options(self.trainer)
         if stage == "fit" and not isinstance(self.trainer.strategy, STRATEGIES):
             name = type(self.trainer.strategy).__name__
             raise RuntimeError(
@@ -57,6 +60,9 @@ class ManualOptimization(pl.LightningModule):
             raise RuntimeError(
                 f"precision {self.trainer.precision!r} is not supported: use one of {', '.join(PRECISIONS)}"
             )
+
+    def on_train_start(self) -> None:
+        refuse_endless(self.trainer)
 
     def optimizers_of_groups(self) -> dict[str, OptimizerOptions]:
         """Group name -> its optimiser settings, in the order they step."""

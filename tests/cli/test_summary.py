@@ -1,0 +1,82 @@
+"""The end of a fit: the last validation is not computed again, nothing is named that is not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+from torch import Tensor
+
+from tests.runs.test_resume import fit
+from unidad_pl import UniDAD
+
+VALIDATING = ("--trainer.limit_val_batches", "1", "--trainer.check_val_every_n_epoch", "null")
+
+
+class Brightness(pl.Callback):
+    """Logs a metric, and lists the steps it was computed at."""
+
+    seen: list[int]
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.values: list[Tensor] = []
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
+        self.values.append(outputs["samples"].mean())
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        Brightness.seen.append(pl_module.iteration)
+        pl_module.log("val/brightness", sum(self.values) / len(self.values))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    place = tmp_path / "my runs; here's"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("COLUMNS", "200")
+    Brightness.seen = []
+    return place
+
+
+@pytest.mark.parametrize(("interval", "steps"), [(2, [0, 2, 4]), (3, [0, 3, 4])])
+def test_the_last_validation_is_computed_once(
+    interval: int, steps: list[int], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ("--trainer.callbacks+", "tests.cli.test_summary.Brightness")
+    cli = fit(4, *VALIDATING, "--trainer.val_check_interval", str(interval), *own)
+    assert Brightness.seen == steps
+    row = next(line for line in capsys.readouterr().out.splitlines() if "val/brightness" in line)
+    again = cli.trainer.validate(cli.model, cli.datamodule, verbose=False)[0]["val/brightness"]
+    assert f"{again:.4g}" in row
+
+
+def test_commands_are_quoted_for_a_shell(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(2, "--trainer.logger.init_args.save_dir", str(here / "runs"))
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    words = shlex.split(lines["next"])
+    assert words[words.index("--config") + 1] == str(here / "runs/tiny/version_0/config.yaml")
+    assert Path(words[words.index("--ckpt_path") + 1]).is_file()
+    assert shlex.split(lines["hand"])[-1] == str(here / "runs/tiny/version_0/export")
+
+
+def test_a_fast_dev_run_writes_nothing_and_names_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = os.listdir(here)
+    fit(4, *VALIDATING, "--trainer.fast_dev_run", "true", "--trainer.callbacks+", "unidad_pl.SampleGrid")
+    assert sorted(os.listdir(here)) == sorted([*before, "config.yaml"])  # which the test wrote
+    printed = capsys.readouterr().out
+    assert "a fast_dev_run writes nothing" in printed
+    assert "checkpoint " not in printed
+
+
+def test_records_of_a_fast_dev_run(here: Path) -> None:
+    """The same callback does write in a run of the usual kind."""
+    fit(2, *VALIDATING, "--trainer.val_check_interval", "2", "--trainer.callbacks+", "unidad_pl.SampleGrid")
+    assert list(here.rglob("samples/*.png"))
+    assert json.loads(next(here.rglob("environment.jsonl")).read_text())["stage"] == "validate"
+    assert UniDAD is not None
