@@ -67,21 +67,23 @@ def check_positive(**values: float | None) -> None:
             raise ValueError(f"{name} must be above 0, got {value!r}")
 
 
-def check_whole(least: int, most: int, **values: int | None) -> None:
-    """Refuse what is no whole number from ``least`` to ``most``; None is left alone.
+def check_whole(least: int, most: int = 2**31 - 1, *, null: bool = False, **values: object) -> None:
+    """Refuse what is no whole number from ``least`` to ``most``; None is left alone if it may be ``null``.
 
-        >>> check_whole(1, 64, layers=2.5)
+        >>> check_whole(1, batch_size=2.5)
         Traceback (most recent call last):
         ...
-        ValueError: layers must be a whole number in [1, 64], got 2.5
+        ValueError: batch_size must be a whole number of at least 1, got 2.5
 
     Raises:
         ValueError: names the first of them.
     """
     for name, value in values.items():
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if value is not None and not (whole and least <= value <= most):
-            raise ValueError(f"{name} must be a whole number in [{least}, {most}], got {value!r}")
+        if value is None and null:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            limits = f"of at least {least}" if most == 2**31 - 1 else f"in [{least}, {most}]"
+            raise ValueError(f"{name} must be a whole number {limits}, got {value!r}")
 
 
 def check_given(**values: object) -> None:
@@ -108,20 +110,3 @@ def check_path(**values: object) -> None:
 
 def _is_finite(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def check_whole(least: int, most: int = 2**31 - 1, **values: object) -> None:
-    """Refuse what is no whole number from ``least`` to ``most``; None too.
-
-        >>> check_whole(1, batch_size=2.5)
-        Traceback (most recent call last):
-        ...
-        ValueError: batch_size must be a whole number of at least 1, got 2.5
-
-    Raises:
-        ValueError: names the first of them.
-    """
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            limits = f"of at least {least}" if most == 2**31 - 1 else f"in [{least}, {most}]"
-            raise ValueError(f"{name} must be a whole number {limits}, got {value!r}")

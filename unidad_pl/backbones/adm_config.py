@@ -101,11 +101,16 @@ class ADMConfig:
 
     def _check_numbers(self) -> None:
         check_given(**{name: value for name, value in vars(self).items() if name != "num_classes"})
-        check_whole(1, MOST_SIDE, image_size=self.image_size, num_channels=self.num_channels)
-        check_whole(1, 64, num_res_blocks=self.num_res_blocks, in_channels=self.in_channels)
-        check_whole(-1, MOST_SIDE, num_head_channels=self.num_head_channels)
-        check_whole(1, MOST, num_classes=self.num_classes)
-        check_whole(25 if self.noise_schedule == "linear" else 2, MOST_TIMESTEPS, diffusion_steps=self.diffusion_steps)
+        check_whole(1, MOST_SIDE, null=True, image_size=self.image_size, num_channels=self.num_channels)
+        check_whole(1, 64, null=True, num_res_blocks=self.num_res_blocks, in_channels=self.in_channels)
+        check_whole(-1, MOST_SIDE, null=True, num_head_channels=self.num_head_channels)
+        check_whole(1, MOST, null=True, num_classes=self.num_classes)
+        check_whole(
+            25 if self.noise_schedule == "linear" else 2,
+            MOST_TIMESTEPS,
+            null=True,
+            diffusion_steps=self.diffusion_steps,
+        )
         check_at_least(0, 1, dropout=self.dropout)
         for name, kind in get_type_hints(ADMConfig).items():
             if kind in (bool, str) and not isinstance(getattr(self, name), kind):
@@ -118,9 +123,9 @@ class ADMConfig:
                 f"{self.channel_mult!r} and {self.attention_resolutions!r}"
             ) from error
         for width in widths:
-            check_whole(1, MOST_SIDE, channel_mult=width)
+            check_whole(1, MOST_SIDE, null=True, channel_mult=width)
         for side in attention:
-            check_whole(1, MOST_SIDE, attention_resolutions=side)
+            check_whole(1, MOST_SIDE, null=True, attention_resolutions=side)
         if len(widths) > 12:
             raise ValueError(f"channel_mult must give at most 12 levels, got {len(widths)}")
 

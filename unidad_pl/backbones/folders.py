@@ -101,7 +101,7 @@ def checked_config(kind: Any, folder: Path) -> dict[str, Any]:
             if (chosen := config.get(name)) is not None and chosen not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)} or null, got {chosen!r}")
         for side in _numbers(config.get("sample_size")):
-            check_whole(1, MOST_SIDE, sample_size=side)
+            check_whole(1, MOST_SIDE, null=True, sample_size=side)
         check_depth(config)
     return config
 

@@ -45,7 +45,7 @@ class LoRA:
 
     def __post_init__(self) -> None:
         check_given(rank=self.rank)
-        check_whole(1, MOST_RANK, rank=self.rank)
+        check_whole(1, MOST_RANK, null=True, rank=self.rank)
         check_positive(alpha=self.alpha)
         check_at_least(0, 1e6, alpha=self.alpha)
         ends = self.target_modules

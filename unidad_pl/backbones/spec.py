@@ -62,8 +62,8 @@ class UNetSpec:
         check_positive(sigma_data=self.sigma_data, beta_start=self.beta_start)
         check_at_least(0, MOST_SIGMA_DATA, sigma_data=self.sigma_data)
         check_at_least(0, 0.9999, beta_start=self.beta_start, beta_end=self.beta_end)
-        check_whole(1, MOST_PATCH, patch_size=self.patch_size)
-        check_whole(2, MOST_TIMESTEPS, train_timesteps=self.train_timesteps)
+        check_whole(1, MOST_PATCH, null=True, patch_size=self.patch_size)
+        check_whole(2, MOST_TIMESTEPS, null=True, train_timesteps=self.train_timesteps)
         if self.beta_end < self.beta_start:
             raise ValueError(f"beta_end must be at least beta_start, got {self.beta_end} and {self.beta_start}")
 

@@ -64,7 +64,7 @@ class StableDiffusionUNet(DiffusersNetwork):
     ) -> None:
         check_choices(spacing=(spacing, Spacing))
         check_given(vae_scale=vae_scale)
-        check_whole(1, MOST_SIDE, resolution=resolution, vae_scale=vae_scale)
+        check_whole(1, MOST_SIDE, null=True, resolution=resolution, vae_scale=vae_scale)
         self.spacing: Spacing = spacing
         self.free_steps = spacing != "even"
         config = unet.config
@@ -191,7 +191,7 @@ class StableDiffusion(DenoiserSource):
         check_given(path=path)
         check_path(path=path, unet_weights=unet_weights)
         check_choices(spacing=(spacing, Spacing))
-        check_whole(1, MOST_SIDE, resolution=resolution)
+        check_whole(1, MOST_SIDE, null=True, resolution=resolution)
         if lora is not None and not isinstance(lora, LoRA):
             raise ValueError(f"lora must be a LoRA or null, got {lora!r}")
         self.path, self.resolution, self.spacing = path, resolution, spacing

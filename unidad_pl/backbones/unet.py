@@ -192,12 +192,12 @@ def _check_levels(
         raise ValueError("channels must have a width for at least one level")
     for width in channels:
         check_given(channels=width)
-        check_whole(1, MOST_SIDE, channels=width)
+        check_whole(1, MOST_SIDE, null=True, channels=width)
         if width % norm_groups:
             raise ValueError(f"norm_groups must divide all channels {list(channels)}, got {norm_groups}")
     for level in attention_levels:
         check_given(attention_levels=level)
-        check_whole(0, 15, attention_levels=level)
+        check_whole(0, 15, null=True, attention_levels=level)
     for level in {*attention_levels, len(channels) - 1}:  # the middle block always attends
         if level >= len(channels) or channels[level] % head_channels:
             raise ValueError(
@@ -248,9 +248,11 @@ class NewUNet(DenoiserSource):
             resolution=resolution, layers=layers, head_channels=head_channels, norm_groups=norm_groups,
             image_channels=image_channels, dropout=dropout,
         )  # fmt: skip
-        check_whole(1, MOST_SIDE, resolution=resolution, head_channels=head_channels, norm_groups=norm_groups)
-        check_whole(1, 64, layers=layers, image_channels=image_channels)
-        check_whole(1, MOST, num_classes=num_classes)
+        check_whole(
+            1, MOST_SIDE, null=True, resolution=resolution, head_channels=head_channels, norm_groups=norm_groups
+        )
+        check_whole(1, 64, null=True, layers=layers, image_channels=image_channels)
+        check_whole(1, MOST, null=True, num_classes=num_classes)
         check_at_least(0, 1, dropout=dropout)
         _check_levels(channels, attention_levels, head_channels, norm_groups)
         if resolution % (factor := patch_size * 2 ** (len(channels) - 1)):

@@ -91,7 +91,7 @@ class FactorNetwork(nn.Module):
                 raise ValueError(f"the range of {name!r} must go up, got [{low}, {high}]")
         if not 1 <= len(self.channels) <= 5 or any(c < _GROUPS or c % _GROUPS for c in self.channels):
             raise ValueError(f"channels must be 1 to 5 multiples of {_GROUPS}, got {self.channels}")
-        check_whole(1, 65536, features=features)
+        check_whole(1, 65536, null=True, features=features)
         check_at_least(1, 65536, **{f"channels[{i}]": width for i, width in enumerate(self.channels)})
         layers: list[nn.Module] = [nn.Conv2d(3, channels[0], 3, padding=1)]
         for narrow, wide in pairwise(channels):
