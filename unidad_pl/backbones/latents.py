@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from unidad_pl.backbones.folders import CONFIG_FILE, empty_network
 from unidad_pl.backbones.sd_files import (
+    INDEX_FILE,
     PIPELINES,
     read_index,
     read_scheduler,
@@ -29,7 +30,7 @@ from unidad_pl.backbones.sd_files import (
 )
 from unidad_pl.backbones.weights import fill, read_folder
 from unidad_pl.denoiser import Codec
-from unidad_pl.files import reading
+from unidad_pl.files import BrokenFile, reading
 
 ZEROS = "force_zeros_for_empty_prompt"
 """A setting of SDXL pipelines that is none of their parts."""
@@ -144,8 +145,9 @@ class LatentCodec(Codec):
             parts[name] = read_text_encoder(part, name == "text_encoder_2") if encoder else read_tokenizer(part)
         settings = {"requires_safety_checker": False, ZEROS: index.get(ZEROS) is not False}
         options = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder")) | settings
-        with reading(self.folder, "pipeline"):
+        with reading(self.folder / "tokenizer" / "tokenizer_config.json", "tokenizer of its text encoder"):
             check_vocabulary(parts)
+        with reading(self.folder, "pipeline"):
             return kind(**parts | {name: value for name, value in options.items() if name in takes})
 
     def encode(self, images: Tensor) -> Tensor:
@@ -195,6 +197,8 @@ class LatentCodec(Codec):
 
     def _embedding_of(self, prompt: str, device: torch.device | str) -> Tensor:
         tokenizer = self.parts.tokenizer
+        if tokenizer is None or self.parts.text_encoder is None:
+            raise BrokenFile(f"{str(self.folder / INDEX_FILE)!r} names no text encoder or no tokenizer: get all of it")
         tokens, most = len(tokenizer(prompt).input_ids), tokenizer.model_max_length
         if tokens > most:
             raise ValueError(f"the prompt {prompt!r} has {tokens} tokens, {most} can be read: make it shorter")

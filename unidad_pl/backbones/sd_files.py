@@ -59,7 +59,12 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{str(folder)!r} is a {index['_class_name']}; supported are {', '.join(PIPELINES)}")
     for name, known in CLASSES.items():
         kind = index.get(name, [None, None])
-        if not isinstance(kind, list) or len(kind) != 2 or kind[1] not in (*known, None):
+        if (
+            not isinstance(kind, list)
+            or len(kind) != 2
+            or kind[1] not in (*known, None)
+            or bool(kind[0]) != bool(kind[1])
+        ):
             raise BrokenFile(f"{str(path)!r} gives the part {name} as {str(kind)[:80]}: it must be a {known[0]}")
     return index
 
