@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unidad_pl.backbones.lora import store_in_bfloat16
+from unidad_pl.backbones.plausible import check_plausible
 from unidad_pl.backbones.spec import UNetSpec
 from unidad_pl.denoiser import Denoiser, Parameterization, Prediction
 from unidad_pl.schedules import abar_from_sigma, sigma_from_abar
@@ -36,8 +37,9 @@ def read_unet(kind: Any, folder: Path, use_safetensors: bool | None = True) -> A
 
     Raises:
         OSError: a file is missing.
-        ValueError: weights are missing or unexpected.
+        ValueError: weights are missing or unexpected, or the config describes a larger network than they can be of.
     """
+    check_plausible(kind, folder)
     unet, report = kind.from_pretrained(
         folder, torch_dtype=torch.float32, use_safetensors=use_safetensors, output_loading_info=True,
         low_cpu_mem_usage=False, local_files_only=True,

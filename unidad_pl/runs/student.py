@@ -36,6 +36,7 @@ class TrainedStudent:
         config: the run's config as plain data; empty if it is not known.
         folder: the run's folder, with ``metrics.jsonl``; None if it is not known.
         codec: between the network and pictures and prompts.
+        token: the rare word that names the subject of its run; None: it has none.
     """
 
     network: Denoiser
@@ -47,6 +48,7 @@ class TrainedStudent:
     config: dict[str, Any]
     folder: Path | None
     codec: Codec = field(default_factory=Codec)
+    token: str | None = None
 
     def with_steps(self, num_steps: int | None) -> FewStepSampler:
         """The sampler for ``num_steps`` network evaluations; None: as trained."""
