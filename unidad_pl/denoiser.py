@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+
+from unidad_pl.arguments import given_arguments
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "edm"]
 
@@ -264,6 +266,11 @@ class DenoiserSource(ABC):
     (3, 16, 16)
     """
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> DenoiserSource:
+        source = super().__new__(cls)
+        source.__dict__["_given"] = given_arguments(cls.__init__, args, kwargs)
+        return source
+
     @abstractmethod
     def build(self) -> Denoiser:
         """Make the network (random or loaded), float32, in eval mode, on the current default device."""
@@ -275,3 +282,40 @@ class DenoiserSource(ABC):
     def architecture(self) -> Denoiser:
         """The network without its weights, for questions about its size; no weight file is needed."""
         return self.build()
+
+
+class GivenDenoiser(DenoiserSource):
+    """A source of a network that was made in Python, or of a function that makes one; modules take these as they are.
+
+        >>> from unidad_pl import NewUNet
+        >>> GivenDenoiser(NewUNet(resolution=16).build).build().image_shape
+        (3, 16, 16)
+
+    Args:
+        network: the network, or a function without arguments that makes one; either way it is copied.
+    """
+
+    def __init__(self, network: Denoiser | Callable[[], Denoiser]) -> None:
+        self.network = network
+
+    def build(self) -> Denoiser:
+        network = self.network if isinstance(self.network, Denoiser) else self.network()
+        if not isinstance(network, Denoiser):
+            raise TypeError(f"the model must be a Denoiser, or a function that makes one; it made {network!r:.200}")
+        return copy.deepcopy(network).eval()  # a function may return the same one again
+
+
+def as_source(given: Any) -> DenoiserSource:
+    """A source as it is; a :class:`Denoiser`, or a function that makes one, as a source.
+
+    Raises:
+        TypeError: something else.
+    """
+    if isinstance(given, DenoiserSource):
+        return given
+    if not callable(given) or isinstance(given, type):
+        raise TypeError(
+            f"a model is given as a source (such as PretrainedUNet(...)), a Denoiser, or a function that makes one, "
+            f"got {given!r:.200}"
+        )
+    return GivenDenoiser(given)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 from torch import Tensor
 
@@ -10,6 +12,9 @@ from torch import Tensor
 @dataclass
 class Batch:
     """One iteration's real images on one rank.
+
+        >>> import torch
+        >>> batch = Batch(torch.zeros(2, 3, 32, 32), cond=torch.tensor([0, 1]))
 
     Attributes:
         images: [B, C, H, W] float32 in [-1, 1].
@@ -46,3 +51,49 @@ class EncodedBatch:
     source_cond: Tensor | None = None
     prior: EncodedBatch | None = None
     weight: float = 1.0
+
+
+def as_batch(given: Any) -> Batch:
+    """What a training loader yields, as a :class:`Batch`.
+
+        >>> import torch
+        >>> as_batch((torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))).cond
+        tensor([0, 1])
+
+    Args:
+        given: a batch; images alone; images and their class labels, or their prompts, as a tuple or list; or a dict
+            with the names of a batch's attributes, in which ``labels`` may stand for ``cond``.
+
+    Raises:
+        TypeError: something else, or images that are no float tensor [B, C, H, W]; says what was found.
+    """
+    parts: dict[str, Any] = {}
+    if isinstance(given, Batch):
+        return given
+    if isinstance(given, Tensor):
+        parts = {"images": given}
+    elif isinstance(given, (list, tuple)) and len(given) in (1, 2):
+        texts = len(given) == 2 and isinstance(given[1], (list, tuple))
+        parts = dict(zip(("images", "prompts" if texts else "cond"), given, strict=False))
+    elif isinstance(given, Mapping):
+        parts = {"cond" if name == "labels" else str(name): value for name, value in given.items()}
+    names = [field.name for field in fields(Batch)]
+    images = parts.get("images")
+    if not set(parts) <= set(names) or not isinstance(images, Tensor) or images.ndim != 4:
+        raise TypeError(
+            f"a training batch is a float tensor of images [B, C, H, W] in [-1, 1]; images and labels [B], or B "
+            f"prompts, as a tuple; a dict with some of {', '.join(names)}; or a unidad_pl.Batch. Got {_shown(given)}"
+        )
+    if not images.is_floating_point():
+        raise TypeError(f"training images must be floats in [-1, 1], got {images.dtype}: x / 127.5 - 1 makes them so")
+    return Batch(**parts)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)} {value.dtype}"
+    if isinstance(value, Mapping):
+        return "a dict of " + ", ".join(f"{name}: {_shown(part)}" for name, part in value.items())
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} of " + ", ".join(_shown(part) for part in value[:4])
+    return type(value).__name__

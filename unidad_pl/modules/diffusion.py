@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unidad_pl.checks import check_at_least, check_options, check_positive
 from unidad_pl.data.batch import Batch
-from unidad_pl.denoiser import Denoiser, DenoiserSource
+from unidad_pl.denoiser import Denoiser, DenoiserSource, as_source
 from unidad_pl.losses import denoising_loss
 from unidad_pl.modules.options import DenoisingOptions
 from unidad_pl.sampling import FewStepSampler, ddim, heun, sampling_sigmas, seeded_noise
@@ -120,7 +120,7 @@ class Diffusion(GenerativeModule):
                 "memory.checkpointing: steps, teacher_device and teacher_dtype do nothing here: there is no student "
                 "and no frozen teacher. Use checkpointing: blocks, or leave them out"
             )
-        self.source, self.optimizer_options, self.denoising = source, optimizer, denoising
+        self.source, self.optimizer_options, self.denoising = as_source(source), optimizer, denoising
         self.lognormal, self.sampling, self.export = lognormal, sampling, export
         self.register_buffer("sigmas", karras(), persistent=False)
         self.sigmas: Tensor

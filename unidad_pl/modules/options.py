@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from unidad_pl.checks import check_at_least, check_options, check_positive
-from unidad_pl.denoiser import DenoiserSource
+from unidad_pl.denoiser import DenoiserSource, as_source
 from unidad_pl.discriminator import HeadKind, Reduction
 from unidad_pl.losses import GANLoss, Normalizer, Weighting
 from unidad_pl.sampling import GradientMode
@@ -48,6 +48,7 @@ class StudentOptions:
         check_options(self)
         check_at_least(1, num_steps=self.num_steps, update_every=self.update_every)
         check_positive(sigma_max=self.sigma_max, sigma_min=self.sigma_min)
+        self.init_from = self.init_from and as_source(self.init_from)
 
     @property
     def sigma_range(self) -> tuple[float, float]:
@@ -81,6 +82,9 @@ class FakeScoreOptions:
 
     init_from: DenoiserSource | None = None
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+
+    def __post_init__(self) -> None:
+        self.init_from = self.init_from and as_source(self.init_from)
 
 
 @dataclass
@@ -148,6 +152,7 @@ target_teacher.init_from, or an adaptation
         if self.weight == 0:
             raise ValueError("target_teacher.weight (a) is 0: set target_teacher: null instead")
         check_positive(weight=self.weight)
+        self.init_from = self.init_from and as_source(self.init_from)
         if self.adaptation is None and self.init_from is None:
             raise ValueError(
                 "a frozen target teacher that starts from the source model is the source model: give "

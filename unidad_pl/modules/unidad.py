@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unidad_pl import losses
 from unidad_pl.data.batch import Batch, EncodedBatch
-from unidad_pl.denoiser import Denoiser, DenoiserSource
+from unidad_pl.denoiser import Denoiser, DenoiserSource, as_source
 from unidad_pl.discriminator import MultiHeadDiscriminator, accuracy
 from unidad_pl.modules.options import (
     DenoisingOptions,
@@ -85,7 +85,7 @@ class UniDAD(GenerativeModule):
             raise ValueError("pretrain starts G and F from T: leave it 0, or their init_from null")
         if self.adaptation and self.adaptation.updates > 1 and training.accumulate > 1:
             raise ValueError(f"adaptation.updates {self.adaptation.updates} needs training.accumulate: 1: use one")
-        self.source, self.student_options, self.fake_options = source, student, fake_score
+        self.source, self.student_options, self.fake_options = as_source(source), student, fake_score
         self.matching, self.denoising, self.gan = matching, denoising, gan
         self.pretrain = self.adaptation.pretrain if self.adaptation else 0
         sigmas = log_linear(student.num_steps, *student.sigma_range)

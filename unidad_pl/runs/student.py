@@ -6,13 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from unidad_pl.arguments import known_classes, rebuild
 from unidad_pl.checks import check_choices
-from unidad_pl.denoiser import Codec, Denoiser
+from unidad_pl.denoiser import Codec, Denoiser, DenoiserSource
+from unidad_pl.files import reading
 from unidad_pl.runs.checkpoints import read_checkpoint
 from unidad_pl.runs.config import build_module, find_config, read_config
 from unidad_pl.sampling import FewStepSampler
 from unidad_pl.schedules import log_linear
-from unidad_pl.training.module import RECORD
+from unidad_pl.training.module import RECORD, GenerativeModule
 from unidad_pl.training.networks import content_hash
 
 Weights = Literal["auto", "ema", "raw"]
@@ -85,10 +87,9 @@ def load_student(ckpt_path: str | Path, weights: Weights = "auto", config: str |
             module that has no few-step sampler.
     """
     check_choices(weights=(weights, Weights))
-    content, place = read_run(ckpt_path), find_config(ckpt_path, config)
-    state, settings = content["state_dict"], read_config(place)
-    module = build_module(settings, str(place))
-    if not hasattr(module, "few_step"):
+    content = read_run(ckpt_path)
+    state, (module, settings, place) = content["state_dict"], _module_of(content, ckpt_path, config)
+    if not isinstance(module, GenerativeModule):
         raise ValueError(f"{type(module).__name__} in {str(place)!r} is not one of unidad_pl's modules")
     sampler, sigma_min = module.few_step()
     averaged = any(name.startswith("ema.module.") for name in state)
@@ -114,3 +115,23 @@ def load_student(ckpt_path: str | Path, weights: Weights = "auto", config: str |
         network.eval().requires_grad_(False), sampler.fitted_to(network), sigma_min, chosen,
         content[RECORD]["iteration"], module.classes or classes, settings, place.parent, module.sampled_source.codec(),
     )  # fmt: skip
+
+
+def _module_of(content: dict[str, Any], ckpt_path: str | Path, config: str | None) -> tuple[Any, dict[str, Any], Path]:
+    """The module that wrote a checkpoint, not built yet, its config, and where that was found: beside it, or in it."""
+    try:
+        place = find_config(ckpt_path, config)
+    except FileNotFoundError:
+        if config is not None:
+            raise
+        with reading(ckpt_path, "checkpoint with its module's arguments", "give the run's config as well (--config)"):
+            import unidad_pl.modules  # noqa: F401 (so that its classes are known)
+
+            described = content[RECORD]["module"]
+            return (
+                rebuild(described, known_classes(DenoiserSource, GenerativeModule)),
+                {"model": described},
+                Path(ckpt_path),
+            )
+    settings = read_config(place)
+    return build_module(settings, str(place)), settings, place

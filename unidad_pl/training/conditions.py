@@ -107,3 +107,30 @@ def encode_prior(prior: Batch | None, rows: slice, codec: Codec) -> EncodedBatch
         raise ValueError("images of the class (prior) need prompts that say what they show")
     cond = codec.embed(prior.prompts[rows], prior.images.device)
     return EncodedBatch(codec.encode(prior.images[rows]), cond, weight=prior.weight)
+
+
+def check_batch(batch: Batch, pixels: tuple[int, ...] | None, parts: int, takes_prior: bool) -> None:
+    """Refuse a training batch that does not fit the model.
+
+    Args:
+        batch: what the data module serves.
+        pixels: (C, H, W) of the model's images; None: its codec makes them of any.
+        parts: micro-batches to split it into.
+        takes_prior: whether anything learns from its ``prior``.
+
+    Raises:
+        ValueError: says what does not fit, and what to set.
+    """
+    images = batch.images
+    if pixels is not None and tuple(images.shape[1:]) != pixels:
+        raise ValueError(
+            f"the data module serves images of {tuple(images.shape[1:])}, but the model works on {pixels}: set the "
+            f"data module's resolution to the model's"
+        )
+    if len(images) % parts:
+        raise ValueError(f"a batch of {len(images)} images cannot be split into accumulate={parts} parts")
+    if batch.prior is not None and not takes_prior:
+        raise ValueError(
+            "only a target teacher that is trained learns from pictures of the class: leave the data's prior out, or "
+            "give the target teacher a weight and an adaptation"
+        )

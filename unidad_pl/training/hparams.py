@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 
 from unidad_pl.checks import check_at_least
 
@@ -45,11 +46,19 @@ class TrainingOptions:
         check_at_least(0, LARGEST_DECAY, ema_decay=self.ema_decay)
 
 
-def given_arguments(constructor: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Name -> value of all arguments of a call of ``constructor`` (an ``__init__``), defaults included."""
-    bound = inspect.signature(constructor).bind_partial(None, *args, **kwargs)
-    bound.apply_defaults()
-    return dict(list(bound.arguments.items())[1:])
+def complete(kind: type, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a module that was saved, if they are all there.
+
+    Raises:
+        ValueError: one is missing, as an object that no file can hold.
+    """
+    for name, parameter in inspect.signature(kind).parameters.items():
+        if parameter.default is parameter.empty and name not in given:
+            raise ValueError(
+                f"the checkpoint cannot hold the argument {name!r} of {kind.__name__}, an object of your own: give it, "
+                f"{kind.__name__}.load_from_checkpoint(path, {name}=...)"
+            )
+    return given
 
 
 def flatten(value: Any, name: str = "", inside: bool = False) -> list[tuple[str, Any]]:
@@ -69,11 +78,35 @@ def flatten(value: Any, name: str = "", inside: bool = False) -> list[tuple[str,
         return [(name, [item.get("", item) for item in plain])]
     else:
         kind = [(name, f"{type(value).__module__}.{type(value).__qualname__}")]
-        attributes = {} if inside else getattr(value, "__dict__", {})
+        attributes = {} if inside or isinstance(value, nn.Module) else getattr(value, "__dict__", {})
         # A string in a source is a place, or the name of one: what is found there is what counts.
         public = {k: v for k, v in attributes.items() if not k.startswith("_") and not isinstance(v, str)}
         return kind + [pair for k, v in public.items() for pair in flatten(v, f"{name}.{k}", True)]
     return [pair for k, v in parts.items() for pair in flatten(v, f"{name}.{k}" if name else k, inside)]
+
+
+def defaults(given: Mapping[str, Any], constructor: Any) -> dict[str, Any]:
+    """Dotted name -> plain default of the arguments ``given`` to ``constructor`` and of the options inside them."""
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        found |= _inner_defaults(value, name)
+    for parameter in inspect.signature(constructor).parameters.values():
+        if parameter.default is not parameter.empty:
+            found |= flatten(parameter.default, parameter.name)
+    return found
+
+
+def _inner_defaults(value: Any, name: str) -> dict[str, Any]:
+    if not is_dataclass(value) or isinstance(value, type):
+        return {}
+    found: dict[str, Any] = {}
+    for field in fields(value):
+        found |= _inner_defaults(getattr(value, field.name), f"{name}.{field.name}")
+        if field.default is not MISSING:
+            found |= flatten(field.default, f"{name}.{field.name}")
+        elif field.default_factory is not MISSING:
+            found |= flatten(field.default_factory(), f"{name}.{field.name}")
+    return found
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -90,18 +123,26 @@ def log_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         rank_zero_info(f"Resuming with {name} {new!r}; the checkpoint was written with {old!r}")
 
 
-def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], free: Sequence[str]) -> None:
+def refuse_changes(
+    before: Mapping[str, Any], now: Mapping[str, Any], free: Sequence[str], standard: Mapping[str, Any]
+) -> None:
     """Compare the options of a checkpoint with those of the run that resumes it; changes of free ones are logged.
 
     Args:
-        before: the checkpoint's.
+        before: the checkpoint's. Options that are younger than it are not in it: they may have their default.
         now: the run's.
         free: options, or groups of them, that shape nothing that is computed.
+        standard: the default of every option.
 
     Raises:
         RuntimeError: another one differs; names both values.
     """
-    changed = differences(before, now)
+    young = {
+        name: value
+        for name, value in now.items()
+        if value == standard.get(name, ABSENT) and not {name, name.rpartition(".")[0]} & set(before)
+    }
+    changed = differences({**young, **before}, now)
     allowed = {name for name in changed if any(name == one or name.startswith(f"{one}.") for one in free)}
     log_changes(*({name: side.get(name, ABSENT) for name in allowed} for side in (before, now)))
     refused = [f"{name} was {old!r} and is now {new!r}" for name, (old, new) in changed.items() if name not in allowed]

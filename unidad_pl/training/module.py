@@ -10,23 +10,29 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor, nn
 
+from unidad_pl.arguments import describe, given_arguments, known_classes, rebuild
+from unidad_pl.backbones.weights import read_plain
 from unidad_pl.checks import check_choices
-from unidad_pl.data.batch import Batch, EncodedBatch
+from unidad_pl.data.batch import Batch, EncodedBatch, as_batch
 from unidad_pl.denoiser import Codec, Denoiser, DenoiserSource
+from unidad_pl.files import reading
 from unidad_pl.sampling import FewStepSampler
 from unidad_pl.seeds import mix_seed
-from unidad_pl.training.conditions import ClassLabels, check_prompts, encode_prior
-from unidad_pl.training.hparams import TrainingOptions, flatten, given_arguments, log_changes, refuse_changes
-from unidad_pl.training.networks import MemoryOptions, Networks
+from unidad_pl.training.conditions import ClassLabels, check_batch, check_prompts, encode_prior
+from unidad_pl.training.hparams import TrainingOptions, complete, defaults, flatten, log_changes, refuse_changes
+from unidad_pl.training.networks import MemoryOptions, Networks, averaged
 from unidad_pl.training.stepping import ManualOptimization
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 RECORD = "unidad_pl"
 """Entry of a checkpoint with what is not weights: options, iteration, image size."""
@@ -78,8 +84,7 @@ class GenerativeModule(ManualOptimization, Networks):
                 f"memory.ema_device {memory.ema_device!r} does nothing without an average: leave it null, or set "
                 f"training.ema_decay above 0"
             )
-        self.sampled_name = sampled_name
-        self.seed = 0 if training.seed is None else training.seed
+        self.sampled_name, self.seed = sampled_name, training.seed or 0
         self.ema_decay, self.classes = training.ema_decay, training.classes
         self._built = False
 
@@ -146,14 +151,12 @@ class GenerativeModule(ManualOptimization, Networks):
                 if isinstance(network, Denoiser) and name not in self.frozen_networks:
                     network.checkpoint_blocks()
         if self.ema_decay:
-            self.ema = AveragedModel(self.sampled_network, avg_fn=self._average).requires_grad_(False)
+            self.ema = averaged(self.sampled_network, self.ema_decay)
+        if isinstance(self.codec, nn.Module):  # it is nobody's to train, and in no checkpoint
+            self.frozen_networks += ("codec",)
         self.freeze_networks()
         self._built = True
         self.train()
-
-    def _average(self, mean: Tensor, value: Tensor, count: Tensor | int) -> Tensor:
-        n = float(count)
-        return mean.lerp(value, 1 - min(self.ema_decay, (1 + n) / (10 + n)))
 
     def configure_optimizers(self) -> Any:
         # max_steps is -1 when the run is bounded by time or epochs: rates then stay at their peak after the warm-up.
@@ -170,7 +173,7 @@ class GenerativeModule(ManualOptimization, Networks):
     def on_fit_start(self) -> None:
         check_prompts(self.codec, getattr(self.trainer, "datamodule", None))
 
-    def micro_batches(self, batch: Batch) -> Iterator[EncodedBatch]:
+    def micro_batches(self, batch: Any) -> Iterator[EncodedBatch]:
         """Split a batch into ``accumulate`` parts and encode them, each with torch seeded by (seed, iteration, part).
 
         A class-conditional model whose batches carry no labels gets random ones.
@@ -179,21 +182,11 @@ class GenerativeModule(ManualOptimization, Networks):
             ValueError: the images are not of the model's size, labels do not fit the model, or the batch cannot be
                 split evenly.
         """
-        images, cond = batch.images, batch.cond
-        self.labels.check(cond, len(images))
-        if type(self.codec) is Codec and tuple(images.shape[1:]) != tuple(self.sampled_network.image_shape):
-            raise ValueError(
-                f"the data module serves images of {tuple(images.shape[1:])}, but the model works on "
-                f"{tuple(self.sampled_network.image_shape)}: set the data module's resolution to the model's"
-            )
-        if len(images) % self.accumulate:
-            raise ValueError(f"a batch of {len(images)} images cannot be split into accumulate={self.accumulate} parts")
-        if batch.prior is not None and not self.takes_prior():
-            raise ValueError(
-                "only a target teacher that is trained learns from pictures of the class: leave the data's prior out, "
-                "or give the target teacher a weight and an adaptation"
-            )
-        size = len(images) // self.accumulate
+        batch = as_batch(batch)
+        self.labels.check(batch.cond, len(batch.images))
+        pixels = tuple(self.sampled_network.image_shape) if type(self.codec) is Codec else None
+        check_batch(batch, pixels, self.accumulate, self.takes_prior())
+        size = len(batch.images) // self.accumulate
         for part in range(self.accumulate):
             number = self.global_rank * self.accumulate + part
             torch.manual_seed(mix_seed(self.seed, self.iteration, number))
@@ -223,6 +216,12 @@ class GenerativeModule(ManualOptimization, Networks):
             self.ema.update_parameters(self.sampled_network)
         self.update_scale()
         self.iteration += 1
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self.iteration % max(1, every) == 0:
+            self.refuse_diverged()
+
+    def on_train_end(self) -> None:
+        self.refuse_diverged()
 
     # -- evaluation: seeds in, images out ------------------------------------------------------------------------
 
@@ -278,12 +277,9 @@ class GenerativeModule(ManualOptimization, Networks):
         return outputs if cond is None else outputs | {"labels": cond}
 
     test_step = predict_step = validation_step
+    forward = sample
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
-
-    def options(self) -> dict[str, Any]:
-        """The arguments this module was made with, flat and plain: ``gan.loss`` -> ``bce``."""
-        return dict(flatten(self._given))
 
     def _trainer_options(self) -> dict[str, Any]:
         """What of the trainer a checkpoint remembers; these may change."""
@@ -291,12 +287,14 @@ class GenerativeModule(ManualOptimization, Networks):
         return {"devices": trainer.world_size, "precision": trainer.precision, "max_steps": trainer.max_steps}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.refuse_diverged()
         for key in self.unsaved_weights():
             del checkpoint["state_dict"][key]
         checkpoint["frozen_sha256"] = self.frozen_hashes()
         checkpoint[RECORD] = {
             "iteration": self.iteration,
-            "options": self.options(),
+            "options": dict(flatten(self._given)),
+            "module": describe(self),
             "trainer": self._trainer_options(),
             "image_shape": list(self.sampled_network.image_shape),
             "skipped_in_a_row": dict(self._skipped_in_a_row),
@@ -311,7 +309,10 @@ class GenerativeModule(ManualOptimization, Networks):
         record = checkpoint[RECORD]
         fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if fitting:
-            refuse_changes(record["options"], self.options(), self.free_options)
+            refuse_changes(
+                record["options"], dict(flatten(self._given)), self.free_options,
+                standard=defaults(self._given, type(self).__init__),
+            )  # fmt: skip
         self.configure_model()
         if fitting:
             own = list(self.sampled_network.image_shape)
@@ -324,6 +325,26 @@ class GenerativeModule(ManualOptimization, Networks):
             self._skipped_in_a_row = dict(record["skipped_in_a_row"])
         self.check_hashes(checkpoint["frozen_sha256"])
         self.iteration = record["iteration"]
-        # What is not in the checkpoint comes from its source; put it in so that loading stays strict for all the rest.
-        weights = self.state_dict()
-        checkpoint["state_dict"].update({key: weights[key] for key in self.unsaved_weights()})
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, map_location: Any = "cpu", strict: bool = True, **arguments: Any
+    ) -> Self:
+        """The module that wrote a checkpoint, with its weights: ``UniDAD.load_from_checkpoint(PATH)``.
+
+        Args:
+            checkpoint_path: the file; code in it never runs.
+            map_location, strict: see ``torch.load`` and ``load_state_dict``.
+            arguments: of the constructor, instead of those the checkpoint was written with.
+
+        Raises:
+            FileNotFoundError: no such file, or the source model is not there.
+            ValueError: the file is no checkpoint of this class's, or cannot hold one of the arguments; names it.
+        """
+        content = read_plain(checkpoint_path, str(checkpoint_path), map_location)
+        with reading(checkpoint_path, f"checkpoint of a {cls.__name__}", "give the file that its run wrote"):
+            given = rebuild(content[RECORD]["module"]["init_args"], known_classes(DenoiserSource, GenerativeModule))
+        module = cls(**complete(cls, given | arguments))
+        module.on_load_checkpoint(content)
+        module.load_state_dict(content["state_dict"], strict)
+        return module

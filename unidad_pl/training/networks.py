@@ -4,19 +4,24 @@ elsewhere, or sharded over ranks."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from unidad_pl.checks import check_options
 from unidad_pl.denoiser import Denoiser, Prediction, guided
 from unidad_pl.strategies import fsdp
+
+LARGEST_WEIGHT = 1e6
+"""Trained networks keep their weights far below it: a run that is above has diverged."""
 
 
 @dataclass
@@ -85,10 +90,10 @@ class Networks(pl.LightningModule):
             )
         for name in self.frozen_networks:
             network: nn.Module = getattr(self, name).requires_grad_(False)
-            if memory.teacher_dtype == "bfloat16":
+            if memory.teacher_dtype == "bfloat16" and isinstance(network, Denoiser):
                 self.frozen_hash(name)  # of the weights as they came
-                network.to_bfloat16() if isinstance(network, Denoiser) else network.bfloat16()
-            if memory.teacher_device is not None:
+                network.to_bfloat16()
+            if memory.teacher_device is not None and isinstance(network, Denoiser):
                 network.to(memory.teacher_device)
         if self.ema is not None and memory.ema_device is not None:
             self.ema.to(memory.ema_device)
@@ -104,7 +109,7 @@ class Networks(pl.LightningModule):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Networks:
         # Moves of the whole module leave networks with a place of their own alone.
-        stay = set(self.frozen_networks) if self.memory.teacher_device is not None else set()
+        stay = set(self.frozen_networks) - {"codec"} if self.memory.teacher_device is not None else set()
         stay |= {"ema"} if self.memory.ema_device is not None else set()
         modules = self._modules
         self._modules = {name: module for name, module in modules.items() if name not in stay}
@@ -131,6 +136,19 @@ class Networks(pl.LightningModule):
         shared = {f"{place}.{key}" for place, network in self.denoisers().items() for key in network.shared_weights}
         prefixes = tuple(f"{name}." for name in self.frozen_networks)
         return shared | {key for key in self.state_dict() if prefixes and key.startswith(prefixes)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of any module, the networks being built for it; what is in no checkpoint stays as its source gave it."""
+        self.configure_model()  # builds them
+        own = self.state_dict()
+        kept = {name: own[name] for name in self.unsaved_weights()}
+        return super().load_state_dict(kept | dict(state_dict), strict, assign)
+
+    def refuse_diverged(self) -> None:
+        """End a run whose trained weights, or their average, are not finite or out of all bounds."""
+        average = [] if self.ema is None else self.ema.named_parameters("ema")
+        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        refuse_diverged([*trained, *average])
 
     def frozen_hash(self, name: str) -> str:
         """sha256 of a frozen network's weights as its source gave them."""
@@ -192,7 +210,7 @@ class Networks(pl.LightningModule):
         mesh = trainer.strategy.device_mesh["data_parallel"]
         for name, child in self.named_children():
             network: nn.Module = child.module if name == "ema" else child  # type: ignore[assignment]
-            if any(True for _ in network.parameters()):
+            if name != "codec" and any(True for _ in network.parameters()):
                 fsdp.shard(network, mesh)
         self._are_sharded = True
 
@@ -241,3 +259,42 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
     finally:
         for p in held:
             p.requires_grad_(True)
+
+
+def averaged(network: nn.Module, decay: float) -> AveragedModel:
+    """The moving average of a network's weights; early on its decay is ``(1 + n) / (10 + n)``."""
+
+    def average(mean: Tensor, value: Tensor, count: Tensor | int) -> Tensor:
+        n = float(count)
+        return mean.lerp(value, 1 - min(decay, (1 + n) / (10 + n)))
+
+    return AveragedModel(network, avg_fn=average).requires_grad_(False)
+
+
+def refuse_diverged(weights: Iterable[tuple[str, Tensor]]) -> None:
+    """End a run whose weights are of no use any more, on every rank alike; one value is read from the device.
+
+    Args:
+        weights: (name, trained weight or average).
+
+    Raises:
+        RuntimeError: one is not finite, or above :data:`LARGEST_WEIGHT`; names it.
+    """
+    parts = [(name, fsdp.local_shard(weight.detach())) for name, weight in weights if weight.is_floating_point()]
+    parts = [(name, part) for name, part in parts if part.numel()]
+    if not parts:
+        return
+    device = parts[0][1].device
+    largest = torch.stack([torch.linalg.vector_norm(part, math.inf).float().to(device) for _, part in parts])
+    wrong = ~(largest <= LARGEST_WEIGHT)  # NaN is wrong too
+    anywhere = wrong.any().float()
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(anywhere, dist.ReduceOp.MAX)
+    if anywhere:
+        seen = [f"{parts[i][0]} reached {float(largest[i]):.3g}" for i in wrong.nonzero().flatten().tolist()]
+        found = f"{seen[0]}{f' (and {len(seen) - 1} more)' if len(seen) > 1 else ''}" if seen else "on another rank"
+        raise RuntimeError(
+            f"the weights have diverged: {found}. No checkpoint is written of them, "
+            f"earlier ones are as they were: resume from one of those in 32-true precision, or begin again with a "
+            f"lower learning rate"
+        )

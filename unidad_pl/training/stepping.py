@@ -154,8 +154,8 @@ class ManualOptimization(pl.LightningModule):
         if row >= self.max_skipped:
             raise RuntimeError(
                 f"{row} iterations in a row had a non-finite loss or gradient for {group!r} (now at iteration "
-                f"{self.iteration}). The last checkpoint is untouched: resume from it in 32-true, or begin again "
-                f"with a lower learning rate."
+                f"{self.iteration}). Resume from the last checkpoint in 32-true precision, or begin again with a lower "
+                f"learning rate."
             )
 
     def update_scale(self) -> None:
