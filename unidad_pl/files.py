@@ -163,11 +163,24 @@ def reading(path: str | Path, what: str, way_out: str = "write or download it ag
         raise
     except Exception as error:
         # Only the first line: libraries go on with advice, torch's is to load the file unsafely.
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        reason = _stands_for_another(Path(path)) or f"{type(error).__name__}: {error}".splitlines()[0][:300]
         raise BrokenFile(f"{str(path)!r} is no readable {what} ({reason}): {way_out}") from error
 
 
-def read_json(path: str | Path, what: str = "JSON object", way_out: str = "write or download it again") -> dict[str, Any]:
+def _stands_for_another(path: Path) -> str | None:
+    """What a file is that was downloaded in the place of the one that was meant."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        begin = file.read(100).lstrip().lower()
+    if begin.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS, 'git lfs pull' fetches the file itself"
+    return "it is a web page" if begin.startswith((b"<!doctype html", b"<html")) else None
+
+
+def read_json(
+    path: str | Path, what: str = "JSON object", way_out: str = "write or download it again"
+) -> dict[str, Any]:
     """The object in a JSON file that others wrote; all its numbers are finite.
 
     Args: as of :func:`reading`.

@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unidad_pl.backbones.plausible import check_plausible
 from unidad_pl.backbones.sd_files import check_text_parts, weights_of
 from unidad_pl.denoiser import Codec
+from unidad_pl.files import BrokenFile
 
 
 def pack_prompts(embeddings: Tensor, pooled: Tensor | None = None) -> Tensor:
@@ -70,17 +72,43 @@ class LatentCodec(Codec):
             config = diffusers.DiffusionPipeline.load_config(self.folder)
             kind = getattr(diffusers, config["_class_name"])
             wanted = ("unet", "safety_checker", "feature_extractor", "image_encoder")
+            self._check_plausible(config)
             absent: dict[str, Any] = {name: None for name in wanted if name in inspect.signature(kind).parameters}
             if "requires_safety_checker" in inspect.signature(kind).parameters:
                 absent["requires_safety_checker"] = False
             with torch.random.fork_rng(devices=[]), weights_of(self.folder):
                 options = dict(torch_dtype=torch.float32, local_files_only=True, **absent)
-                self._parts = kind.from_pretrained(self.folder, **options)
-            for part in self._parts.components.values():
+                parts = kind.from_pretrained(self.folder, **options)
+            for part in parts.components.values():
                 if isinstance(part, nn.Module):
                     part.requires_grad_(False).eval()
-            self._parts.set_progress_bar_config(disable=True)
+            parts.set_progress_bar_config(disable=True)
+            self._check_tokenizers(parts)
+            self._parts = parts
         return self._parts
+
+    def _check_plausible(self, index: dict[str, Any]) -> None:
+        import diffusers
+        import transformers
+
+        for name, (library, kind) in {n: v for n, v in index.items() if n.startswith(("vae", "text_encoder"))}.items():
+            if kind is not None:
+                with weights_of(self.folder / name):
+                    check_plausible(
+                        getattr({"diffusers": diffusers}.get(library, transformers), kind), self.folder / name
+                    )
+
+    def _check_tokenizers(self, parts: Any) -> None:
+        """Prompts are filled up to what the tokenizer says, which the text encoder must be able to read."""
+        for name, tokenizer in parts.components.items():
+            encoder = getattr(parts, name.replace("tokenizer", "text_encoder"), None)
+            if name.startswith("tokenizer") and encoder is not None:
+                most, read = tokenizer.model_max_length, encoder.config.max_position_embeddings
+                if not 1 <= most <= read:
+                    raise BrokenFile(
+                        f"{name} in {str(self.folder)!r} cuts prompts at {most} tokens, its text encoder reads {read}: "
+                        f"download the model again"
+                    )
 
     def encode(self, images: Tensor) -> Tensor:
         """Pictures [B, 3, R, R] in [-1, 1] -> latents [B, C, R/8, R/8] float32.

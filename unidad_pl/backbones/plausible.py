@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,8 @@ def check_plausible(kind: Any, folder: Path, *weights: Path) -> None:
     config = read_json(folder / "config.json", "config of a network")
     for name, value in config.items():
         # Lists of so many entries are made before the first parameter is.
-        most = MOST_LAYERS if "layers" in name else MOST_PIXELS if name == "sample_size" else None
-        for number in _numbers(value) if most else ():
+        most = MOST_LAYERS if "layers" in name else MOST_PIXELS if name == "sample_size" else math.inf
+        for number in _numbers(value) if most < math.inf else ():
             check_at_least(0, most, **{f"{name} in {folder / 'config.json'}": number})
     files = list(weights) or [file for pattern in WEIGHTS for file in folder.glob(pattern)]
     if files:

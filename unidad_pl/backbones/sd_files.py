@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from unidad_pl.files import BrokenFile, read_json, reading
+
 INDEX_FILE = "model_index.json"
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+LIBRARIES = ("diffusers", "transformers", "stable_diffusion", None)
+"""Where the parts of such a pipeline may come from."""
 PARTS = ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
 
 
@@ -26,12 +29,15 @@ def find_pipeline(path: str) -> Path:
             f"source model {path!r} has no {INDEX_FILE}: give the folder of a Stable Diffusion 1.x, 2.x or XL "
             f"pipeline as diffusers saves it"
         )
-    try:
-        name = json.loads(index.read_text())["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{str(index)!r} is no pipeline's index: {error!r}. Download the model again") from error
+    content = read_json(index, "pipeline's index", "download the model again")
+    name = content.get("_class_name")
     if name not in PIPELINES:
         raise ValueError(f"{path!r} is a {name}; supported are {', '.join(PIPELINES)}")
+    for part, kind in content.items():
+        if isinstance(kind, list) and (len(kind) != 2 or kind[0] not in LIBRARIES):  # diffusers would import it
+            raise BrokenFile(
+                f"{str(index)!r} wants {part} from {kind!r}, known are {LIBRARIES}: download the model again"
+            )
     for part in PARTS:
         if not (folder / part).is_file():
             raise FileNotFoundError(f"source model {path!r} has no {part}: the download is incomplete")
@@ -45,8 +51,8 @@ def check_text_parts(folder: Path) -> None:
     Raises:
         FileNotFoundError: names the first.
     """
-    for name, kind in json.loads((folder / INDEX_FILE).read_text()).items():
-        if name.startswith(("text_encoder", "tokenizer")) and kind[0] is not None and not (folder / name).is_dir():
+    for name, kind in read_json(folder / INDEX_FILE, "pipeline's index").items():
+        if name.startswith(("text_encoder", "tokenizer")) and kind != [None, None] and not (folder / name).is_dir():
             raise FileNotFoundError(f"source model {str(folder)!r} has no {name}/: the download is incomplete")
         present = {file.name for file in (folder / name).glob("*")}
         if name.startswith("tokenizer") and present.isdisjoint({"vocab.json", "tokenizer.json"}):
@@ -62,11 +68,15 @@ def weights_of(folder: Path) -> Iterator[None]:
 
     Raises:
         FileNotFoundError: a file of weights is missing.
+        BrokenFile: what is there cannot be read.
     """
     try:
-        yield
-    except OSError as error:
+        with reading(folder, "part of a model", "download it again"):
+            yield
+    except (BrokenFile, OSError) as error:
         reason = str(error).strip().splitlines()[0]
+        if isinstance(error, PermissionError) or (isinstance(error, BrokenFile) and "no file named" not in reason):
+            raise
         raise FileNotFoundError(
             f"weights are missing in {str(folder)!r} ({reason}): the download is incomplete, "
             f"or has only another variant such as *.fp16.safetensors; download all of the model"

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from unidad_pl.backbones.plausible import MOST_PIXELS, MOST_TIMESTEPS
 from unidad_pl.checks import check_at_least, check_choices, check_positive
 from unidad_pl.files import read_json, reading
@@ -45,12 +47,14 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no export at {str(folder)!r}")
     path = folder / (RECORD if is_text_export(folder) else INDEX)
     if not path.is_file():
-        raise ValueError(f"{str(folder)!r} is neither a checkpoint nor a directory that 'unidad export' wrote: no {INDEX}")
+        raise ValueError(
+            f"{str(folder)!r} is neither a checkpoint nor a directory that 'unidad export' wrote: no {INDEX}"
+        )
     content = read_json(path, "record of an export", WAY_OUT)
     if path.name == INDEX and content.get("_class_name") != ["pipeline", PIPELINE]:
         raise ValueError(
-            f"{str(path)!r} is of a {content.get('_class_name')!r}: it is neither a checkpoint nor a directory that "
-            f"'unidad export' wrote"
+            f"{str(path)!r} is of a {str(content.get('_class_name'))[:60]}: it is neither a checkpoint nor "
+            f"a directory that 'unidad export' wrote"
         )
     record = {name.removeprefix("_"): value for name, value in content.items()}
     with reading(path, "record of an export", WAY_OUT):
@@ -59,6 +63,9 @@ def read_record(folder: Path) -> dict[str, Any]:
         content = read_json(file, "part of an export", WAY_OUT)
         if file.name in CONFIGS:  # a vocabulary may have any of these words in it
             _check_limits(content, file)
+    for file in sorted(folder.glob("*/*.safetensors")):
+        with reading(file, "file of weights", WAY_OUT), safe_open(file, "pt"):
+            pass
     return record
 
 
@@ -68,6 +75,7 @@ def _check_record(record: dict[str, Any]) -> None:
         raise ValueError(f"sigmas must be a list of 1 to {MOST_STEPS} numbers")
     for sigma in (*sigmas, record["sigma_min"] or 0):
         check_positive(**{"sigmas and sigma_min": sigma})
+    check_at_least(0, max(sigmas), sigma_min=record["sigma_min"])
     check_choices(weights=(record["weights"], Weights))
     for number in (iteration, *(classes or [])):
         if type(number) is not int or number < 0:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from unidad_pl.backbones.latents import LatentCodec
 from unidad_pl.backbones.stable_diffusion import StableDiffusionUNet
@@ -46,7 +47,8 @@ def export_student(
         config: the run's config.yaml; null: the one of the checkpoint's run folder.
         adapters: of a text-to-image student trained as adapters (LoRA): write them alone, for ``load_lora_weights``,
             and not the pipeline with the adapters merged into it.
-        dtype: what the weights are stored in; half of the bytes with ``float16`` or ``bfloat16``.
+        dtype: what the weights are stored in; half of the bytes with ``float16`` or ``bfloat16``. Of a network that
+            predicts noise, whose rounding error is multiplied by the first sigma, ``float16`` stays nearer.
 
     Returns:
         The directory.
@@ -93,7 +95,7 @@ def load_export(folder: str | Path) -> TrainedStudent:
         )
     record = read_record(place)
     model: DenoiserSource = check_text_export(place, record) if is_text_export(place) else PretrainedUNet(str(place))
-    with reading(place, "export", WAY_OUT):
+    with reading(place / "unet", "network", WAY_OUT):
         network, codec = model.build().requires_grad_(False), model.codec()
         _check_parts(network, codec, record, place)
         sampler = FewStepSampler(torch.tensor(record["sigmas"], dtype=torch.float64))
@@ -105,15 +107,24 @@ def load_export(folder: str | Path) -> TrainedStudent:
 
 
 def _check_parts(network: Denoiser, codec: Codec, record: dict[str, Any], place: Path) -> None:
-    refuse_non_finite(network, f"the unet of {str(place)!r}", WAY_OUT)
+    """Refuse parts that do not fit each other, or cannot run."""
+    refuse_non_finite(network, "the unet", WAY_OUT)
     if isinstance(network, UNetDenoiser):
         for name in ("prediction", "sigma_data", "patch_size", "timestep"):
             if record[name] != getattr(network.spec, name):
                 raise ValueError(f"{name} is {record[name]!r} in {INDEX}, {getattr(network.spec, name)!r} in unet/")
-    elif isinstance(codec, LatentCodec):
+    cond = torch.zeros(1, dtype=torch.int64) if network.num_classes else None
+    if isinstance(codec, LatentCodec):
         for name, part in codec.parts.components.items():
             if isinstance(part, nn.Module):
-                refuse_non_finite(part, f"the {name} of {str(place)!r}", WAY_OUT)
+                refuse_non_finite(part, f"the {name}", WAY_OUT)
+        cond = codec.embed([""])
+        side = 2 ** (len(codec.parts.vae.config["block_out_channels"]) - 1)
+        codec.decode(torch.zeros(1, network.image_shape[0], side, side))
+    # On the meta device a pass costs nothing, and still goes through every layer with its options and shapes.
+    tensors = {name: value.to("meta") for name, value in (*network.named_parameters(), *network.named_buffers())}
+    inputs = (torch.empty(1, *network.image_shape, device="meta"), torch.empty(1, device="meta"), cond)
+    functional_call(network, tensors, tuple(None if one is None else one.to("meta") for one in inputs))
 
 
 def _write(student: TrainedStudent, network: UNetDenoiser, folder: Path, dtype: torch.dtype) -> None:

@@ -60,7 +60,9 @@ def write_text_pipeline(
         settings = {"requires_safety_checker": False, ZEROS: pipeline.config.get(ZEROS)}
         settings = {name: value for name, value in settings.items() if name in pipeline.config}
         parts = pipeline.components | {"unet": unet, "scheduler": scheduler}
-        stored = {name: stored_as(part, dtype, name) if isinstance(part, nn.Module) else part for name, part in parts.items()}
+        stored = {
+            name: stored_as(part, dtype, name) if isinstance(part, nn.Module) else part for name, part in parts.items()
+        }
         kind(**stored | settings).save_pretrained(folder)
     record = {
         "adapters": adapters, "sigmas": sampler.sigmas, "sigma_min": student.sigma_min,
@@ -79,7 +81,7 @@ def stored_as(part: Any, dtype: torch.dtype, name: str) -> Any:
     refuse_non_finite(part, f"the {name} to export")
     if all(weight.dtype == dtype for weight in part.parameters()):
         return part
-    twin = copy.deepcopy(part).to(dtype)
+    twin = nn.Module.to(copy.deepcopy(part), dtype)  # diffusers' own `to` warns
     refuse_non_finite(twin, f"the {name} in {dtype}", "store it in bfloat16 or float32")
     return twin
 
