@@ -158,7 +158,7 @@ def test_other_pipelines_and_broken_folders_are_named(tmp_path: Path, monkeypatc
         refused(name, source.build)
     for broken in ("{", "[]", "{}"):
         (tmp_path / "model_index.json").write_text(broken)
-        refused(r"model_index\.json' is no pipeline's index", source.build)
+        refused(r"model_index\.json' is no readable pipeline's index", source.build)
     save_unet(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path.parent))
     assert StableDiffusion(f"~/{tmp_path.name}").build().image_shape == (4, 8, 8)

@@ -11,7 +11,8 @@ from unidad_pl.files import BrokenFile, read_json, reading
 INDEX_FILE = "model_index.json"
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion", None)
-"""Where the parts of such a pipeline may come from."""
+"""Where the parts of such a pipeline may come from: diffusers would import any other name."""
+PART_NAMES = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
 PARTS = ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
 
 
@@ -29,12 +30,14 @@ def find_pipeline(path: str) -> Path:
             f"source model {path!r} has no {INDEX_FILE}: give the folder of a Stable Diffusion 1.x, 2.x or XL "
             f"pipeline as diffusers saves it"
         )
-    content = read_json(index, "pipeline's index", "download the model again")
-    name = content.get("_class_name")
+    with reading(index, "pipeline's index", "download the model again"):
+        content = read_json(index, "pipeline's index", "download the model again")
+        name = content["_class_name"]
     if name not in PIPELINES:
-        raise ValueError(f"{path!r} is a {name}; supported are {', '.join(PIPELINES)}")
+        raise BrokenFile(f"{str(index)!r} is of a {str(name)[:60]}; supported are {', '.join(PIPELINES)}")
     for part, kind in content.items():
-        if isinstance(kind, list) and (len(kind) != 2 or kind[0] not in LIBRARIES):  # diffusers would import it
+        wanted = isinstance(kind, list) or part.startswith(PART_NAMES)
+        if wanted and (not isinstance(kind, list) or len(kind) != 2 or kind[0] not in LIBRARIES):
             raise BrokenFile(
                 f"{str(index)!r} wants {part} from {kind!r}, known are {LIBRARIES}: download the model again"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from unidad_pl.denoiser import to_uint8
 from unidad_pl.files import BrokenFile, reading, replacing
 
+END = b"\0\0\0\0IEND\xaeB`\x82"  # the last part of every PNG
 LINE = 2  # pixels, before scaling, between the shots and the samples
 
 
@@ -63,7 +65,9 @@ def is_whole_png(path: Path) -> bool:
     from PIL import Image
 
     if path.is_file():
-        with suppress(BrokenFile), reading(path, "PNG"), Image.open(path, formats=["PNG"]) as picture:
-            picture.verify()
-            return True
+        with suppress(BrokenFile), reading(path, "PNG"), path.open("rb") as file:
+            file.seek(-len(END), os.SEEK_END)
+            whole = file.read() == END
+            Image.open(path, formats=["PNG"]).verify()
+            return whole
     return False

@@ -97,7 +97,11 @@ def load_export(folder: str | Path) -> TrainedStudent:
     model: DenoiserSource = check_text_export(place, record) if is_text_export(place) else PretrainedUNet(str(place))
     with reading(place / "unet", "network", WAY_OUT):
         network, codec = model.build().requires_grad_(False), model.codec()
-        _check_parts(network, codec, record, place)
+        refuse_non_finite(network, "the unet", WAY_OUT)
+    if isinstance(codec, LatentCodec):
+        _try_codec(codec, place, network.image_shape[0])
+    with reading(place / "unet", "network", WAY_OUT):
+        _try_network(network, codec, record)
         sampler = FewStepSampler(torch.tensor(record["sigmas"], dtype=torch.float64))
         classes = ClassLabels(network.num_classes, record.get("classes")).classes or None
     return TrainedStudent(
@@ -106,25 +110,33 @@ def load_export(folder: str | Path) -> TrainedStudent:
     )  # fmt: skip
 
 
-def _check_parts(network: Denoiser, codec: Codec, record: dict[str, Any], place: Path) -> None:
-    """Refuse parts that do not fit each other, or cannot run."""
-    refuse_non_finite(network, "the unet", WAY_OUT)
+def _try_codec(codec: LatentCodec, place: Path, channels: int) -> None:
+    """Refuse a VAE or text encoders that cannot be used."""
+    with reading(place, "pipeline", WAY_OUT):
+        parts = codec.parts
+    for name, part in parts.components.items():
+        if isinstance(part, nn.Module):
+            refuse_non_finite(part, f"the {name} of {str(place)!r}", WAY_OUT)
+    with reading(place / "text_encoder", "text encoder", WAY_OUT):
+        codec.embed([""])
+    with reading(place / "vae", "VAE", WAY_OUT):
+        side = 2 ** (len(parts.vae.config["block_out_channels"]) - 1)
+        codec.decode(torch.zeros(1, channels, side, side))
+
+
+def _try_network(network: Denoiser, codec: Codec, record: dict[str, Any]) -> None:
+    """Refuse a network that does not fit the record, or cannot run."""
     if isinstance(network, UNetDenoiser):
         for name in ("prediction", "sigma_data", "patch_size", "timestep"):
             if record[name] != getattr(network.spec, name):
                 raise ValueError(f"{name} is {record[name]!r} in {INDEX}, {getattr(network.spec, name)!r} in unet/")
     cond = torch.zeros(1, dtype=torch.int64) if network.num_classes else None
-    if isinstance(codec, LatentCodec):
-        for name, part in codec.parts.components.items():
-            if isinstance(part, nn.Module):
-                refuse_non_finite(part, f"the {name}", WAY_OUT)
+    if network.condition_shape is not None:
         cond = codec.embed([""])
-        side = 2 ** (len(codec.parts.vae.config["block_out_channels"]) - 1)
-        codec.decode(torch.zeros(1, network.image_shape[0], side, side))
     # On the meta device a pass costs nothing, and still goes through every layer with its options and shapes.
     tensors = {name: value.to("meta") for name, value in (*network.named_parameters(), *network.named_buffers())}
-    inputs = (torch.empty(1, *network.image_shape, device="meta"), torch.empty(1, device="meta"), cond)
-    functional_call(network, tensors, tuple(None if one is None else one.to("meta") for one in inputs))
+    inputs = (torch.empty(1, *network.image_shape, device="meta"), torch.empty(1, device="meta"))
+    functional_call(network, tensors, (*inputs, None if cond is None else cond.to("meta")))
 
 
 def _write(student: TrainedStudent, network: UNetDenoiser, folder: Path, dtype: torch.dtype) -> None:

@@ -52,6 +52,8 @@ def write_text_pipeline(
     kind: Any = type(pipeline)
     if adapters:
         layers = {name: weight.to(dtype) for name, weight in adapter_weights(network.unet).items()}
+        if any(not bool(weight.isfinite().all()) for weight in layers.values()):
+            raise ValueError(f"the adapters have weights that {dtype} cannot hold: store them in bfloat16 or float32")
         kind.save_lora_weights(folder, unet_lora_layers=layers)
         scheduler.save_pretrained(folder / "scheduler")
     else:
@@ -64,6 +66,10 @@ def write_text_pipeline(
             name: stored_as(part, dtype, name) if isinstance(part, nn.Module) else part for name, part in parts.items()
         }
         kind(**stored | settings).save_pretrained(folder)
+        for config in folder.glob("text_encoder*/config.json"):  # else transformers computes as it finds them stored,
+            content = json.loads(config.read_text())  # beside a UNet that diffusers makes float32
+            changed = {name: "float32" for name in ("dtype", "torch_dtype") if name in content}
+            config.write_text(json.dumps(content | changed, indent=2) + "\n")
     record = {
         "adapters": adapters, "sigmas": sampler.sigmas, "sigma_min": student.sigma_min,
         "resolution": network.resolution, "weights": student.weights, "iteration": student.iteration,
