@@ -82,15 +82,20 @@ def sample(
     _look_for_the_token(student.token, prompts or [])
     _record(folder, student, num_steps or trained, labels.classes, prompts)
     seeds = range(seed, seed + num)
-    missing = [s for s in seeds if not is_whole_png(_path(folder, s))]
-    if broken := sum(_path(folder, s).is_file() for s in missing):
-        _note(f"{broken} of {num} images are there but cut short or damaged: they are drawn again")
-    if len(missing) < num:
-        sys.stderr.write(f"{num - len(missing)} of {num} images are there already\n")
-    _draw(student, num_steps, labels, prompts, missing, batch_size, device, folder)
+    _draw(student, num_steps, labels, prompts, _missing(folder, seeds), batch_size, device, folder)
     if grid:
         _write_grid(folder, seeds)
     return folder
+
+
+def _missing(folder: Path, seeds: range) -> list[int]:
+    """The seeds whose images are not there, or not whole."""
+    missing = [s for s in seeds if not is_whole_png(_path(folder, s))]
+    if broken := sum(_path(folder, s).is_file() for s in missing):
+        _note(f"{broken} of {len(seeds)} images are there but cut short or damaged: they are drawn again")
+    if len(missing) < len(seeds):
+        sys.stderr.write(f"{len(seeds) - len(missing)} of {len(seeds)} images are there already\n")
+    return missing
 
 
 def _note(text: str) -> None:
