@@ -61,8 +61,7 @@ def sample(
         The folder.
 
     Raises:
-        ValueError: a number below 1, images in ``out`` that were drawn with other weights, steps or labels, or a model
-            that draws NaN or infinity.
+        ValueError: a number below 1, images in ``out`` drawn otherwise, or a model that draws NaN or infinity.
         FileNotFoundError, ValueError: the model cannot be loaded; says why.
         OSError: a file cannot be written.
     """
