@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import glob
+import json
+import math
 import os
+import re
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
+
+ABANDONED = 3600.0  # seconds after which a temporary folder belongs to a process that was killed while it wrote
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A place beside ``path`` for a file or a folder, which takes the place of ``path`` when the block ends well.
 
-    Its folder is made. An older folder is moved aside first and deleted last: old or new is there at any moment.
+    Its folder is made; where ``path`` is a link to a folder, that folder is replaced. An older folder is moved aside
+    first and deleted last: old or new is there at any moment. A process killed between the two leaves the old one
+    beside ``path``, where :func:`moved_aside` finds it.
 
         >>> with replacing(Path("out.txt")) as part:
         ...     _ = part.write_text("all of it")
@@ -24,15 +34,14 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written; what was at ``path`` is still there.
     """
+    if path.is_dir():
+        path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid4().hex[:8]}.part")
+    part = _beside(path)
     try:
         yield part
         if path.is_dir() and part.is_dir():
-            aside = part.with_suffix(".old")
-            path.rename(aside)
-            part.rename(path)
-            shutil.rmtree(aside)
+            _swap(part, path)
         else:
             os.replace(part, path)
     finally:
@@ -40,6 +49,82 @@ def replacing(path: Path) -> Iterator[Path]:
             shutil.rmtree(part, ignore_errors=True)
         else:
             part.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    """A name in the folder of ``path`` that no other process uses."""
+    return path.with_name(f".{path.name}.{uuid4().hex[:8]}.part")
+
+
+def _swap(part: Path, path: Path) -> None:
+    """The folder ``part`` takes the place of the folder ``path``, which is deleted then."""
+    aside = part.with_suffix(".old")
+    os.rename(path, aside)
+    try:
+        os.rename(part, path)
+    except BaseException as error:
+        try:
+            os.rename(aside, path)
+        except OSError:
+            raise OSError(
+                f"cannot replace the folder {str(path)!r} ({error}); what was in it is in {str(aside)!r} now: rename "
+                f"that back"
+            ) from error
+        raise
+    shutil.rmtree(aside)
+
+
+def moved_aside(path: Path) -> Path | None:
+    """The older folder that a :func:`replacing` of ``path`` had moved aside when it was killed, before the new one took
+    its place; None where nothing of the kind happened."""
+    if path.exists():
+        return None
+    return max(_leftovers(path, "old"), key=lambda folder: folder.stat().st_mtime_ns, default=None)
+
+
+def recover(path: Path) -> None:
+    """Clean up after a :func:`replacing` of the folder ``path`` that was killed: the old folder takes its place again,
+    and what else it left is deleted after an hour, when no other process can be at it.
+
+    Raises:
+        OSError: it cannot be moved.
+    """
+    path = path.resolve()
+    if (aside := moved_aside(path)) is not None:
+        aside.rename(path)
+    for folder in _leftovers(path, "old|part"):
+        with suppress(FileNotFoundError):
+            if time.time() - folder.stat().st_mtime > ABANDONED:
+                shutil.rmtree(folder)
+
+
+def _leftovers(path: Path, ends: str) -> list[Path]:
+    ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.({ends})")
+    beside = path.parent.glob(f".{glob.escape(path.name)}.*")
+    return [folder for folder in beside if ours.fullmatch(folder.name) and folder.is_dir()]
+
+
+def write_first(path: Path, text: str) -> str:
+    """Write ``text`` to ``path`` unless a file is there; of several processes that do so at once, one is the first.
+
+    Returns:
+        The content of the file, own or the first one's.
+
+    Raises:
+        OSError: it cannot be written or read.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = _beside(path)
+    try:
+        part.write_text(text)
+        try:
+            os.link(part, path)  # unlike a rename, never onto another file
+        except OSError:  # there is one, or the filesystem has no hard links
+            if not path.exists():
+                os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path.read_text()
 
 
 class BrokenFile(ValueError):
@@ -97,13 +182,38 @@ def mistaken(path: str | Path) -> str | None:
     Returns:
         A sentence; None for any other file, and where there is none.
     """
-    try:
-        with Path(path).open("rb") as file:
-            head = file.read(200)
-    except OSError:
+    if not Path(path).is_file():
         return None
+    with Path(path).open("rb") as file:
+        head = file.read(200)
     if head.startswith(LFS):
         return f"{str(path)!r} is a Git LFS pointer and not the file itself: fetch it with 'git lfs pull'"
     if head.lstrip().lower().startswith((b"<!doctype html", b"<html", b"<head")):
         return f"{str(path)!r} is an HTML page and not the file itself: download it again, from the file's own link"
     return None if head else f"{str(path)!r} is empty: download it again"
+
+
+def read_json(
+    path: str | Path, what: str = "JSON object", way_out: str = "write or download it again"
+) -> dict[str, Any]:
+    """The object in a JSON file that others wrote; all its numbers are finite.
+
+    Args: as of :func:`reading`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        BrokenFile: it is no JSON object, has ``NaN``, an infinity or a number beyond floats in it, or is nested deeply.
+    """
+
+    def finite(text: str) -> float:
+        if not math.isfinite(value := float(text)):
+            raise ValueError(f"{text[:20]} is no finite number")
+        return value
+
+    if not Path(path).is_file():  # a pipe of that name would be waited for
+        raise FileNotFoundError(f"there is no file {str(path)!r}, which should be the {what}: {way_out}")
+    with reading(path, what, way_out):
+        content = json.loads(Path(path).read_text(encoding="utf-8"), parse_float=finite, parse_constant=finite)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not an object")
+        return content

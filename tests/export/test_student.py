@@ -206,7 +206,7 @@ def test_what_cannot_be_exported_is_refused_with_its_name(tmp_path: Path) -> Non
         (checkpoint, dict(weights="best"), ValueError, "weights must be"),
         (tmp_path / "nowhere.ckpt", {}, FileNotFoundError, "nowhere"),
         (checkpoint, dict(out=str(tmp_path / "taken")), FileExistsError, "no earlier export"),
-        (elsewhere / "part.ckpt", {}, FileNotFoundError, "give it as --config"),
+        (elsewhere / "part.ckpt", {}, ValueError, r"unet\.conv_in\.weight"),  # it holds its module's arguments
         (elsewhere / "part.ckpt", dict(config=str(own)), ValueError, r"unet\.conv_in\.weight"),
         (elsewhere / "cut.ckpt", {}, ValueError, "cut short"),
         (elsewhere / "code.ckpt", {}, ValueError, "may carry code"),

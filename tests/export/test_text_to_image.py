@@ -139,12 +139,16 @@ def test_steps_between_the_timesteps_are_kept_but_not_exported(place: Path) -> N
     assert not (place / "no").exists()
 
 
-def test_sample_asks_for_prompts_and_keeps_apart_what_they_drew(place: Path, fitted: Path) -> None:
+def test_sample_asks_for_prompts_and_keeps_apart_what_they_drew(
+    place: Path, fitted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     checkpoint = str(fitted)
     with pytest.raises(ValueError, match="give --prompts"):
         sample(checkpoint, 1, str(place / "none"), device="cpu")
+    assert load_student(checkpoint).token == "prt"
     sample(checkpoint, 2, str(place / "mine"), prompts=[PROMPT, "a cat"], device="cpu")
     assert json.loads((place / "mine" / "sampling.json").read_text())["prompts"] == [PROMPT, "a cat"]
+    assert "subject is called 'prt', which is not in 'a cat'" in capsys.readouterr().err
     with pytest.raises(ValueError, match="images drawn otherwise"):
         sample(checkpoint, 2, str(place / "mine"), prompts=[PROMPT], device="cpu")
 

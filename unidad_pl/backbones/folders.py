@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import torch
 
 from unidad_pl.checks import check_at_least, check_positive, check_whole
-from unidad_pl.files import reading
+from unidad_pl.files import read_json, reading
 
 CONFIG_FILE = "config.json"
 MOST = 10**6
@@ -48,23 +47,6 @@ def find_folder(path: str) -> Path:
             f"put the model's diffusers folder there, as 'hf download OWNER/NAME --local-dir {path}' does, or give an "
             f"OWNER/NAME that 'hf download OWNER/NAME' has put into the cache"
         ) from error
-
-
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """A file that holds a JSON object.
-
-    Raises:
-        FileNotFoundError: there is none.
-        BrokenFile: it is none; names the file and the reason.
-    """
-    with reading(path, what):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"it is not JSON: {error}") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"it must be a JSON object, and is a {type(content).__name__}")
-        return content
 
 
 def empty_network(kind: Any, folder: Path) -> Any:

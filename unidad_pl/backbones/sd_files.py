@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from unidad_pl.backbones.folders import CONFIG_FILE, MOST, check_depth, find_folder, read_json
+from unidad_pl.backbones.folders import CONFIG_FILE, MOST, check_depth, find_folder
 from unidad_pl.backbones.spec import SCHEDULER_FILE, SUPPORTED
 from unidad_pl.backbones.weights import check_finite, read_folder
 from unidad_pl.checks import check_at_least
-from unidad_pl.files import BrokenFile, mistaken, reading
+from unidad_pl.files import BrokenFile, mistaken, read_json, reading
 
 INDEX_FILE = "model_index.json"
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")

@@ -8,10 +8,9 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from unidad_pl.backbones.folders import read_json
 from unidad_pl.checks import check_at_least, check_given, check_options, check_positive, check_whole
 from unidad_pl.denoiser import PredictionType
-from unidad_pl.files import reading
+from unidad_pl.files import read_json, reading
 from unidad_pl.schedules import linear_abar
 
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]

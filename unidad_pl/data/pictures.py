@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from unidad_pl.denoiser import to_uint8
-from unidad_pl.files import replacing
+from unidad_pl.files import BrokenFile, reading, replacing
 
+END = b"\0\0\0\0IEND\xaeB`\x82"  # the last part of every PNG
 LINE = 2  # pixels, before scaling, between the shots and the samples
 
 
@@ -54,3 +57,17 @@ def write_png(image: Tensor, path: Path) -> None:
 
     with replacing(path) as part:
         Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(part, format="PNG")
+
+
+def is_whole_png(path: Path) -> bool:
+    """Whether ``path`` is a PNG, down to its end with the checksums it was written with: not cut short, no bit of it
+    changed."""
+    from PIL import Image
+
+    if path.is_file():
+        with suppress(BrokenFile), reading(path, "PNG"), path.open("rb") as file:
+            file.seek(-len(END), os.SEEK_END)
+            whole = file.read() == END
+            Image.open(path, formats=["PNG"]).verify()
+            return whole
+    return False

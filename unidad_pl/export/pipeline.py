@@ -8,8 +8,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +36,11 @@ class FewStepPipeline(DiffusionPipeline):
         patch_size: pixels per side folded into channels around the network.
         timestep: ``nearest`` trained timestep or ``interpolated``.
         classes: labels that seeds take in turn when none are given; None for an unconditional network.
+        weights: which of the run's weights these are, ``ema`` or ``raw``.
+        iteration: iterations they were trained for.
     """
+
+    model_cpu_offload_seq = "unet"
 
     def __init__(
         self,
@@ -46,13 +53,33 @@ class FewStepPipeline(DiffusionPipeline):
         patch_size: int = 1,
         timestep: str = "nearest",
         classes: list[int] | None = None,
+        weights: str = "raw",
+        iteration: int = 0,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(
             sigmas=list(sigmas), sigma_min=sigma_min, prediction=prediction, sigma_data=sigma_data,
             patch_size=patch_size, timestep=timestep, classes=None if classes is None else list(classes),
+            weights=weights, iteration=iteration,
         )  # fmt: skip
+
+    def save_config(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Write ``model_index.json`` (``save_pretrained`` does, before it uploads), and what loading needs besides."""
+        super().save_config(save_directory, *args, **kwargs)
+        folder = Path(save_directory)
+        index = json.loads((folder / self.config_name).read_text())
+        index["_class_name"] = ["pipeline", "FewStepPipeline"]  # the file and the class in it
+        (folder / self.config_name).write_text(json.dumps(index, indent=2) + "\n")
+        if Path(__file__) != folder.resolve() / "pipeline.py":
+            shutil.copyfile(__file__, folder / "pipeline.py")
+        spec = {name: self.config[name] for name in ("prediction", "sigma_data", "patch_size", "timestep")}
+        if self.config.prediction != "edm":
+            betas = self.scheduler.config
+            spec |= {name: betas[name] for name in ("beta_schedule", "beta_start", "beta_end")}
+            spec["train_timesteps"] = betas.num_train_timesteps
+        if (folder / "unet").is_dir():  # for unidad_pl alone
+            (folder / "unet" / "denoiser.json").write_text(json.dumps(spec, indent=2) + "\n")
 
     @torch.no_grad()
     def __call__(
@@ -99,6 +126,7 @@ class FewStepPipeline(DiffusionPipeline):
         x0 = self._denoise(x, sigmas[0], labels)
         for sigma in self.progress_bar(sigmas[1:]):
             x0 = self._denoise(x0 + sigma * noise(), sigma, labels)
+        self.maybe_free_model_hooks()
         images: Any = (x0.clamp(-1, 1).cpu() + 1) / 2
         if output_type != "pt":
             images = images.permute(0, 2, 3, 1).numpy()

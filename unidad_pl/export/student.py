@@ -6,29 +6,35 @@ import json
 import shutil
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import nn
+from torch.func import functional_call
 
+from unidad_pl.backbones.latents import LatentCodec
 from unidad_pl.backbones.stable_diffusion import StableDiffusionUNet
 from unidad_pl.backbones.unet import PretrainedUNet, UNetDenoiser
-from unidad_pl.denoiser import DenoiserSource
+from unidad_pl.checks import check_choices
+from unidad_pl.denoiser import Codec, Denoiser, DenoiserSource
 from unidad_pl.export.card import model_card
-from unidad_pl.export.text_to_image import is_text_export, read_text_export, write_text_pipeline
-from unidad_pl.files import replacing
-from unidad_pl.runs.student import TrainedStudent, Weights, load_student
+from unidad_pl.export.folder import INDEX, PIPELINE, WAY_OUT, is_text_export, note_files, read_record, refuse_foreign
+from unidad_pl.export.text_to_image import check_text_export, stored_as, write_text_pipeline
+from unidad_pl.files import moved_aside, reading, recover, replacing
+from unidad_pl.runs.student import TrainedStudent, Weights, load_student, refuse_non_finite
 from unidad_pl.sampling import FewStepSampler
+from unidad_pl.training.conditions import ClassLabels
 
 if TYPE_CHECKING:
     from unidad_pl.backbones.spec import UNetSpec
 
-INDEX = "model_index.json"
-PIPELINE = "FewStepPipeline"
+StoredAs = Literal["float32", "float16", "bfloat16"]
 
 
 def export_student(
-    ckpt_path: str, out: str, weights: Weights = "auto", config: str | None = None, adapters: bool = False
-) -> Path:
+    ckpt_path: str, out: str, weights: Weights = "auto", config: str | None = None, adapters: bool = False,
+    dtype: StoredAs = "float32",
+) -> Path:  # fmt: skip
     """Write a checkpoint's few-step student as a diffusers pipeline directory.
 
     ``DiffusionPipeline.from_pretrained(DIR, trust_remote_code=True)`` samples from it without unidad_pl, and
@@ -36,22 +42,26 @@ def export_student(
 
     Args:
         ckpt_path: the run's checkpoint.
-        out: the directory to make; an earlier export is replaced.
+        out: the directory to make; an earlier export is replaced, and nothing else.
         weights: ``ema``, ``raw`` or ``auto`` (ema where the checkpoint has it).
         config: the run's config.yaml; null: the one of the checkpoint's run folder.
         adapters: of a text-to-image student trained as adapters (LoRA): write them alone, for ``load_lora_weights``,
             and not the pipeline with the adapters merged into it.
+        dtype: what the weights are stored in; half of the bytes with ``float16`` or ``bfloat16``. Of a network that
+            predicts noise, whose rounding error is multiplied by the first sigma, ``float16`` stays nearer.
 
     Returns:
         The directory.
 
     Raises:
-        FileExistsError: ``out`` holds something else than an export.
-        FileNotFoundError, ValueError: see :func:`~unidad_pl.runs.student.load_student`.
+        FileExistsError: ``out`` holds something that no export wrote; names some of it.
+        FileNotFoundError, ValueError: see :func:`~unidad_pl.runs.student.load_student`; or weights beyond ``dtype``.
+        OSError: it cannot be written; an earlier export is still there.
     """
-    target = Path(out)
-    if target.exists() and not _is_export(target) and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{out!r} is there and is no earlier export: choose another folder, or remove it")
+    check_choices(dtype=(dtype, StoredAs))
+    target, stored = Path(out).expanduser(), getattr(torch, dtype)
+    recover(target)
+    refuse_foreign(target)
     student = load_student(ckpt_path, weights, config)
     if not isinstance(student.network, (UNetDenoiser, StableDiffusionUNet)):
         raise ValueError(f"only diffusers UNets can be exported, this student is a {type(student.network).__name__}")
@@ -60,10 +70,12 @@ def export_student(
     with replacing(target) as part:
         part.mkdir()
         if isinstance(student.network, StableDiffusionUNet):
-            write_text_pipeline(student, student.network, part, adapters)
+            write_text_pipeline(student, student.network, part, adapters, stored)
         else:
-            _write(student, student.network, part)
+            _write(student, student.network, part, stored)
         (part / "README.md").write_text(model_card(student, Path(ckpt_path).name, adapters))
+        note_files(part)
+        refuse_foreign(target)  # again: writing took its time
     return target
 
 
@@ -71,36 +83,65 @@ def load_export(folder: str | Path) -> TrainedStudent:
     """The student of a directory that :func:`export_student` wrote.
 
     Raises:
-        FileNotFoundError, ValueError: it is none, or is broken; says what.
+        FileNotFoundError: there is none, or a file is missing in it.
+        ValueError: it is something else, or a file in it is not what an export writes (:class:`BrokenFile`) or has
+            weights that are not finite; names the file.
     """
-    place = Path(folder)
-    model: DenoiserSource = PretrainedUNet(str(folder))
-    if is_text_export(place):
-        model, record = read_text_export(place)
-    elif _is_export(place):
-        record = {name.removeprefix("_"): value for name, value in json.loads((place / INDEX).read_text()).items()}
-    else:
-        raise ValueError(f"{str(folder)!r} is neither a checkpoint nor a directory that 'unidad export' wrote")
-    sampler = FewStepSampler(torch.tensor(record["sigmas"], dtype=torch.float64))
+    place = Path(folder).expanduser()
+    if (aside := moved_aside(place)) is not None:
+        raise FileNotFoundError(
+            f"{str(folder)!r} was moved to {str(aside)!r} by an export that was killed before the new one took its "
+            f"place: rename it back, or export again"
+        )
+    record = read_record(place)
+    model: DenoiserSource = check_text_export(place, record) if is_text_export(place) else PretrainedUNet(str(place))
+    with reading(place / "unet", "network", WAY_OUT):
+        network, codec = model.build().requires_grad_(False), model.codec()
+        refuse_non_finite(network, "the unet", WAY_OUT)
+    if isinstance(codec, LatentCodec):
+        _try_codec(codec, place, network.image_shape[0])
+    with reading(place / "unet", "network", WAY_OUT):
+        _try_network(network, codec, record)
+        sampler = FewStepSampler(torch.tensor(record["sigmas"], dtype=torch.float64))
+        classes = ClassLabels(network.num_classes, record.get("classes")).classes or None
     return TrainedStudent(
-        model.build().requires_grad_(False), sampler, record["sigma_min"], record["weights"], record["iteration"],
-        record.get("classes"), {}, place, model.codec(),
+        network, sampler, record["sigma_min"], record["weights"], record["iteration"], classes, {}, place, codec,
+        record.get("token"),
     )  # fmt: skip
 
 
-def _is_export(folder: Path) -> bool:
-    if is_text_export(folder):
-        return True
-    try:
-        name = json.loads((folder / INDEX).read_text())["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return bool(name == ["pipeline", PIPELINE])
+def _try_codec(codec: LatentCodec, place: Path, channels: int) -> None:
+    """Refuse a VAE or text encoders that cannot be used."""
+    with reading(place, "pipeline", WAY_OUT):
+        parts = codec.parts
+    for name, part in parts.components.items():
+        if isinstance(part, nn.Module):
+            refuse_non_finite(part, f"the {name} of {str(place)!r}", WAY_OUT)
+    with reading(place / "text_encoder", "text encoder", WAY_OUT):
+        codec.embed([""])
+    with reading(place / "vae", "VAE", WAY_OUT):
+        side = 2 ** (len(parts.vae.config["block_out_channels"]) - 1)
+        codec.decode(torch.zeros(1, channels, side, side))
 
 
-def _write(student: TrainedStudent, network: UNetDenoiser, folder: Path) -> None:
+def _try_network(network: Denoiser, codec: Codec, record: dict[str, Any]) -> None:
+    """Refuse a network that does not fit the record, or cannot run."""
+    if isinstance(network, UNetDenoiser):
+        for name in ("prediction", "sigma_data", "patch_size", "timestep"):
+            if record[name] != getattr(network.spec, name):
+                raise ValueError(f"{name} is {record[name]!r} in {INDEX}, {getattr(network.spec, name)!r} in unet/")
+    cond = torch.zeros(1, dtype=torch.int64) if network.num_classes else None
+    if network.condition_shape is not None:
+        cond = codec.embed([""])
+    # On the meta device a pass costs nothing, and still goes through every layer with its options and shapes.
+    tensors = {name: value.to("meta") for name, value in (*network.named_parameters(), *network.named_buffers())}
+    inputs = (torch.empty(1, *network.image_shape, device="meta"), torch.empty(1, device="meta"))
+    functional_call(network, tensors, (*inputs, None if cond is None else cond.to("meta")))
+
+
+def _write(student: TrainedStudent, network: UNetDenoiser, folder: Path, dtype: torch.dtype) -> None:
     spec, scheduler = network.spec, _scheduler(network.spec)
-    network.save_pretrained(folder / "unet")
+    UNetDenoiser(stored_as(network.unet, dtype, "unet"), spec).save_pretrained(folder / "unet", dtype)
     scheduler.save_pretrained(folder / "scheduler")
     shutil.copyfile(Path(__file__).with_name("pipeline.py"), folder / "pipeline.py")
     index = {
@@ -108,7 +149,7 @@ def _write(student: TrainedStudent, network: UNetDenoiser, folder: Path) -> None
         "unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", type(scheduler).__name__],
         "sigmas": student.sampler.sigmas, "sigma_min": student.sigma_min, "prediction": spec.prediction,
         "sigma_data": spec.sigma_data, "patch_size": spec.patch_size, "timestep": spec.timestep,
-        "classes": student.classes, "_weights": student.weights, "_iteration": student.iteration,
+        "classes": student.classes, "weights": student.weights, "iteration": student.iteration,
     }  # fmt: skip
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 

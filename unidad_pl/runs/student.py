@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from torch import nn
+
 from unidad_pl.arguments import known_classes, rebuild
-from unidad_pl.checks import check_choices
+from unidad_pl.checks import check_choices, check_positive
 from unidad_pl.denoiser import Codec, Denoiser, DenoiserSource
-from unidad_pl.files import reading
+from unidad_pl.files import BrokenFile, reading
 from unidad_pl.runs.checkpoints import read_checkpoint
 from unidad_pl.runs.config import build_module, find_config, read_config
 from unidad_pl.sampling import FewStepSampler
@@ -38,6 +41,7 @@ class TrainedStudent:
         config: the run's config as plain data; empty if it is not known.
         folder: the run's folder, with ``metrics.jsonl``; None if it is not known.
         codec: between the network and pictures and prompts.
+        token: the rare word that names the subject of its run; None: it has none.
     """
 
     network: Denoiser
@@ -49,6 +53,7 @@ class TrainedStudent:
     config: dict[str, Any]
     folder: Path | None
     codec: Codec = field(default_factory=Codec)
+    token: str | None = None
 
     def with_steps(self, num_steps: int | None) -> FewStepSampler:
         """The sampler for ``num_steps`` network evaluations; None: as trained."""
@@ -68,7 +73,23 @@ def read_run(ckpt_path: str | Path) -> dict[str, Any]:
     for entry in ("state_dict", RECORD):
         if not isinstance(content, dict) or not isinstance(content.get(entry), dict):
             raise ValueError(f"{str(ckpt_path)!r} is no checkpoint of unidad_pl's modules: it has no {entry}")
+    state, iteration = content["state_dict"], content[RECORD].get("iteration")
+    strange = [name for name, value in state.items() if not isinstance(name, str) or not torch.is_tensor(value)]
+    if strange or type(iteration) is not int or not isinstance(content.get("frozen_sha256", {}), dict):
+        what = f"its state_dict has no tensor at {strange[0]!r}" if strange else f"it is of iteration {iteration!r}"
+        raise BrokenFile(f"{str(ckpt_path)!r} is no checkpoint of unidad_pl's modules: {what}; take another one")
     return content
+
+
+def refuse_non_finite(network: nn.Module, name: str, way_out: str = "take a checkpoint from before") -> None:
+    """Refuse a network with a weight that is not finite.
+
+    Raises:
+        ValueError: ``name``, how many tensors, and the first.
+    """
+    bad = [k for k, v in network.state_dict().items() if v.is_floating_point() and not bool(v.isfinite().all())]
+    if bad:
+        raise ValueError(f"{name} has NaN or infinity in {len(bad)} of its tensors, {bad[0]} the first: {way_out}")
 
 
 def load_student(ckpt_path: str | Path, weights: Weights = "auto", config: str | None = None) -> TrainedStudent:
@@ -82,9 +103,10 @@ def load_student(ckpt_path: str | Path, weights: Weights = "auto", config: str |
     Raises:
         FileNotFoundError: checkpoint or config is missing, or the source model, whose config gives the architecture.
         ValueError: they cannot be read or do not fit each other (names keys), an average that is not there, or a
-            module that has no few-step sampler.
+            module that has no few-step sampler. Or weights or sigmas that are not finite.
     """
     check_choices(weights=(weights, Weights))
+    ckpt_path, config = Path(ckpt_path).expanduser(), config and str(Path(config).expanduser())
     content = read_run(ckpt_path)
     state, (module, settings, place) = content["state_dict"], _module_of(content, ckpt_path, config)
     if not isinstance(module, GenerativeModule):
@@ -108,11 +130,21 @@ def load_student(ckpt_path: str | Path, weights: Weights = "auto", config: str |
         network.load_state_dict(own)
     except RuntimeError as error:
         raise ValueError(f"the weights {prefix}* in {str(ckpt_path)!r} do not fit {str(place)!r}: {error}") from error
+    refuse_non_finite(network, f"the student in {str(ckpt_path)!r}")
+    sampler = sampler.fitted_to(network)
+    for sigma in (*sampler.sigmas, sigma_min):
+        check_positive(**{f"sigmas of {str(place)!r}": sigma})
     classes = list(range(network.num_classes)) if network.num_classes is not None else None
     return TrainedStudent(
-        network.eval().requires_grad_(False), sampler.fitted_to(network), sigma_min, chosen,
-        content[RECORD]["iteration"], module.classes or classes, settings, place.parent, module.sampled_source.codec(),
+        network.eval().requires_grad_(False), sampler, sigma_min, chosen, content[RECORD]["iteration"],
+        module.classes or classes, settings, place.parent, module.sampled_source.codec(), _token(content),
     )  # fmt: skip
+
+
+def _token(content: dict[str, Any]) -> str | None:
+    """The subject's rare word, as the data module noted it."""
+    states = [state for state in content.values() if isinstance(state, dict) and "class_word" in state]
+    return next((state["token"] for state in states if isinstance(state.get("token"), str)), None)
 
 
 def _module_of(content: dict[str, Any], ckpt_path: str | Path, config: str | None) -> tuple[Any, dict[str, Any], Path]:
