@@ -20,13 +20,12 @@ from unidad_pl.backbones.folders import (
     checked_config,
     empty_network,
     find_folder,
-    read_json,
 )
 from unidad_pl.backbones.spec import SCHEDULER_FILE, UNetSpec, find_scheduler, spec_of_scheduler
 from unidad_pl.backbones.weights import fill, read_folder
 from unidad_pl.checks import check_at_least, check_given, check_path, check_whole
 from unidad_pl.denoiser import DenoiserSource, PredictionType
-from unidad_pl.files import reading
+from unidad_pl.files import read_json, reading
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel

@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from unidad_pl.data.colours import as_shown
 from unidad_pl.data.image_sets import open_images
-from unidad_pl.data.images import as_shown
 from unidad_pl.denoiser import to_float
 from unidad_pl.metrics.features import check_images
 
@@ -48,7 +48,7 @@ def _stacked(images: Sequence[Any], what: str) -> Tensor:
     from PIL import Image
 
     rows = [
-        torch.from_numpy(np.array(as_shown(one))).permute(2, 0, 1) if isinstance(one, Image.Image) else one
+        torch.from_numpy(np.array(as_shown(one, what))).permute(2, 0, 1) if isinstance(one, Image.Image) else one
         for one in images
     ]
     kinds = {f"{tuple(row.shape)} {row.dtype}" if isinstance(row, Tensor) else type(row).__name__ for row in rows}

@@ -132,7 +132,7 @@ def check_given(**values: int | None) -> None:
     Raises:
         ValueError: names the first of them.
     """
-    check_whole(1, **{name: value for name, value in values.items() if value is not None})
+    check_whole(1, 2**31 - 1, null=True, **values)
 
 
 def default_scale(images: Tensor) -> int:

@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unidad_pl.metrics.features import FeatureModule, check_numbers, reason_of, spoiled
+from unidad_pl.files import mistaken
+from unidad_pl.metrics.features import FeatureModule
+from unidad_pl.metrics.weights import check_numbers, reason_of
 
 CLIP = "openai/clip-vit-base-patch32"
 DINO = "facebook/dino-vits16"
@@ -101,7 +103,7 @@ def stays_offline(path: str) -> bool:
 def missing(owner: str, path: str, error: Exception) -> RuntimeError:
     """The error to raise when ``path`` is not there."""
     files = sorted(Path(path).glob("*")) if Path(path).is_dir() else []
-    found = next((reason for file in files if (reason := spoiled(file))), None)
+    found = next((reason for file in files if (reason := mistaken(file))), None)
     if files and not isinstance(error, FileNotFoundError):
         return RuntimeError(
             f"{owner} needs the weights {path!r}, but that folder cannot be read ({found or reason_of(error)}): get "
@@ -192,7 +194,7 @@ class CLIPTexts(_Encoder):
         del network.vision_model, network.visual_projection
         from transformers import CLIPTokenizer
 
-        if wrong := [reason for name in TOKENIZER if (reason := spoiled(Path(self.path) / name))]:
+        if wrong := [reason for name in TOKENIZER if (reason := mistaken(Path(self.path) / name))]:
             raise missing("CLIPTexts (its tokenizer)", self.path, ValueError(wrong[0]))
         try:
             self.tokenizer = CLIPTokenizer.from_pretrained(self.path, local_files_only=stays_offline(self.path))

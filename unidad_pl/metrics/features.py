@@ -8,10 +8,8 @@ before training begins, so that missing weights end a run in its first second an
 from __future__ import annotations
 
 import math
-import os
-import pickle
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -21,9 +19,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from unidad_pl.metrics.weights import check_numbers, missing_weights, only_weights, reason_of
+
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
-ONLY_WEIGHTS = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 Net = Literal["vgg", "alex", "squeeze"]
 
@@ -61,66 +60,6 @@ class FeatureModule(nn.Module):
     def train(self, mode: bool = True) -> FeatureModule:
         """Extractors never train: dropout or batch statistics would change the metric."""
         return super().train(False)
-
-
-@contextmanager
-def only_weights() -> Iterator[None]:
-    """Within the block ``torch.load`` runs no code in a file, whoever calls it: torch-fidelity asks for it."""
-    before = os.environ.get(ONLY_WEIGHTS)
-    os.environ[ONLY_WEIGHTS] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[ONLY_WEIGHTS]
-        if before is not None:
-            os.environ[ONLY_WEIGHTS] = before
-
-
-def check_numbers(state: Mapping[str, Tensor]) -> None:
-    """Refuse weights that are no finite floats.
-
-    Raises:
-        ValueError: names the first.
-    """
-    for name, value in state.items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise ValueError(f"{name} holds NaN or infinite values")
-
-
-def spoiled(path: str | Path) -> str | None:
-    """What lies in the place of a file after a failed download, and the way out; None for anything else."""
-    if not Path(path).is_file():
-        return None
-    with Path(path).open("rb") as file:
-        head = file.read(100)
-    if head.startswith(b"version https://git-lfs"):
-        return f"{str(path)!r} is a Git LFS pointer, fetch the file itself with 'git lfs pull'"
-    if head.lstrip().lower().startswith((b"<!doctype html", b"<html", b"<head")):
-        return f"{str(path)!r} is an HTML page"
-    return None if head else f"{str(path)!r} is empty"
-
-
-def reason_of(error: BaseException) -> str:
-    """What went wrong, in one line, without torch's advice to load a file unsafely."""
-    if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
-        return "it is no file of plain tensors, or it carries code, which is never run here"
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-
-
-def missing_weights(owner: str, file: str, size: str, url: str, path: str | None, error: BaseException) -> RuntimeError:
-    """The error to raise when the weights of ``owner`` cannot be read from ``path`` or, if None, be downloaded."""
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    reason = spoiled(path or folder / file) or reason_of(error)
-    if path is not None:
-        found = f"weights_path={path!r} could not be loaded: {reason}."
-    elif (folder / file).is_file():
-        found = f"{str(folder / file)!r} could not be loaded, remove it: {reason}."
-    else:
-        found = f"Not found at {folder / file} and the download failed: {reason}."
-    return RuntimeError(
-        f"{owner} needs the weights {file} ({size}). {found} Download {url} and put it in {folder}/, "
-        f"or pass weights_path=<the file>."
-    )
 
 
 def _home(path: str | None) -> str | None:
