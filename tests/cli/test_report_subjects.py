@@ -61,7 +61,6 @@ def test_the_table_has_the_latest_value_of_each_subject_and_their_mean(tmp_path:
         {"values": {"clip_i": "0.5"}},
         {"step": None},
         {"time": 3},
-        {"subject": ["dog"]},
         {"values": None},
     ],
     ids=str,

@@ -13,7 +13,6 @@ import pytest
 from torch import Tensor
 
 from tests.runs.test_resume import fit
-from unidad_pl import UniDAD
 
 VALIDATING = ("--trainer.limit_val_batches", "1", "--trainer.check_val_every_n_epoch", "null")
 
@@ -57,7 +56,9 @@ def test_the_last_validation_is_computed_once(
 
 
 def test_commands_are_quoted_for_a_shell(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fit(2, "--trainer.logger.init_args.save_dir", str(here / "runs"))
+    arguments = {"save_dir": str(here / "runs"), "name": "tiny"}
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": arguments}
+    fit(2, "--trainer.logger", json.dumps([logger]))
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
     words = shlex.split(lines["next"])
     assert words[words.index("--config") + 1] == str(here / "runs/tiny/version_0/config.yaml")
@@ -72,11 +73,3 @@ def test_a_fast_dev_run_writes_nothing_and_names_nothing(here: Path, capsys: pyt
     printed = capsys.readouterr().out
     assert "a fast_dev_run writes nothing" in printed
     assert "checkpoint " not in printed
-
-
-def test_records_of_a_fast_dev_run(here: Path) -> None:
-    """The same callback does write in a run of the usual kind."""
-    fit(2, *VALIDATING, "--trainer.val_check_interval", "2", "--trainer.callbacks+", "unidad_pl.SampleGrid")
-    assert list(here.rglob("samples/*.png"))
-    assert json.loads(next(here.rglob("environment.jsonl")).read_text())["stage"] == "validate"
-    assert UniDAD is not None

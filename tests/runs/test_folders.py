@@ -61,6 +61,9 @@ def test_a_number_is_free_for_every_logger(here: Path) -> None:
     run = trainer(CSVLogger("a", "x"), CSVLogger("b", "y"))
     choose_folder(run, None)
     assert [logger.version for logger in run.loggers] == [1, 1]
+    same = trainer(CSVLogger("a", "x"), CSVLogger(str(here / "a"), "x"))  # two names of one folder
+    choose_folder(same, None)
+    assert [logger.version for logger in same.loggers] == [2, 2]
     named = trainer(CSVLogger("a", "x", version="mine"))
     choose_folder(named, None)
     assert named.loggers[0].version == "mine"
