@@ -24,6 +24,7 @@ from unidad_pl.callbacks.environment import RunRecord
 from unidad_pl.callbacks.prediction_writer import PredictionWriter
 from unidad_pl.callbacks.preemption import Preemption, leaving_on_signals
 from unidad_pl.callbacks.records import run_folder
+from unidad_pl.callbacks.sound_checkpoint import SoundCheckpoint
 from unidad_pl.checks import check_at_least
 from unidad_pl.cli.launch import check_launcher
 from unidad_pl.cli.parsing import ConfigFile, HelpFormatter, Parser, later_values_replace, read_nested_nulls
@@ -99,7 +100,7 @@ class UnidadCLI(LightningCLI):
             "--predictions_folder", type=str | None, default=None,
             help="where predict writes its PNGs, named by seed; null: predictions/ in the run folder",
         )  # fmt: skip
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint", required=False)
+        parser.add_lightning_class_args(SoundCheckpoint, "checkpoint", required=False)
         parser.set_defaults({"checkpoint.every_n_train_steps": 1000, "checkpoint.save_last": True})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
