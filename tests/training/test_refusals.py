@@ -47,13 +47,13 @@ def trainer_with(folder: Path, **options: Any) -> pl.Trainer:
     return pl.Trainer(**(settings | options))
 
 
-@pytest.mark.parametrize(("options", "message"), IDLE, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("options", "message"), IDLE, ids=lambda value: str(value).partition(" object at")[0][:40])
 def test_what_does_nothing(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=message):
         refuse_idle_options(trainer_with(tmp_path, **options))
 
 
-@pytest.mark.parametrize(("options", "message"), ENDLESS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("options", "message"), ENDLESS, ids=lambda value: str(value).partition(" object at")[0][:40])
 def test_what_waits_for_the_end_of_an_endless_epoch(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     trainer = trainer_with(tmp_path, **options)
     refuse_idle_options(trainer)
@@ -81,7 +81,7 @@ def test_a_fit_refuses_before_its_first_iteration(options: dict[str, Any], messa
         {"callbacks": [ModelCheckpoint(monitor="loss/student", every_n_train_steps=2)]},
         {"callbacks": [EarlyStopping("val/fid", strict=False)], "limit_val_batches": 1},
     ],
-    ids=str,
+    ids=lambda options: ",".join(options),
 )
 def test_what_works_is_not_refused(options: dict[str, Any], tmp_path: Path) -> None:
     trainer = trainer_with(tmp_path, **options)
