@@ -55,6 +55,18 @@ def test_examples_in_docstrings_run(path: Path, tmp_path: Path, monkeypatch: pyt
     assert not failed
 
 
+def test_the_table_of_faults_names_tests_that_are_there() -> None:
+    rows = [line for line in (ROOT / "docs" / "reliability.md").read_text().splitlines() if "_" in line and "|" in line]
+    named = 0
+    for part in (part for row in rows for part in row.split("|")[-2].split(";")):
+        file, _, tests = part.strip().partition(": ")
+        there = re.findall(r"^def (test_\w+)", (ROOT / "tests" / file).read_text(), re.MULTILINE)
+        for test in tests.split(", "):
+            assert test in there, f"docs/reliability.md names {file}: {test}, which is not there"
+            named += 1
+    assert named > 50
+
+
 def test_every_public_class_has_an_example() -> None:
     public = [getattr(unidad_pl, name) for name in unidad_pl.__all__ if name != "__version__"]
     bare = [one.__name__ for one in public if inspect.isclass(one) and ">>> " not in (one.__doc__ or "")]

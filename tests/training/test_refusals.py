@@ -81,7 +81,7 @@ def test_a_fit_refuses_before_its_first_iteration(options: dict[str, Any], messa
         {"callbacks": [ModelCheckpoint(monitor="loss/student", every_n_train_steps=2)]},
         {"callbacks": [EarlyStopping("val/fid", strict=False)], "limit_val_batches": 1},
     ],
-    ids=lambda options: ",".join(options),
+    ids=",".join,
 )
 def test_what_works_is_not_refused(options: dict[str, Any], tmp_path: Path) -> None:
     trainer = trainer_with(tmp_path, **options)
