@@ -163,7 +163,8 @@ def reading(path: str | Path, what: str, way_out: str = "write or download it ag
         raise
     except Exception as error:
         if mistake := mistaken(path):
-            raise BrokenFile(mistake) from error
+            it = mistake.removeprefix(repr(str(path)))
+            raise BrokenFile(f"{str(path)!r} is no readable {what}: it{it}, or {way_out}") from error
         # Only the first line: libraries go on with advice, torch's is to load the file unsafely.
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         raise BrokenFile(f"{str(path)!r} is no readable {what} ({reason}): {way_out}") from error
@@ -194,26 +195,31 @@ def mistaken(path: str | Path) -> str | None:
 
 
 def read_json(
-    path: str | Path, what: str = "JSON object", way_out: str = "write or download it again"
+    path: str | Path,
+    what: str = "JSON object",
+    way_out: str = "write or download it again",
+    finite: bool = False,
 ) -> dict[str, Any]:
-    """The object in a JSON file that others wrote; all its numbers are finite.
+    """The object in a JSON file that others wrote.
 
-    Args: as of :func:`reading`.
+    Args:
+        path, what, way_out: as of :func:`reading`.
+        finite: refuse ``NaN``, infinities, and numbers beyond floats.
 
     Raises:
         FileNotFoundError: there is no such file.
-        BrokenFile: it is no JSON object, has ``NaN``, an infinity or a number beyond floats in it, or is nested deeply.
+        BrokenFile: it is no JSON object, is nested deeply, or has a number in it that is refused.
     """
 
-    def finite(text: str) -> float:
-        if not math.isfinite(value := float(text)):
+    def number(text: str) -> float:
+        if not math.isfinite(value := float(text)) and finite:
             raise ValueError(f"{text[:20]} is no finite number")
         return value
 
     if not Path(path).is_file():  # a pipe of that name would be waited for
         raise FileNotFoundError(f"there is no file {str(path)!r}, which should be the {what}: {way_out}")
     with reading(path, what, way_out):
-        content = json.loads(Path(path).read_text(encoding="utf-8"), parse_float=finite, parse_constant=finite)
+        content = json.loads(Path(path).read_text(encoding="utf-8"), parse_float=number, parse_constant=number)
         if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}, not an object")
+            raise ValueError(f"it must be a JSON object, and is a {type(content).__name__}")
         return content

@@ -216,7 +216,7 @@ def test_what_cannot_be_exported_is_refused_with_its_name(tmp_path: Path) -> Non
             export(str(path), **(dict(out=out) | options))
     boring = "lightning.pytorch.demos.boring_classes.BoringModel"
     for text, message in (
-        ("[", "not YAML"), ("a: 1", "no entry 'model'"), ("model: {class_path: nowhere.X}", "refused"),
+        ("[", "no readable config"), ("a: 1", "no entry 'model'"), ("model: {class_path: nowhere.X}", "refused"),
         (json.dumps({"model": plain}), "no few-step student"),
         (f"model: {{class_path: {boring}}}", r"BoringModel .* not one of unidad_pl's modules"),
     ):  # fmt: skip

@@ -19,7 +19,7 @@ class _Float32Conv2d(nn.Conv2d):
     """The output convolution: float32 even under autocast, because sigma = 80 multiplies its rounding error."""
 
     def forward(self, input: Tensor) -> Tensor:
-        with torch.autocast(input.device.type, enabled=False):
+        with torch.autocast("cpu" if input.is_meta else input.device.type, enabled=False):
             return super().forward(input.to(torch.promote_types(self.weight.dtype, torch.float32)))
 
     @classmethod

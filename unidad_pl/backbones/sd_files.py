@@ -16,6 +16,7 @@ from unidad_pl.files import BrokenFile, mistaken, read_json, reading
 
 INDEX_FILE = "model_index.json"
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+LIBRARIES = ("diffusers", "transformers")
 PARTS = ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
 CLASSES = {
     "unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL",), "scheduler": SUPPORTED,
@@ -56,15 +57,10 @@ def read_index(folder: Path) -> dict[str, Any]:
     if "_class_name" not in index:
         raise BrokenFile(f"{str(path)!r} is no pipeline's index, it has no _class_name: download the model again")
     if index["_class_name"] not in PIPELINES:
-        raise ValueError(f"{str(folder)!r} is a {index['_class_name']}; supported are {', '.join(PIPELINES)}")
+        raise BrokenFile(f"{str(path)!r} is of a {index['_class_name']!s:.60}; supported are {', '.join(PIPELINES)}")
     for name, known in CLASSES.items():
         kind = index.get(name, [None, None])
-        if (
-            not isinstance(kind, list)
-            or len(kind) != 2
-            or kind[1] not in (*known, None)
-            or bool(kind[0]) != bool(kind[1])
-        ):
+        if kind != [None, None] and kind not in [[library, one] for library in LIBRARIES for one in known]:
             raise BrokenFile(f"{str(path)!r} gives the part {name} as {str(kind)[:80]}: it must be a {known[0]}")
     return index
 

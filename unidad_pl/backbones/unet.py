@@ -181,28 +181,18 @@ class PretrainedUNet(DenoiserSource):
         return spec_of_scheduler(scheduler)
 
 
-def _check_levels(
-    channels: tuple[int, ...], attention_levels: tuple[int, ...], head_channels: int, norm_groups: int
-) -> None:
+def _check_levels(channels: tuple[int, ...], attention_levels: tuple[int, ...], norm_groups: int) -> None:
     for name, levels in (("channels", channels), ("attention_levels", attention_levels)):
         if not isinstance(levels, (list, tuple)) or len(levels) > 16:
             raise ValueError(f"{name} must be a list of at most 16 whole numbers, got {levels!r}")
     if not channels:
         raise ValueError("channels must have a width for at least one level")
     for width in channels:
-        check_given(channels=width)
-        check_whole(1, MOST_SIDE, null=True, channels=width)
+        check_whole(1, MOST_SIDE, channels=width)
         if width % norm_groups:
             raise ValueError(f"norm_groups must divide all channels {list(channels)}, got {norm_groups}")
     for level in attention_levels:
-        check_given(attention_levels=level)
-        check_whole(0, 15, null=True, attention_levels=level)
-    for level in {*attention_levels, len(channels) - 1}:  # the middle block always attends
-        if level >= len(channels) or channels[level] % head_channels:
-            raise ValueError(
-                f"attention at level {level} needs channels that head_channels={head_channels} divides; the "
-                f"channels are {list(channels)}"
-            )
+        check_whole(0, 15, attention_levels=level)
 
 
 class NewUNet(DenoiserSource):
@@ -243,19 +233,20 @@ class NewUNet(DenoiserSource):
         patch_size: int = 2,
     ) -> None:
         self.spec = UNetSpec(prediction=prediction, sigma_data=sigma_data, patch_size=patch_size)
-        check_given(
-            resolution=resolution, layers=layers, head_channels=head_channels, norm_groups=norm_groups,
-            image_channels=image_channels, dropout=dropout,
-        )  # fmt: skip
-        check_whole(
-            1, MOST_SIDE, null=True, resolution=resolution, head_channels=head_channels, norm_groups=norm_groups
-        )
-        check_whole(1, 64, null=True, layers=layers, image_channels=image_channels)
+        check_given(dropout=dropout)
+        check_whole(1, MOST_SIDE, resolution=resolution, head_channels=head_channels, norm_groups=norm_groups)
+        check_whole(1, 64, layers=layers, image_channels=image_channels)
         check_whole(1, MOST, null=True, num_classes=num_classes)
         check_at_least(0, 1, dropout=dropout)
-        _check_levels(channels, attention_levels, head_channels, norm_groups)
+        _check_levels(channels, attention_levels, norm_groups)
         if resolution % (factor := patch_size * 2 ** (len(channels) - 1)):
             raise ValueError(f"resolution {resolution} must be divisible by patch_size * 2^(levels - 1) = {factor}")
+        for level in {*attention_levels, len(channels) - 1}:  # the middle block always attends
+            if level >= len(channels) or channels[level] % head_channels:
+                raise ValueError(
+                    f"attention at level {level} needs channels that head_channels={head_channels} divides; the "
+                    f"channels are {list(channels)}"
+                )
         attention = [level in attention_levels for level in range(len(channels))]
         self.config: dict[str, Any] = dict(
             sample_size=resolution // patch_size, block_out_channels=tuple(channels), layers_per_block=layers,

@@ -127,7 +127,9 @@ def _record(
     if pictures and not path.exists():
         raise ValueError(f"{str(folder)!r} holds PNGs but no {RECORD} that says what drew them: give another --out")
     write_first(path, json.dumps(now, indent=2) + "\n")
-    before = read_json(path, "record of what drew the images beside it", "give another --out, or remove both")
+    before = read_json(
+        path, "record of what drew the images beside it", "give another --out, or remove both", finite=True
+    )
     other = {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
     if other:
         raise ValueError(

@@ -51,7 +51,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{str(folder)!r} is neither a checkpoint nor a directory that 'unidad export' wrote: no {INDEX}"
         )
-    content = read_json(path, "record of an export", WAY_OUT)
+    content = read_json(path, "record of an export", WAY_OUT, finite=True)
     if path.name == INDEX and content.get("_class_name") != ["pipeline", PIPELINE]:
         raise ValueError(
             f"{str(path)!r} is of a {str(content.get('_class_name'))[:60]}: it is neither a checkpoint nor "
@@ -61,7 +61,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     with reading(path, "record of an export", WAY_OUT):
         _check_record(record)
     for file in sorted((*folder.glob("*.json"), *folder.glob("*/*.json"))):
-        content = read_json(file, "part of an export", WAY_OUT)
+        content = read_json(file, "part of an export", WAY_OUT, finite=True)
         if file.name in CONFIGS:  # a vocabulary may have any of these words in it
             _check_limits(content, file)
     for file in sorted(folder.glob("*/*.safetensors")):
