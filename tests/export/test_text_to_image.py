@@ -63,17 +63,27 @@ def distance(one: Any, other: Any) -> float:
     return float(np.abs(np.asarray(one, dtype=np.float32) - np.asarray(other, dtype=np.float32)).max())
 
 
+@pytest.fixture(scope="module")
+def checkpoint(place: Path) -> Path:
+    return fit(place, "run", "--model.training.ema_decay", "0.9")
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
-def test_plain_diffusers_draws_what_sample_draws(place: Path, steps: int) -> None:
-    checkpoint = fit(place, f"k{steps}", "--model.student.num_steps", str(steps), "--model.training.ema_decay", "0.9")
-    out = export(str(checkpoint), str(place / f"export{steps}"))
-    student = load_student(checkpoint)
+def test_plain_diffusers_draws_what_sample_draws(place: Path, checkpoint: Path, steps: int) -> None:
+    """The weights are the same for any number of steps: the run's config says how many."""
+    settings = yaml.safe_load((checkpoint.parents[1] / "config.yaml").read_text())
+    settings["model"]["init_args"]["student"]["num_steps"] = steps
+    config = place / f"{steps}.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    out = export(str(checkpoint), str(place / f"export{steps}"), config=str(config))
+    student = load_student(checkpoint, config=str(config))
     assert content_hash(student.network) == content_hash(load_export(out).network)
     assert content_hash(student.network) != content_hash(StableDiffusion(str(place / "sd")).build())
 
     seeds = [5, 6, 7]
-    for name, model in (("ckpt", checkpoint), ("folder", out)):
-        sample(str(model), 3, str(place / f"{name}{steps}"), seed=5, prompts=[PROMPT], batch_size=2, device="cpu")
+    for name, model, own in (("ckpt", checkpoint, str(config)), ("folder", out, None)):
+        folder = str(place / f"{name}{steps}")
+        sample(str(model), 3, folder, seed=5, prompts=[PROMPT], batch_size=2, device="cpu", config=own)
     pipe = DiffusionPipeline.from_pretrained(out)
     assert isinstance(pipe.scheduler, LCMScheduler)
     pipe.set_progress_bar_config(disable=True)
