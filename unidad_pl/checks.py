@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+import sys
+from dataclasses import fields, is_dataclass
 from os import PathLike
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+WORDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
 
 
 def check_choices(**choices: tuple[object, Any]) -> None:
@@ -29,14 +33,42 @@ def check_choices(**choices: tuple[object, Any]) -> None:
 
 
 def check_options(options: Any) -> None:
-    """Refuse a dataclass with a field annotated as ``Literal`` that holds another value.
+    """Refuse a dataclass with a field that holds something else than its annotation says.
+
+    Looked at are numbers, which must be finite, truth values, texts, ``Literal`` choices, other dataclasses, and lists
+    and tuples of these; each may be None only where the annotation says so. Anything else is left alone.
 
     Raises:
         ValueError: names the field.
     """
     hints = get_type_hints(type(options))
-    literals = {f.name: hints[f.name] for f in fields(options) if get_origin(hints[f.name]) is Literal}
-    check_choices(**{name: (getattr(options, name), literal) for name, literal in literals.items()})
+    for field in fields(options):
+        _check_kind(field.name, getattr(options, field.name), hints[field.name])
+
+
+def _check_kind(name: str, value: Any, hint: Any) -> None:
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if len(kinds) - (NoneType in kinds) != 1 or (value is None and NoneType in kinds):
+        return
+    kind = next(one for one in kinds if one is not NoneType)
+    if get_origin(kind) is Literal:
+        check_choices(**{name: (value, kind)})
+    elif get_origin(kind) in (list, tuple):
+        _check_entries(name, value, get_args(kind))
+    elif kind in WORDS or is_dataclass(kind):
+        check_given(**{name: value})
+        number = kind in (int, float)
+        right = _is_finite(value) and isinstance(value, (int, kind)) if number else isinstance(value, kind)
+        if not right:
+            raise ValueError(f"{name} must be {WORDS.get(kind, f'a {kind.__name__}')}, got {value!r}")
+
+
+def _check_entries(name: str, value: Any, kinds: tuple[Any, ...]) -> None:
+    size = None if len(kinds) == 1 or kinds[-1] is Ellipsis else len(kinds)
+    if not isinstance(value, (list, tuple)) or size not in (None, len(value)):
+        raise ValueError(f"{name} must be a list{f' of {size}' if size else ''}, got {value!r}")
+    for place, entry in enumerate(value):
+        _check_kind(f"{name}[{place}]", entry, kinds[place if size else 0])
 
 
 def check_at_least(least: float, most: float = math.inf, **values: float | None) -> None:
@@ -56,15 +88,16 @@ def check_at_least(least: float, most: float = math.inf, **values: float | None)
             raise ValueError(f"{name} must be {limits}, got {value!r}")
 
 
-def check_positive(**values: float | None) -> None:
-    """Refuse what is no finite number above 0; None is left alone.
+def check_positive(most: float = math.inf, /, **values: float | None) -> None:
+    """Refuse what is no finite number above 0 and up to ``most``; None is left alone.
 
     Raises:
         ValueError: names the first of them.
     """
     for name, value in values.items():
-        if value is not None and not (_is_finite(value) and value > 0):
-            raise ValueError(f"{name} must be above 0, got {value!r}")
+        if value is not None and not (_is_finite(value) and 0 < value <= most):
+            limit = "" if most == math.inf else f" and at most {most}"
+            raise ValueError(f"{name} must be above 0{limit}, got {value!r}")
 
 
 def check_whole(least: int, most: int = 2**31 - 1, *, null: bool = False, **values: object) -> None:
@@ -109,4 +142,4 @@ def check_path(**values: object) -> None:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

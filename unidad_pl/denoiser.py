@@ -8,6 +8,7 @@ package knows about it.
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -216,7 +217,7 @@ def guided(
     Raises:
         ValueError: ``scale`` is below 1, or above it without both conditions.
     """
-    if scale < 1:
+    if not 1 <= scale < math.inf:
         raise ValueError(f"a guidance scale below 1 weakens the prompt: give 1 (off) or more, got {scale}")
     if scale == 1:
         return network.predict(x, sigma, cond)

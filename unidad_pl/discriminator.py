@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unidad_pl.checks import check_choices
+from unidad_pl.checks import check_choices, check_whole
 
 HeadKind = Literal["global", "patch"]
 Reduction = Literal["per_head", "mean_logit"]
@@ -32,7 +32,7 @@ class MultiHeadDiscriminator(nn.Module):
             (released code). Patch maps are resized to the largest one before that average.
 
     Raises:
-        ValueError: no tap, or an unknown kind or reduction.
+        ValueError: no tap, one without channels, or an unknown kind or reduction.
     """
 
     def __init__(
@@ -41,6 +41,8 @@ class MultiHeadDiscriminator(nn.Module):
         super().__init__()
         if not tap_channels:
             raise ValueError("a discriminator needs at least one tap")
+        widths: dict[str, Any] = {f"tap_channels[{name}]": width for name, width in tap_channels.items()}
+        check_whole(1, **widths)
         check_choices(kind=(kind, HeadKind), reduction=(reduction, Reduction))
         self.kind, self.reduction = kind, reduction
         self.heads = nn.ModuleDict({name: nn.Conv2d(c, 1, kernel_size=1) for name, c in tap_channels.items()})

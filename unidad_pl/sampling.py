@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from unidad_pl.checks import check_choices
+from unidad_pl.checks import check_choices, check_whole
 from unidad_pl.denoiser import Denoiser
-from unidad_pl.schedules import karras
+from unidad_pl.schedules import MOST_STEPS, karras
 
 Noise = Callable[[], Tensor]
 GradientMode = Literal["unroll", "last", "backward_simulation"]
@@ -62,13 +62,17 @@ class FewStepSampler:
             computed: less memory, a quarter to a third more time.
 
     Raises:
-        ValueError: no sigmas, sigmas that do not descend, or an unknown gradient mode.
+        ValueError: no sigmas, sigmas that are not finite or do not descend, or an unknown gradient mode.
     """
 
     def __init__(self, sigmas: Tensor, gradient: GradientMode = "unroll", checkpoint: bool = False) -> None:
-        if sigmas.ndim != 1 or len(sigmas) < 1 or (sigmas <= 0).any() or (sigmas.diff() >= 0).any():
-            raise ValueError(f"few-step sigmas must be positive and descend, got {sigmas.tolist()}")
         check_choices(gradient=(gradient, GradientMode))
+        if sigmas.ndim != 1 or not 1 <= len(sigmas) <= MOST_STEPS:
+            raise ValueError(
+                f"few-step sigmas must be 1 to {MOST_STEPS} positive numbers, got the shape {list(sigmas.shape)}"
+            )
+        if not sigmas.isfinite().all() or (sigmas <= 0).any() or (sigmas.diff() >= 0).any():
+            raise ValueError(f"few-step sigmas must be positive and descend, got {sigmas.tolist()}")
         self.sigmas = [float(s) for s in sigmas]
         self.gradient, self.checkpoint = gradient, checkpoint
 
@@ -109,7 +113,12 @@ class FewStepSampler:
 
 
 def sampling_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
-    """The Karras grid of many-step samplers, [num_steps + 1], descending to 0 (Karras et al. 2022, eq. 5)."""
+    """The Karras grid of many-step samplers, [num_steps + 1], descending to 0 (Karras et al. 2022, eq. 5).
+
+    Raises:
+        ValueError: a number that makes no sense; names it.
+    """
+    check_whole(1, MOST_STEPS, num_steps=num_steps)
     return torch.cat([karras(num_steps, sigma_min, sigma_max, rho).flip(0), torch.zeros(1)])
 
 

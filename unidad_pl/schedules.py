@@ -11,6 +11,11 @@ import math
 import torch
 from torch import Tensor
 
+from unidad_pl.checks import check_at_least, check_given, check_positive, check_whole
+
+MOST_STEPS, MOST_ENTRIES, MOST_SIGMA = 10_000, 100_000, 1e6
+"""Of a sampler, of a table, and the largest sigma that is no mistake."""
+
 
 def karras(n: int = 1000, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
     """Karras et al. 2022, eq. 5: sigmas evenly spaced in ``sigma^(1/rho)``.
@@ -19,11 +24,12 @@ def karras(n: int = 1000, sigma_min: float = 0.002, sigma_max: float = 80.0, rho
         [n] float32, ascending from ``sigma_min`` to ``sigma_max``. One entry (``n == 1``) is ``sigma_max``.
 
     Raises:
-        ValueError: ``n < 1``, or not ``0 < sigma_min <= sigma_max``, or ``rho <= 0``.
+        ValueError: ``n < 1``, or not ``0 < sigma_min <= sigma_max``, or ``rho <= 0``; or one of them is not finite.
     """
-    if n < 1 or rho <= 0:
-        raise ValueError(f"a Karras table needs n >= 1 and rho > 0, got n={n}, rho={rho}")
-    _check_range(sigma_min, sigma_max)
+    check_whole(1, MOST_ENTRIES, n=n)
+    check_given(rho=rho)
+    check_positive(rho=rho)
+    _check_range(sigma_min=sigma_min, sigma_max=sigma_max)
     ramp = torch.linspace(1, 0, n) if n > 1 else torch.zeros(1)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return (high + ramp * (low - high)) ** rho
@@ -36,11 +42,10 @@ def log_linear(n: int, sigma_max: float = 80.0, sigma_end: float = 0.5) -> Tenso
         [n] float64, descending from ``sigma_max`` to ``sigma_end``; ``n == 1`` gives ``sigma_max`` alone.
 
     Raises:
-        ValueError: ``n < 1``, or not ``0 < sigma_end <= sigma_max``.
+        ValueError: ``n < 1``, or not ``0 < sigma_end <= sigma_max``; or one of them is not finite.
     """
-    if n < 1:
-        raise ValueError(f"a few-step schedule needs at least 1 step, got {n}")
-    _check_range(sigma_end, sigma_max)
+    check_whole(1, MOST_STEPS, n=n)
+    _check_range(sigma_end=sigma_end, sigma_max=sigma_max)
     u = torch.linspace(0, 1, n, dtype=torch.float64)
     return torch.exp((1 - u) * math.log(sigma_max) + u * math.log(sigma_end))
 
@@ -50,7 +55,13 @@ def linear_abar(n: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02)
 
     Returns:
         [n] float32, descending; computed in float64 and rounded once.
+
+    Raises:
+        ValueError: ``n < 1``, or a beta outside of [0, 1).
     """
+    check_whole(1, MOST_ENTRIES, n=n)
+    check_given(beta_start=beta_start, beta_end=beta_end)
+    check_at_least(0, 0.9999, beta_start=beta_start, beta_end=beta_end)
     betas = torch.linspace(beta_start, beta_end, n, dtype=torch.float64)
     return torch.cumprod(1 - betas, dim=0).float()
 
@@ -73,11 +84,15 @@ def index_range(n: int, low: float, high: float) -> tuple[int, int]:
     Raises:
         ValueError: not ``0 <= low <= high <= 1``.
     """
+    check_whole(1, n=n)
     if not 0 <= low <= high <= 1:
         raise ValueError(f"an index range needs 0 <= low <= high <= 1, got [{low}, {high}]")
     return min(int(round(low * n, 6)), n - 1), min(int(round(high * n, 6)), n - 1)
 
 
-def _check_range(low: float, high: float) -> None:
-    if not 0 < low <= high:
-        raise ValueError(f"sigmas must satisfy 0 < smallest <= largest, got {low} and {high}")
+def _check_range(**sigmas: float) -> None:
+    check_given(**sigmas)
+    check_positive(MOST_SIGMA, **sigmas)
+    low, high = sigmas.values()
+    if low > high:
+        raise ValueError(f"{' must be at most '.join(sigmas)}, got {low} and {high}")

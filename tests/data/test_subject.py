@@ -213,7 +213,7 @@ def test_what_is_wrong_is_named(photos: Path, tmp_path: Path) -> None:
         ({"prior__root": "x", "prior__template": "a dog"}, "must have {} once"),
     ):
         refused(message, subject, photos, **options)
-    refused("samples_per_prompt must be at least 1", SubjectEvaluation, samples_per_prompt=0)
+    refused("samples_per_prompt must be a whole number", SubjectEvaluation, samples_per_prompt=0)
     missing, wrong, binary = (
         FileNotFoundError,
         tmp_path / "wrong.txt",

@@ -19,6 +19,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from unidad_pl.callbacks.environment import unidad_command
 from unidad_pl.callbacks.records import run_folder
+from unidad_pl.checks import check_whole
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP") if hasattr(signal, name))
 """The end of a job, the warning before it, Ctrl-C, and the terminal that was closed."""
@@ -47,9 +48,13 @@ class Preemption(pl.Callback):
     Args:
         exit_code: of the process. Ranks that Lightning itself started as children of rank 0 exit with 0, because
             Lightning kills a job whose child fails.
+
+    Raises:
+        ValueError: ``exit_code`` is no whole number from 0 to 255.
     """
 
     def __init__(self, exit_code: int = EXIT_CODE) -> None:
+        check_whole(0, 255, exit_code=exit_code)
         self.exit_code = exit_code
         self._caught: int | None = None
         self._training = self._saving = False

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from unidad_pl.checks import check_at_least, check_given
+
 
 @dataclass
 class Batch:
@@ -32,6 +34,10 @@ class Batch:
     source_prompts: list[str] | None = None
     prior: Batch | None = None
     weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_given(weight=self.weight)
+        check_at_least(0, weight=self.weight)
 
 
 @dataclass

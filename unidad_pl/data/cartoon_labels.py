@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from unidad_pl.cartoons import world
-from unidad_pl.checks import check_at_least
+from unidad_pl.checks import check_whole
 from unidad_pl.data.image_sets import CartoonImages
 from unidad_pl.data.stream import PositionStream, place_in
 from unidad_pl.denoiser import to_float
@@ -29,6 +29,7 @@ from unidad_pl.seeds import mix_seed
 VALIDATION_START = 2_500_000
 TRAIN_START = 3_500_000
 _SPAN = 500_000  # images in each of the two ranges
+MOST_SIDE = 1024
 
 
 @dataclass
@@ -80,8 +81,10 @@ class CartoonDataModule(pl.LightningDataModule):
             raise ValueError(f"domains must name at least one of {', '.join(world.DOMAINS)}, got none")
         for domain in domains:
             world.check_domain(domain)
-        check_at_least(1, _SPAN, pool_size=pool_size, val_size=val_size)
-        check_at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
+        check_whole(1, _SPAN, pool_size=pool_size, val_size=val_size)
+        check_whole(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
+        check_whole(1, MOST_SIDE, resolution=resolution)
+        check_whole(0, 2**63 - 1, seed=seed)
         self.domains, self.pool_size, self.val_size = tuple(domains), pool_size, val_size
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.resolution, self.seed = resolution, seed

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from unidad_pl.cartoons.shots import choose_shots
 from unidad_pl.cartoons.world import check_domain
-from unidad_pl.checks import check_at_least
+from unidad_pl.checks import check_options, check_path, check_whole
 from unidad_pl.data.batch import Batch
 from unidad_pl.data.choice import SMALL, choose, without
 from unidad_pl.data.image_sets import BUILTIN, CartoonImages, open_images
@@ -25,6 +25,7 @@ from unidad_pl.data.stream import SeedBatches, ShotStream, place_in
 from unidad_pl.denoiser import to_float
 
 CHUNK = 256  # reference images that are decoded at a time
+MOST_SIDE, MOST_SAMPLES = 65536, 10_000_000  # no picture is wider, no evaluation larger
 FEW = 10
 """Fewer reference images are warned of."""
 
@@ -45,7 +46,8 @@ class Augmentation:
     shift: int = 0
 
     def __post_init__(self) -> None:
-        check_at_least(0, shift=self.shift)
+        check_options(self)
+        check_whole(0, MOST_SIDE, shift=self.shift)
 
 
 @dataclass
@@ -62,6 +64,9 @@ class Reference:
 
     root: str | None = None
     exclude_shots: bool = True
+
+    def __post_init__(self) -> None:
+        check_path(root=self.root)
 
 
 @dataclass
@@ -85,9 +90,10 @@ class Evaluation:
     first_seed: int = 0
 
     def __post_init__(self) -> None:
-        check_at_least(0, first_seed=self.first_seed)
-        check_at_least(1, val_samples=self.val_samples, test_samples=self.test_samples,
-                       predict_samples=self.predict_samples, batch_size=self.batch_size)  # fmt: skip
+        check_whole(0, first_seed=self.first_seed)
+        check_whole(1, batch_size=self.batch_size)
+        for name in ("val_samples", "test_samples", "predict_samples"):
+            check_whole(1, MOST_SAMPLES, **{name: getattr(self, name)})
 
 
 class FewShotDataModule(pl.LightningDataModule):
@@ -141,7 +147,10 @@ class FewShotDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         root = str(root)
-        check_at_least(1, shots=shots, batch_size=batch_size)
+        check_whole(1, null=True, shots=shots)
+        check_whole(1, batch_size=batch_size)
+        check_whole(1, MOST_SIDE, resolution=resolution)
+        check_whole(0, 2**63 - 1, null=True, seed=seed)
         if augmentation.shift >= resolution:
             raise ValueError(f"shift must be below the resolution of {resolution} pixels, got {augmentation.shift}")
         self.domain = root.removeprefix(BUILTIN) if root.startswith(BUILTIN) else None

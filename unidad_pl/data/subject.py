@@ -11,9 +11,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from unidad_pl.checks import check_at_least
+from unidad_pl.checks import check_given, check_options, check_path, check_positive, check_whole
 from unidad_pl.data.batch import Batch
-from unidad_pl.data.few_shot import Augmentation, Evaluation, FewShotDataModule
+from unidad_pl.data.few_shot import MOST_SAMPLES, Augmentation, Evaluation, FewShotDataModule
 from unidad_pl.data.image_sets import BUILTIN, open_images
 from unidad_pl.data.images import image_hash
 from unidad_pl.data.prompts import read_dreambooth, read_templates
@@ -65,8 +65,12 @@ class Prior:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise ValueError(f"the prior's weight must be above 0, got {self.weight}: leave the prior out for none")
+        check_given(root=self.root)
+        check_path(root=self.root)
+        if self.weight == 0:
+            raise ValueError("the prior's weight must be above 0, got 0: leave the prior out for none")
+        check_options(self)
+        check_positive(weight=self.weight)
 
 
 @dataclass
@@ -86,7 +90,9 @@ class SubjectEvaluation:
     first_seed: int = 0
 
     def __post_init__(self) -> None:
-        check_at_least(1, samples_per_prompt=self.samples_per_prompt)
+        check_whole(0, first_seed=self.first_seed)
+        check_whole(1, batch_size=self.batch_size)
+        check_whole(1, MOST_SAMPLES, samples_per_prompt=self.samples_per_prompt)
 
     def of(self, train: list[str], evaluation: list[str]) -> Evaluation:
         """The numbers of samples for so many templates."""

@@ -8,13 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from unidad_pl.checks import check_at_least, check_options, check_positive
+from unidad_pl.checks import check_at_least, check_given, check_options, check_path, check_positive, check_whole
 from unidad_pl.data.batch import Batch
 from unidad_pl.denoiser import Denoiser, DenoiserSource, as_source
 from unidad_pl.losses import denoising_loss
 from unidad_pl.modules.options import DenoisingOptions
 from unidad_pl.sampling import FewStepSampler, ddim, heun, sampling_sigmas, seeded_noise
-from unidad_pl.schedules import karras, log_linear
+from unidad_pl.schedules import MOST_STEPS, karras, log_linear
 from unidad_pl.strategies.fsdp import full
 from unidad_pl.training.hparams import TrainingOptions
 from unidad_pl.training.module import GenerativeModule
@@ -38,8 +38,9 @@ class LogNormal:
     std: float = 1.2
 
     def __post_init__(self) -> None:
-        check_at_least(-100, 100, mean=self.mean)
-        check_positive(std=self.std)
+        check_options(self)
+        check_at_least(-20, 20, mean=self.mean)
+        check_positive(10, std=self.std)
 
 
 @dataclass
@@ -60,7 +61,7 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
-        check_at_least(1, num_steps=self.num_steps)
+        check_whole(1, MOST_STEPS, num_steps=self.num_steps)
 
 
 @dataclass
@@ -77,6 +78,10 @@ class ExportOptions:
 
     folder: str
     half: bool = False
+
+    def __post_init__(self) -> None:
+        check_given(folder=self.folder)
+        check_path(folder=self.folder)
 
 
 class Diffusion(GenerativeModule):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from unidad_pl.cartoons.features import INPUT_SIZE, FactorNetwork, FactorOutput
 from unidad_pl.cartoons.world import CATEGORIES, DOMAINS, RANGES, render, visible
+from unidad_pl.checks import check_at_least, check_given, check_positive, check_whole
 from unidad_pl.data.cartoon_labels import LabelledBatch
 from unidad_pl.seeds import mix_seed
 from unidad_pl.training.optimization import OptimizerOptions
@@ -44,7 +45,8 @@ class FactorTraining(pl.LightningModule):
         seed: of the initial weights and the damage.
 
     Raises:
-        ValueError: an amount of damage or a weight that is not positive (``jitter`` may be 0).
+        ValueError: an amount of damage or a weight that is not positive (``jitter`` may be 0) or not finite, or a
+            size or seed that is no whole number; names it.
     """
 
     def __init__(
@@ -60,9 +62,12 @@ class FactorTraining(pl.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if min(noise, blur, value_weight) <= 0 or jitter < 0:
-            seen = f"{noise}, {blur}, {value_weight} and {jitter}"
-            raise ValueError(f"noise, blur and value_weight must be > 0 and jitter >= 0, got {seen}")
+        check_given(value_weight=value_weight, noise=noise, blur=blur, jitter=jitter, channels=channels)
+        check_positive(value_weight=value_weight)
+        check_positive(100, noise=noise, blur=blur)
+        check_at_least(0, 100, jitter=jitter)
+        check_whole(1, 65536, features=features, **{f"channels[{i}]": width for i, width in enumerate(channels)})
+        check_whole(0, 2**63 - 1, seed=seed)
         self.optimizer_options, self.channels, self.features = optimizer, tuple(channels), features
         self.value_weight, self.noise, self.blur, self.jitter = value_weight, noise, blur, jitter
         self.export_to, self.seed = export_to, seed

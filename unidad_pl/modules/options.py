@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from unidad_pl.checks import check_at_least, check_options, check_positive
+from unidad_pl.checks import check_at_least, check_options, check_positive, check_whole
 from unidad_pl.denoiser import DenoiserSource, as_source
 from unidad_pl.discriminator import HeadKind, Reduction
 from unidad_pl.losses import GANLoss, Normalizer, Weighting
 from unidad_pl.sampling import GradientMode
+from unidad_pl.schedules import MOST_SIGMA, MOST_STEPS
 from unidad_pl.training.optimization import OptimizerOptions
 
 
@@ -24,7 +25,7 @@ class StudentOptions:
         >>> StudentOptions(num_steps=0)
         Traceback (most recent call last):
         ...
-        ValueError: num_steps must be at least 1, got 0
+        ValueError: num_steps must be a whole number in [1, 10000], got 0
 
     Attributes:
         num_steps: K, the sampling steps.
@@ -46,8 +47,12 @@ class StudentOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
-        check_at_least(1, num_steps=self.num_steps, update_every=self.update_every)
-        check_positive(sigma_max=self.sigma_max, sigma_min=self.sigma_min)
+        check_whole(1, MOST_STEPS, num_steps=self.num_steps)
+        check_whole(1, update_every=self.update_every)
+        check_positive(MOST_SIGMA, sigma_max=self.sigma_max, sigma_min=self.sigma_min)
+        largest, smallest = self.sigma_range
+        if smallest > largest:
+            raise ValueError(f"sigma_min must be at most sigma_max, got {smallest} and {largest}")
         self.init_from = self.init_from and as_source(self.init_from)
 
     @property
@@ -84,6 +89,7 @@ class FakeScoreOptions:
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
 
     def __post_init__(self) -> None:
+        check_options(self)
         self.init_from = self.init_from and as_source(self.init_from)
 
 
@@ -117,8 +123,9 @@ class AdaptationOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
-        check_at_least(0, pretrain=self.pretrain)
-        check_at_least(1, until=self.until, updates=self.updates)
+        check_whole(0, pretrain=self.pretrain)
+        check_whole(1, null=True, until=self.until)
+        check_whole(1, MOST_STEPS, updates=self.updates)
         check_at_least(0, 1, low_noise_share=self.low_noise_share)
         if self.until is not None and self.pretrain > self.until:
             raise ValueError(
@@ -152,6 +159,7 @@ target_teacher.init_from, or an adaptation
         if self.weight == 0:
             raise ValueError("target_teacher.weight (a) is 0: set target_teacher: null instead")
         check_positive(weight=self.weight)
+        check_options(self)
         self.init_from = self.init_from and as_source(self.init_from)
         if self.adaptation is None and self.init_from is None:
             raise ValueError(
@@ -215,7 +223,7 @@ class DenoisingOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
-        check_positive(sigma_data=self.sigma_data)
+        check_positive(MOST_SIGMA, sigma_data=self.sigma_data)
 
 
 @dataclass
@@ -259,7 +267,8 @@ class GANOptions:
         )  # fmt: skip
         if self.critic_weight == 0:
             raise ValueError("gan.critic_weight is 0: gan: null is no discriminator")
-        check_positive(critic_weight=self.critic_weight, sigma_max=self.sigma_max)
+        check_positive(critic_weight=self.critic_weight)
+        check_positive(MOST_SIGMA, sigma_max=self.sigma_max)
 
 
 def teacher_weights(matching: MatchingOptions | None, target: TargetTeacherOptions | None) -> dict[str, float]:

@@ -10,10 +10,10 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from unidad_pl.checks import check_at_least
+from unidad_pl.checks import check_at_least, check_options, check_whole
 
 ABSENT = "<not there>"
-LARGEST_DECAY = 0.999999
+LARGEST_DECAY, MOST_PARTS = 0.999999, 100_000
 
 
 @dataclass
@@ -42,8 +42,13 @@ class TrainingOptions:
     classes: list[int] | None = None
 
     def __post_init__(self) -> None:
-        check_at_least(1, accumulate=self.accumulate, max_skipped=self.max_skipped)
+        check_options(self)
+        check_whole(0, 2**63 - 1, null=True, seed=self.seed)
+        check_whole(1, MOST_PARTS, accumulate=self.accumulate)
+        check_whole(1, max_skipped=self.max_skipped)
         check_at_least(0, LARGEST_DECAY, ema_decay=self.ema_decay)
+        if self.classes is not None:
+            check_whole(0, **{f"classes[{place}]": label for place, label in enumerate(self.classes)})
 
 
 def complete(kind: type, given: dict[str, Any]) -> dict[str, Any]:

@@ -49,9 +49,13 @@ class MemoryOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
-        for device in (self.teacher_device, self.ema_device):
-            if device is not None:
-                torch.device(device)  # refuse a wrong name now
+        for name in ("teacher_device", "ema_device"):
+            try:
+                torch.device(getattr(self, name) or "cpu")  # refuse a wrong name now
+            except RuntimeError as error:
+                raise ValueError(
+                    f"{name} must be a device such as cpu or cuda:1, got {getattr(self, name)!r}"
+                ) from error
 
     @property
     def alike(self) -> bool:
