@@ -66,7 +66,9 @@ class FactorTraining(pl.LightningModule):
         check_positive(value_weight=value_weight)
         check_positive(100, noise=noise, blur=blur)
         check_at_least(0, 100, jitter=jitter)
-        check_whole(1, 65536, features=features, **{f"channels[{i}]": width for i, width in enumerate(channels)})
+        check_whole(1, 65536, features=features)
+        for width in channels:
+            check_whole(1, 65536, channels=width)
         check_whole(0, 2**63 - 1, seed=seed)
         self.optimizer_options, self.channels, self.features = optimizer, tuple(channels), features
         self.value_weight, self.noise, self.blur, self.jitter = value_weight, noise, blur, jitter

@@ -47,8 +47,8 @@ class TrainingOptions:
         check_whole(1, MOST_PARTS, accumulate=self.accumulate)
         check_whole(1, max_skipped=self.max_skipped)
         check_at_least(0, LARGEST_DECAY, ema_decay=self.ema_decay)
-        if self.classes is not None:
-            check_whole(0, **{f"classes[{place}]": label for place, label in enumerate(self.classes)})
+        for label in self.classes or ():
+            check_whole(0, classes=label)
 
 
 def complete(kind: type, given: dict[str, Any]) -> dict[str, Any]:
