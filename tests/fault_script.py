@@ -29,7 +29,7 @@ from tests.worlds import Stream, fit, optimizers, random_images, save_pictures, 
 from unidad_pl import OptimizerOptions, UniDAD
 from unidad_pl.backbones import LoRA, StableDiffusion
 from unidad_pl.callbacks import Preemption
-from unidad_pl.data import SubjectDataModule
+from unidad_pl.data import FewShotDataModule, SubjectDataModule
 from unidad_pl.runs import checkpoints
 from unidad_pl.runs.checkpoints import DurableCheckpointIO
 from unidad_pl.strategies import ManualDDPStrategy
@@ -127,6 +127,23 @@ def killed(rank: int, folder: Path) -> None:
 
 def hung(rank: int, folder: Path) -> None:
     train(unidad(), 6, At(2, 1, lambda: time.sleep(100)), timeout=3)
+
+
+def frozen(rank: int, folder: Path) -> None:
+    """Rank 0, where the store of the group lives, is stopped."""
+    train(unidad(), 6, Preemption(), At(2, 0, lambda: os.kill(os.getpid(), signal.SIGSTOP)), timeout=3)
+
+
+def other_batch(rank: int, folder: Path) -> None:
+    train(unidad(), 6, data=FewShotDataModule("builtin:sunglasses", 3, 16, batch_size=2 + rank))
+
+
+def other_shots(rank: int, folder: Path) -> None:
+    train(unidad(), 6, data=FewShotDataModule(f"builtin:{('sunglasses', 'cats')[rank]}", 3, 16, batch_size=2))
+
+
+def other_rate(rank: int, folder: Path) -> None:
+    train(unidad(**optimizers(dataclasses.replace(SMOOTH, lr=1e-3 * (1 + rank)))), 6)
 
 
 class Losing(Stream):
@@ -268,7 +285,8 @@ def kill_9(folder: Path) -> None:
 
 
 CASES: tuple[Case, ...] = (
-    equal, adapters, nan, nan_for_good, killed, hung, missing_file, broken_metric, full_disk, preempted, resumed,
+    equal, adapters, nan, nan_for_good, killed, hung, frozen, other_batch, other_shots, other_rate,
+    missing_file, broken_metric, full_disk, preempted, resumed,
 )  # fmt: skip
 
 
@@ -303,7 +321,7 @@ def two_ranks(case: Case, folder: Path) -> None:
         alone(folder)
     if case is adapters:
         adapters(None, folder)
-    for process in ranks[:1] if case in (hung, killed) else ranks:
+    for process in ranks[:1] if case in (hung, killed) else ranks[1:] if case is frozen else ranks:
         process.join(100)
     for process in ranks:
         process.kill()

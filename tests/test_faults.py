@@ -91,6 +91,25 @@ def test_a_rank_that_does_not_answer_is_named(folder: Path, case: str) -> None:
     assert result["seconds"] < 60
 
 
+def test_a_frozen_rank_0_is_named_although_its_store_is_silent(folder: Path) -> None:
+    result = json.loads((folder / "frozen1.json").read_text())
+    assert "rank 0 does not answer (dead or hung)" in result["error"]
+    assert result["seconds"] < 60
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("other_batch", "data.batch is 2 on rank 0 and 3 on rank 1"),
+        ("other_shots", "data.shots is '"),
+        ("other_rate", "model.fake_score.optimizer.lr is 0.001 on rank 0 and 0.002 on rank 1"),
+    ],
+)
+def test_ranks_that_would_train_otherwise_are_told_apart(folder: Path, case: str, message: str) -> None:
+    for result in of_both(folder, case):
+        assert f"the ranks do not agree: {message}" in result["error"]
+
+
 @pytest.mark.parametrize(
     ("case", "culprit", "message"),
     [

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "unidad_pl"
 ROOMS = (
-    "arguments", "checks", "files", "seeds", "schedules", "denoiser", "losses", "discriminator", "sampling",
+    "arguments", "checks", "files", "seeds", "store", "schedules", "denoiser", "losses", "discriminator", "sampling",
     "cartoons", "data", "metrics", "callbacks", "backbones", "strategies", "training", "modules", "runs", "export",
     "cli",
 )  # fmt: skip

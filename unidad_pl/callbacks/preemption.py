@@ -20,6 +20,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from unidad_pl.callbacks.environment import unidad_command
 from unidad_pl.callbacks.records import run_folder
 from unidad_pl.checks import check_whole
+from unidad_pl.store import ask
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP") if hasattr(signal, name))
 """The end of a job, the warning before it, Ctrl-C, and the terminal that was closed."""
@@ -97,9 +98,13 @@ class Preemption(pl.Callback):
             return self._caught is not None
         # The others may have looked already in this iteration, but none gets through the next without this rank.
         store = _get_default_store()
-        if self._caught is not None:
-            store.compare_set(KEY, "", str(self._iterations + 1))
-        return bool(store.check([KEY])) and self._iterations >= int(store.get(KEY))
+
+        def agreed() -> bool:
+            if self._caught is not None:
+                store.compare_set(KEY, "", str(self._iterations + 1))
+            return bool(store.check([KEY])) and self._iterations >= int(store.get(KEY))
+
+        return ask(agreed, store.timeout.total_seconds())  # type: ignore[attr-defined]
 
     def _save_and_leave(self, trainer: pl.Trainer) -> None:
         self._saving = True

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import ParallelStrategy
 from torch.distributed.distributed_c10d import _get_default_store
 
+from unidad_pl.store import ask
+
 KEY = "unidad_pl/failure"
 GRACE = 3.0  # seconds; Lightning kills the ranks it started itself five seconds after one died
 
@@ -68,15 +70,15 @@ def share_failure(exception: Exception, rank: int, world: int, died: Callable[[]
     Returns:
         The ranks that do not answer.
     """
-    store = _get_default_store()
     lost = _is_silence(exception)
-    everyone = set(range(world))
     silent: set[int] = set()
-    try:
+
+    def share() -> None:
+        store, everyone = _get_default_store(), set(range(world))
         store.set(f"{KEY}/{rank}", "" if lost else f"{type(exception).__name__}: {exception}")
         if lost:
             said = _read(store, f"{KEY}/", everyone, died)
-            silent = everyone - set(said)
+            silent.update(everyone - set(said))
             causes = [f"rank {r} failed with {text}" for r, text in sorted(said.items()) if text]
             causes = causes or [f"rank {r} does not answer (dead or hung)" for r in sorted(silent)]
             exception.args = ("; ".join([*causes, f"what rank {rank} saw: {exception}"]),)
@@ -85,7 +87,10 @@ def share_failure(exception: Exception, rank: int, world: int, died: Callable[[]
         store.set(f"{KEY}/read/{rank}", "")
         if rank == 0:  # the store lives here
             _read(store, f"{KEY}/read/", everyone - silent, died)
-    except (RuntimeError, OSError):  # the store is gone with rank 0
+
+    try:
+        ask(share, 3 * GRACE)
+    except (RuntimeError, OSError):  # the store is gone, or frozen, with rank 0
         if lost:
             exception.args = (f"rank 0 does not answer (dead or hung); what rank {rank} saw: {exception}",)
     return silent
@@ -94,7 +99,14 @@ def share_failure(exception: Exception, rank: int, world: int, died: Callable[[]
 def _is_silence(exception: Exception) -> bool:
     """Whether a collective failed because another rank did not take part."""
     text = str(exception).lower()
-    words = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "timed out waiting")
+    words = (
+        "gloo",
+        "nccl",
+        "connection closed by peer",
+        "connection reset by peer",
+        "timed out waiting",
+        "does not answer",
+    )
     return isinstance(exception, RuntimeError) and any(word in text for word in words)
 
 

@@ -26,6 +26,7 @@ from unidad_pl.denoiser import Codec, Denoiser, DenoiserSource
 from unidad_pl.files import reading
 from unidad_pl.sampling import FewStepSampler
 from unidad_pl.seeds import mix_seed
+from unidad_pl.strategies.agreement import check_agreement
 from unidad_pl.training.conditions import ClassLabels, check_batch, check_prompts, encode_prior
 from unidad_pl.training.hparams import TrainingOptions, complete, defaults, flatten, log_changes, refuse_changes
 from unidad_pl.training.networks import MemoryOptions, Networks, averaged
@@ -51,8 +52,7 @@ class GenerativeModule(ManualOptimization, Networks):
     Args:
         sampled_name: the attribute, and the prefix in checkpoints, of the network that is sampled and averaged.
         clock: the group that is updated in every iteration.
-        training: see :class:`~unidad_pl.training.hparams.TrainingOptions`.
-        memory: see :class:`~unidad_pl.training.networks.MemoryOptions`.
+        training, memory: see :class:`~unidad_pl.UniDAD`.
         frozen_networks: attributes that hold frozen networks.
 
     Raises:
@@ -171,7 +171,9 @@ class GenerativeModule(ManualOptimization, Networks):
     # -- one iteration -------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        check_prompts(self.codec, getattr(self.trainer, "datamodule", None))
+        data = getattr(self.trainer, "datamodule", None)
+        check_prompts(self.codec, data)
+        check_agreement(flatten({"data": data and data.state_dict(), "model": self._given}))
 
     def micro_batches(self, batch: Any) -> Iterator[EncodedBatch]:
         """Split a batch into ``accumulate`` parts and encode them, each with torch seeded by (seed, iteration, part).
