@@ -128,8 +128,7 @@ class GenerativeModule(ManualOptimization, Networks):
     @property
     def sampled_network(self) -> Denoiser:
         """The network that :meth:`sample` uses and that the average follows."""
-        network: Denoiser = getattr(self, self.sampled_name)
-        return network
+        return getattr(self, self.sampled_name)
 
     def build(self, source: DenoiserSource) -> Denoiser:
         """A network of ``source``."""
@@ -317,8 +316,7 @@ class GenerativeModule(ManualOptimization, Networks):
             )  # fmt: skip
         self.configure_model()
         if fitting:
-            own = list(self.sampled_network.image_shape)
-            if record["image_shape"] != own:
+            if record["image_shape"] != (own := list(self.sampled_network.image_shape)):
                 raise RuntimeError(
                     f"the checkpoint was trained on images of {record['image_shape']}, this run's are {own}: set the "
                     f"resolution the run started with"
