@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,6 +14,7 @@ import pytest
 from torch import Tensor
 
 from tests.runs.test_resume import fit
+from unidad_pl.cli.summary import fit_summary
 
 VALIDATING = ("--trainer.limit_val_batches", "1", "--trainer.check_val_every_n_epoch", "null")
 
@@ -53,6 +55,15 @@ def test_the_last_validation_is_computed_once(
     row = next(line for line in capsys.readouterr().out.splitlines() if "val/brightness" in line)
     again = cli.trainer.validate(cli.model, cli.datamodule, verbose=False)[0]["val/brightness"]
     assert f"{again:.4g}" in row
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_reference_of_shots_is_said(own: bool, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = SimpleNamespace(reference_is_shots=own)
+    trainer: Any = SimpleNamespace(global_step=2, datamodule=data, fast_dev_run=False, checkpoint_callback=None,
+                                   lightning_module=None)  # fmt: skip
+    fit_summary(trainer, here, None, {"val/fid": 1.0})
+    assert ("the shots themselves" in " ".join(capsys.readouterr().out.split())) == own
 
 
 def test_commands_are_quoted_for_a_shell(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

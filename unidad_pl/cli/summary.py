@@ -30,7 +30,9 @@ def fit_summary(
 
     console = Console()
     if after:
-        table = Table(title=f"after {trainer.global_step} iterations", title_justify="left")
+        own = getattr(getattr(trainer, "datamodule", None), "reference_is_shots", False)
+        note = "the reference of the metrics is the shots themselves" if own else None
+        table = Table(title=f"after {trainer.global_step} iterations", title_justify="left", caption=note)
         table.add_column("metric")
         for heading in ("before", "after") if before else ("after",):
             table.add_column(heading, justify="right")
