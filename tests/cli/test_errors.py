@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import yaml
 from tests.runs.test_resume import CONFIG
 from unidad_pl.cli.errors import Refused
 from unidad_pl.cli.launch import check_launcher
-from unidad_pl.cli.main import main
+from unidad_pl.cli.main import main, wait_passively_where_busy
 from unidad_pl.files import BrokenFile
 from unidad_pl.runs.config import merge_configs, read_config
 
@@ -228,3 +229,16 @@ def test_a_checkpoint_is_no_config(capsys: pytest.CaptureFixture[str], monkeypat
                              "theirs.ckpt", capsys=capsys)  # fmt: skip
         assert code == 1, line
         assert not Path("it_ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("load", "given", "policy"), [(9.0, None, "PASSIVE"), (0.0, None, None), (9.0, "ACTIVE", "ACTIVE")]
+)
+def test_threads_sleep_beside_busy_processes(
+    load: float, given: str | None, policy: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "environ", {} if given is None else {"OMP_WAIT_POLICY": given})
+    wait_passively_where_busy()
+    assert os.environ.get("OMP_WAIT_POLICY") == policy
