@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from inspect import signature
 from typing import TYPE_CHECKING
 
@@ -35,8 +36,9 @@ def wait_passively_where_busy() -> None:
     quickstart took longer than 6 s, asleep 2.4 s. Where the cores are free, spinning is a fifth faster. It counts only
     before torch is loaded; a policy that is set stays.
     """
-    if hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1) / 2:
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with suppress(OSError, AttributeError):  # some systems do not know their load
+        if os.getloadavg()[0] > (os.cpu_count() or 1) / 2:
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def main(args: Sequence[str] | None = None) -> None:
