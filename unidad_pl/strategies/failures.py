@@ -105,9 +105,11 @@ def _is_silence(exception: Exception) -> bool:
         "connection closed by peer",
         "connection reset by peer",
         "timed out waiting",
+        "application timeout caused pair closure",  # gloo, of a peer that an earlier operation had waited for
         "does not answer",
     )
-    return isinstance(exception, RuntimeError) and any(word in text for word in words)
+    lost_store = isinstance(exception, (dist.DistNetworkError, dist.DistStoreError))  # the store is gone with rank 0
+    return lost_store or (isinstance(exception, RuntimeError) and any(word in text for word in words))
 
 
 def _read(store: Any, prefix: str, ranks: set[int], died: Callable[[], set[int]]) -> dict[int, str]:
