@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 CLASS, ARGUMENTS = "class_path", "init_args"
+ABSENT = "<not there>"
 
 
 def given_arguments(constructor: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -17,6 +18,14 @@ def given_arguments(constructor: Any, args: tuple[Any, ...], kwargs: Mapping[str
     bound = inspect.signature(constructor).bind_partial(None, *args, **kwargs)
     bound.apply_defaults()
     return dict(list(bound.arguments.items())[1:])
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Name -> (value before, value now) where they differ; a name that only one side has is :data:`ABSENT` on the
+    other."""
+    names = sorted({*before, *now})
+    pairs = {name: (before.get(name, ABSENT), now.get(name, ABSENT)) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def describe(value: Any) -> Any:
@@ -47,7 +56,7 @@ def describe(value: Any) -> Any:
     for name, argument in given.items():
         with suppress(TypeError):
             arguments[name] = describe(argument)
-    return {CLASS: _path(type(value)), ARGUMENTS: arguments}
+    return {CLASS: class_path(type(value)), ARGUMENTS: arguments}
 
 
 def rebuild(value: Any, known: Mapping[str, Callable[..., Any]]) -> Any:
@@ -73,13 +82,14 @@ def known_classes(*roots: type) -> dict[str, type]:
     waiting = list(roots)
     while waiting:
         kind = waiting.pop()
-        if _path(kind) not in found:
-            found[_path(kind)] = kind
+        if class_path(kind) not in found:
+            found[class_path(kind)] = kind
             waiting += [*type.__subclasses__(kind), *_options_of(kind)]
     return found
 
 
-def _path(kind: type) -> str:
+def class_path(kind: type) -> str:
+    """Module and name of a class, as configs give it."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 

@@ -14,7 +14,7 @@ import torch
 from tests import worlds
 from tests.worlds import FAST, Stream, fit, random_images, tiny_unet
 from unidad_pl import Diffusion, LogNormal, MemoryOptions, OptimizerOptions, SamplingOptions, UniDAD
-from unidad_pl.training.hparams import differences
+from unidad_pl.arguments import differences
 from unidad_pl.training.module import RECORD
 
 FASTER, UNET = OptimizerOptions(lr=5e-3, warmup=0), tiny_unet()

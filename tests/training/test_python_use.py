@@ -86,6 +86,7 @@ def test_export_and_load_need_no_config_either(trained: tuple[UniDAD, Path], tmp
     assert module.ema is not None
     assert same(student.network, module.ema.module)
     assert student.sampler.sigmas == module.sampler.sigmas
+    assert student.folder == path.resolve().parents[1]  # where the card looks for metrics.jsonl
     folder = export_student(str(path), str(tmp_path / "export"))
     assert same(load_export(folder).network, student.network)
     assert "num_steps: 3" in (folder / "README.md").read_text()

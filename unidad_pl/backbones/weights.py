@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import pickle
@@ -16,7 +15,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from unidad_pl.files import BrokenFile, mistaken, reading
+from unidad_pl.files import BrokenFile, mistaken, read_json, reading
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +167,7 @@ def read_folder(folder: Path, stems: tuple[str, ...] = ("diffusion_pytorch_model
     if found.suffix != ".json":
         return read_weights(found)
     with reading(found, "index of weights"):
-        parts = sorted(set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()))
+        parts = sorted(set(read_json(found, "index of weights")["weight_map"].values()))
         if outside := [part for part in parts if Path(part).name != part]:
             raise ValueError(f"it names the file {outside[0]!r}, which is not in this folder")
     state: State = {}

@@ -74,7 +74,7 @@ def later_values_replace() -> Iterator[None]:
     check, discard = library.ActionTypeHint._check_type, library.discard_init_args_on_class_path_change
 
     @wraps(check)
-    def check_whole(self: Any, value: Any, append: bool = False, cfg: Any = None, mode: Any = None) -> Any:
+    def check_alone(self: Any, value: Any, append: bool = False, cfg: Any = None, mode: Any = None) -> Any:
         part = append or isinstance(value, library.NestedArg)
         merged = not part and cfg and isinstance(cfg.get(self.dest), list)
         return check(self, value, append, None if merged else cfg, mode)
@@ -83,7 +83,7 @@ def later_values_replace() -> Iterator[None]:
         if before and "init_args" in before and before["class_path"] != value["class_path"]:
             before["init_args"] = Namespace()
 
-    library.ActionTypeHint._check_type = check_whole
+    library.ActionTypeHint._check_type = check_alone
     library.discard_init_args_on_class_path_change = discard_all
     try:
         yield

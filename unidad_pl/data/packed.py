@@ -45,7 +45,7 @@ class LMDBImages(ImageSet):
             import lmdb  # noqa: F401
         except ImportError as error:
             raise ImportError(f"{str(folder)!r} is an LMDB: pip install 'unidad_pl[lmdb]' to read it") from error
-        check_whole(folder / "data.mdb")
+        check_lmdb(folder / "data.mdb")
         with reading(folder, "LMDB"):
             with self._open() as env, env.begin(buffers=True) as records:
                 self._sizes = {bytes(key).decode("utf-8", "replace"): len(value) for key, value in records.cursor()}
@@ -96,7 +96,7 @@ class LMDBImages(ImageSet):
         return square(Image.fromarray(np.ascontiguousarray(pixels)), resolution)
 
 
-def check_whole(data: Path) -> None:
+def check_lmdb(data: Path) -> None:
     """Refuse an LMDB file that the library could not survive: it is mapped into memory and trusted.
 
     Raises:

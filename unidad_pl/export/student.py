@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
 from torch.func import functional_call
 
 from unidad_pl.backbones.latents import LatentCodec
@@ -21,7 +20,7 @@ from unidad_pl.export.card import model_card
 from unidad_pl.export.folder import INDEX, PIPELINE, WAY_OUT, is_text_export, note_files, read_record, refuse_foreign
 from unidad_pl.export.text_to_image import check_text_export, stored_as, write_text_pipeline
 from unidad_pl.files import moved_aside, reading, recover, replacing
-from unidad_pl.runs.student import TrainedStudent, Weights, load_student, refuse_non_finite
+from unidad_pl.runs.student import TrainedStudent, Weights, load_student
 from unidad_pl.sampling import FewStepSampler
 from unidad_pl.training.conditions import ClassLabels
 
@@ -97,7 +96,6 @@ def load_export(folder: str | Path) -> TrainedStudent:
     model: DenoiserSource = check_text_export(place, record) if is_text_export(place) else PretrainedUNet(str(place))
     with reading(place / "unet", "network", WAY_OUT):
         network, codec = model.build().requires_grad_(False), model.codec()
-        refuse_non_finite(network, "the unet", WAY_OUT)
     if isinstance(codec, LatentCodec):
         _try_codec(codec, place, network.image_shape[0])
     with reading(place / "unet", "network", WAY_OUT):
@@ -114,9 +112,6 @@ def _try_codec(codec: LatentCodec, place: Path, channels: int) -> None:
     """Refuse a VAE or text encoders that cannot be used."""
     with reading(place, "pipeline", WAY_OUT):
         parts = codec.parts
-    for name, part in parts.components.items():
-        if isinstance(part, nn.Module):
-            refuse_non_finite(part, f"the {name} of {str(place)!r}", WAY_OUT)
     with reading(place / "text_encoder", "text encoder", WAY_OUT):
         codec.embed([""])
     with reading(place / "vae", "VAE", WAY_OUT):

@@ -10,14 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from unidad_pl.backbones.latents import LatentCodec
+from unidad_pl.backbones.latents import ZEROS, LatentCodec
 from unidad_pl.backbones.lora import adapter_weights, merged
 from unidad_pl.backbones.stable_diffusion import StableDiffusion, StableDiffusionUNet
 from unidad_pl.export.folder import RECORD
 from unidad_pl.runs.student import TrainedStudent, refuse_non_finite
-
-ZEROS = "force_zeros_for_empty_prompt"
-"""A setting of SDXL pipelines that is none of their parts."""
 
 
 def write_text_pipeline(

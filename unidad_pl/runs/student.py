@@ -148,7 +148,7 @@ def _token(content: dict[str, Any]) -> str | None:
 
 
 def _module_of(content: dict[str, Any], ckpt_path: str | Path, config: str | None) -> tuple[Any, dict[str, Any], Path]:
-    """The module that wrote a checkpoint, not built yet, its config, and where that was found: beside it, or in it."""
+    """The module that wrote a checkpoint, not built yet, its config, and a file or folder in its run folder."""
     try:
         place = find_config(ckpt_path, config)
     except FileNotFoundError:
@@ -158,10 +158,7 @@ def _module_of(content: dict[str, Any], ckpt_path: str | Path, config: str | Non
             import unidad_pl.modules  # noqa: F401 (so that its classes are known)
 
             described = content[RECORD]["module"]
-            return (
-                rebuild(described, known_classes(DenoiserSource, GenerativeModule)),
-                {"model": described},
-                Path(ckpt_path),
-            )
+            module = rebuild(described, known_classes(DenoiserSource, GenerativeModule))
+        return module, {"model": described}, Path(ckpt_path).resolve().parent
     settings = read_config(place)
     return build_module(settings, str(place)), settings, place

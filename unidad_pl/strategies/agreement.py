@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-ABSENT = "<not there>"
+from unidad_pl.arguments import differences
 
 
 def check_agreement(facts: Iterable[tuple[str, Any]]) -> None:
@@ -21,12 +21,9 @@ def check_agreement(facts: Iterable[tuple[str, Any]]) -> None:
         return
     of_ranks: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(of_ranks, dict(facts) | {"torch": torch.__version__})
-    first = of_ranks[0]
     for rank, own in enumerate(of_ranks):
-        for name in sorted({*first, *own}):
-            here, there = first.get(name, ABSENT), own.get(name, ABSENT)
-            if here != there:
-                raise RuntimeError(
-                    f"the ranks do not agree: {name} is {here!r} on rank 0 and {there!r} on rank {rank}. Give every "
-                    f"rank the same config, and a folder with the same files"
-                )
+        for name, (first, other) in differences(of_ranks[0], own).items():
+            raise RuntimeError(
+                f"the ranks do not agree: {name} is {first!r} on rank 0 and {other!r} on rank {rank}. Give every rank "
+                f"the same config, and a folder with the same files"
+            )

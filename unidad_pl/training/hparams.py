@@ -10,9 +10,9 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from unidad_pl.arguments import ABSENT, class_path, differences
 from unidad_pl.checks import check_at_least, check_options, check_whole
 
-ABSENT = "<not there>"
 LARGEST_DECAY, MOST_PARTS = 0.999999, 100_000
 
 
@@ -82,7 +82,7 @@ def flatten(value: Any, name: str = "", inside: bool = False) -> list[tuple[str,
         plain = [dict(flatten(item, "", inside)) for item in value]
         return [(name, [item.get("", item) for item in plain])]
     else:
-        kind = [(name, f"{type(value).__module__}.{type(value).__qualname__}")]
+        kind = [(name, class_path(type(value)))]
         attributes = {} if inside or isinstance(value, nn.Module) else getattr(value, "__dict__", {})
         # A string in a source is a place, or the name of one: what is found there is what counts.
         public = {k: v for k, v in attributes.items() if not k.startswith("_") and not isinstance(v, str)}
@@ -112,14 +112,6 @@ def _inner_defaults(value: Any, name: str) -> dict[str, Any]:
         elif field.default_factory is not MISSING:
             found |= flatten(field.default_factory(), f"{name}.{field.name}")
     return found
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Name -> (value before, value now) where they differ; a name that only one side has is :data:`ABSENT` on the
-    other."""
-    names = sorted({*before, *now})
-    pairs = {name: (before.get(name, ABSENT), now.get(name, ABSENT)) for name in names}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def log_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
