@@ -14,10 +14,10 @@ from unidad_pl import Diffusion, ExportOptions, LogNormal, OptimizerOptions, Sam
 from unidad_pl.backbones import PretrainedUNet
 
 
-def train_sha(**options: Any) -> str:
+def train_sha(iterations: int = 2, **options: Any) -> str:
     settings: dict[str, Any] = dict(source=tiny_unet(), optimizer=FAST, training__ema_decay=0.5)
     module = Diffusion(**groups(**(settings | options)))
-    fit(module, 3)
+    fit(module, iterations)
     return weights_sha(module)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from unidad_pl.cartoons import world
 from unidad_pl.cartoons.features import CartoonFeatures, FactorNetwork
 from unidad_pl.cartoons.world import visible
 from unidad_pl.data.cartoon_labels import TRAIN_START, VALIDATION_START, CartoonDataModule, LabelledBatch
+from unidad_pl.modules import factors
 from unidad_pl.modules.factors import FactorTraining, gaussian_blur
 
 TINY = {"channels": (8, 8, 8), "features": 8, "optimizer": OptimizerOptions(lr=1e-2, warmup=0)}
@@ -39,6 +41,13 @@ def _module(**changes: object) -> FactorTraining:
 
 def _weights(module: FactorTraining) -> Tensor:
     return torch.cat([p.detach().flatten() for p in module.network.parameters()])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fewer_renders() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(factors, "STANDARD", factors.STANDARD[:20])
+        yield
 
 
 Trained = tuple[FactorTraining, pl.Trainer, Path]

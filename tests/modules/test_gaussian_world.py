@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,10 +24,10 @@ EXACT: dict[str, Any] = dict(
 )  # fmt: skip
 
 
-def train(**options: Any) -> UniDAD:
+def train(iterations: int, **options: Any) -> UniDAD:
     target = dict(target_teacher__init_from=Gaussian(TARGET), target_teacher__adaptation=None)
     module = unidad(Gaussian(SOURCE), student__init_from=Gaussian(0.5, AffineStudent), **target, **(EXACT | options))
-    fit(module, 350, Stream(torch.zeros(8, 1, 8, 8, dtype=torch.uint8), batch_size=32))
+    fit(module, iterations, Stream(torch.zeros(8, 1, 8, 8, dtype=torch.uint8), batch_size=32))
     return module
 
 
@@ -55,16 +56,17 @@ def fixed_point(w_source: float, w_target: float, sigma: Tensor) -> float:
 
 @pytest.mark.parametrize(("a", "expected"), [(0.0, SOURCE), (1.0, TARGET)])
 def test_one_teacher_is_reached(a: float, expected: float) -> None:
-    module = train(**(dict(target_teacher__weight=a) if a else dict(target_teacher=None)))
+    straight = dict(student__optimizer=replace(STEADY, lr=0.04))  # there is nothing to circle around
+    module = train(200, **straight, **(dict(target_teacher__weight=a) if a else dict(target_teacher=None)))
     assert float(module.student.mu) == pytest.approx(expected, abs=0.05)
     assert float(module.fake_score.mu) == pytest.approx(expected, abs=0.1)
     assert hasattr(module, "target_teacher") == (a > 0)
     assert hasattr(module, "source_teacher") == (a < 1)
 
 
-@pytest.mark.parametrize("weights", [(0.5, 0.5), (0.55, 0.45), (1.2, 1.0)])
+@pytest.mark.parametrize("weights", [(0.55, 0.45), (1.2, 1.0)])
 def test_between_two_teachers_the_student_settles_at_the_closed_form_point(weights: tuple[float, float]) -> None:
-    module = train(matching__source_weight=weights[0], target_teacher__weight=weights[1])
+    module = train(350, matching__source_weight=weights[0], target_teacher__weight=weights[1])
     table = karras().double()[20:981]
     assert float(module.student.mu) == pytest.approx(fixed_point(*weights, table), abs=0.05)
 

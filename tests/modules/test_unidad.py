@@ -152,7 +152,7 @@ def test_the_optimisers_count_their_own_steps() -> None:
     assert student.param_groups[0]["lr"] == pytest.approx(3 / 4)  # two steps done: the third would use 3/4
 
 
-def train_sha(iterations: int = 3, **options: Any) -> str:
+def train_sha(iterations: int = 2, **options: Any) -> str:
     module = unidad(**options)
     fit(module, iterations)
     return weights_sha(module)
@@ -195,9 +195,13 @@ def base_of(name: str) -> dict[str, Any]:
     return dict(target_teacher=None) if name == "matching" else STRONG if name.startswith("gan__") else {}
 
 
-@pytest.fixture(scope="module")
-def base_shas() -> dict[str, str]:
-    return {str(base): train_sha(**base) for base in ({}, STRONG, FROM_OTHER, dict(target_teacher=None))}
+# At the student's first update all networks are the source: what these weigh is zero until its second one.
+SEEN_LATER = {
+    "target_teacher__weight", "target_teacher__adaptation__until", "matching__source_weight", "matching__range",
+    "matching__normalizer", "training__ema_decay",
+}  # fmt: skip
+BASES: dict[str, str] = {}
+"""Weights of the runs without a change, by their length and options."""
 
 
 def test_every_constructor_argument_is_tested() -> None:
@@ -218,9 +222,12 @@ def test_every_constructor_argument_is_tested() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), EXACT, ids=lambda v: v if isinstance(v, str) else "")
-def test_every_argument_changes_what_is_trained(name: str, value: Any, base_shas: dict[str, str]) -> None:
-    base = base_of(name)
-    assert train_sha(**copy.deepcopy(base | {name: value})) != base_shas[str(base)]
+def test_every_argument_changes_what_is_trained(name: str, value: Any) -> None:
+    base, iterations = base_of(name), 3 if name in SEEN_LATER else 2
+    key = f"{iterations} {base}"
+    if key not in BASES:
+        BASES[key] = train_sha(iterations, **base)
+    assert train_sha(iterations, **copy.deepcopy(base | {name: value})) != BASES[key]
 
 
 def test_noise_table_of_the_model() -> None:
@@ -350,11 +357,11 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_four_and_four_iterations_equal_eight(four: Path) -> None:
-    eight, resumed = unidad(), unidad()
-    assert fit(eight, 8).global_step == 8
-    fit(resumed, 8, ckpt_path=four)
-    assert weights_sha(resumed) == weights_sha(eight)
+def test_four_and_two_iterations_equal_six(four: Path) -> None:
+    six, resumed = unidad(), unidad()
+    assert fit(six, 6).global_step == 6
+    fit(resumed, 6, ckpt_path=four)
+    assert weights_sha(resumed) == weights_sha(six)
     saved = torch.load(four, weights_only=True)
     assert not any(k.startswith("source_teacher.") for k in saved["state_dict"])
     assert len(saved["optimizer_states"]) == 3

@@ -28,11 +28,14 @@ def difference(one: torch.nn.Module, two: torch.nn.Module) -> float:
     return max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
 
 
-@pytest.mark.parametrize("gradient", ["unroll", "last", "backward_simulation"])
-def test_checkpointing_changes_no_gradient(gradient: Any) -> None:
-    plain = trained(student__gradient=gradient)
-    for kind in ("steps", "blocks", "both"):
-        saving = trained(student__gradient=gradient, memory__checkpointing=kind)
+@pytest.mark.parametrize(
+    ("gradient", "kinds"),
+    [("unroll", ("steps", "blocks", "both")), ("last", ("both",)), ("backward_simulation", ("both",))],
+)
+def test_checkpointing_changes_no_gradient(gradient: Any, kinds: tuple[str, ...]) -> None:
+    plain = trained(1, student__gradient=gradient)
+    for kind in kinds:
+        saving = trained(1, student__gradient=gradient, memory__checkpointing=kind)
         for name in ("student", "fake_score", "target_teacher", "discriminator"):
             assert difference(getattr(plain, name), getattr(saving, name)) < 1e-9, (kind, name)
 

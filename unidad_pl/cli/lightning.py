@@ -81,6 +81,18 @@ class LastValidation(pl.Callback):
 class UnidadCLI(LightningCLI):
     """LightningCLI with one seed for everything, a picture writer for ``predict``, and a summary after ``fit``."""
 
+    def __init__(self, *options: Any, **named: Any) -> None:
+        args = named["args"]
+        first = args[0] if args and "UNIDAD_CONFIG" not in os.environ else None  # a config may name the subcommand
+        self.wanted = {first} if first in self.subcommands() else set(self.subcommands())
+        super().__init__(*options, **named)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Options of the wanted subcommand only: those of one are a thousand, and take their time."""
+        if subcommand in self.wanted:
+            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        return self.init_parser(**kwargs)
+
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser whose help explains all groups."""
         parser = Parser(**{"dump_header": [f"unidad_pl=={version('unidad_pl')}"], **kwargs})

@@ -19,7 +19,7 @@ from unidad_pl.seeds import mix_seed
 from unidad_pl.training.optimization import OptimizerOptions
 
 CURVE_FILE = "curve.csv"
-_STANDARD = 4_000_000  # first index of the renders that the pooled features are standardised over
+STANDARD = range(4_000_000, 4_001_000)  # the renders of each domain that the pooled features are standardised over
 
 
 class FactorTraining(pl.LightningModule):
@@ -162,8 +162,9 @@ class FactorTraining(pl.LightningModule):
 
     def export(self, folder: str | Path) -> None:
         """Write the network (float16) and the curve into ``folder``; standardise its pooled features before."""
-        indices = range(_STANDARD, _STANDARD + 1000)
-        self.network.standardise(torch.cat([render(indices, domain, INPUT_SIZE) for domain in DOMAINS]).to(self.device))
+        self.network.standardise(
+            torch.cat([render(STANDARD, domain, INPUT_SIZE) for domain in DOMAINS]).to(self.device)
+        )
         self.network.save_pretrained(folder, torch.float16)
         with (Path(folder) / CURVE_FILE).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
