@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +31,27 @@ from unidad_pl.training.networks import content_hash
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NO_METRICS = CONFIGS / "trainer" / "no_metrics.yaml"
 PROMPT = "a prt dog"
+FIRST = pytest.mark.parametrize("place", ["1.x"], indirect=True)
+XL = pytest.mark.parametrize("place", ["xl"], indirect=True)
 
 
-@pytest.fixture(scope="module", params=["1.x", "xl"])
-def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("run")
-    save_tiny(place / "sd", xl=request.param == "xl")
-    save_pictures(place / "dog6", 2)
-    return place
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Each kind is made once, in whatever order the tests ask for them."""
+
+    @cache
+    def make(kind: str) -> Path:
+        place = tmp_path_factory.mktemp("run")
+        save_tiny(place / "sd", xl=kind == "xl")
+        save_pictures(place / "dog6", 2)
+        return place
+
+    return make
+
+
+@pytest.fixture(params=["1.x", "xl"])
+def place(request: pytest.FixtureRequest, places: Callable[[str], Path]) -> Path:
+    return places(request.param)
 
 
 def begin(config: str, photos: Path, *options: str) -> None:
@@ -63,12 +78,13 @@ def distance(one: Any, other: Any) -> float:
     return float(np.abs(np.asarray(one, dtype=np.float32) - np.asarray(other, dtype=np.float32)).max())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def checkpoint(place: Path) -> Path:
-    return fit(place, "run", "--model.training.ema_decay", "0.9")
+    found = list((place / "run").rglob("last.ckpt"))  # one fit for every test of this kind
+    return found[0] if found else fit(place, "run", "--model.training.ema_decay", "0.9")
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+@pytest.mark.parametrize(("place", "steps"), [("1.x", 1), ("1.x", 3), ("xl", 4)], indirect=["place"])
 def test_plain_diffusers_draws_what_sample_draws(place: Path, checkpoint: Path, steps: int) -> None:
     """The weights are the same for any number of steps: the run's config says how many."""
     settings = yaml.safe_load((checkpoint.parents[1] / "config.yaml").read_text())
@@ -97,6 +113,7 @@ def test_plain_diffusers_draws_what_sample_draws(place: Path, checkpoint: Path, 
     assert distance(drawn[0], drawn[1]) > 2
 
 
+@XL
 def test_an_export_draws_at_the_resolution_of_its_training(place: Path) -> None:
     """The source's own size is 16 pixels: a pipeline takes that unless its UNet says otherwise."""
     index = place / "sd" / "model_index.json"
@@ -116,21 +133,16 @@ def test_an_export_draws_at_the_resolution_of_its_training(place: Path) -> None:
     assert pipe.config.get("force_zeros_for_empty_prompt", False) is False  # of SDXL; the default is True
 
 
-@pytest.fixture(scope="module")
-def fitted(place: Path) -> Path:
-    """The checkpoint of the config as it is."""
-    return fit(place, "whole")
+def test_fit_test_and_pictures_of_the_config(place: Path, checkpoint: Path) -> None:
+    main(["test", "--config", str(checkpoint.parents[1] / "config.yaml"), "--ckpt_path", str(checkpoint),
+          "--trainer.logger.init_args.save_dir", str(place / "run")])  # fmt: skip
+    assert list((place / "run").rglob("samples/val_step00000002.png"))
+    assert list((place / "run").rglob("samples/test_step00000002.png"))
 
 
-def test_fit_test_and_pictures_of_the_config(place: Path, fitted: Path) -> None:
-    main(["test", "--config", str(fitted.parents[1] / "config.yaml"), "--ckpt_path", str(fitted),
-          "--trainer.logger.init_args.save_dir", str(place / "whole")])  # fmt: skip
-    assert list((place / "whole").rglob("samples/val_step00000002.png"))
-    assert list((place / "whole").rglob("samples/test_step00000002.png"))
-
-
-def test_an_exported_student_starts_another_run_and_its_card_says_how_to_draw(place: Path, fitted: Path) -> None:
-    out = export(str(fitted), str(place / "start"))
+@FIRST
+def test_an_exported_student_starts_another_run_and_its_card_says_how_to_draw(place: Path, checkpoint: Path) -> None:
+    out = export(str(checkpoint), str(place / "start"))
     card = (out / "README.md").read_text()
     assert "pipe('a prt dog', num_inference_steps=1, guidance_scale=1.0)" in card
     assert "pipeline_tag: text-to-image" in card
@@ -142,6 +154,7 @@ def test_an_exported_student_starts_another_run_and_its_card_says_how_to_draw(pl
         torch.testing.assert_close(second[name], weight, atol=1e-6, rtol=1e-5)
 
 
+@FIRST
 def test_steps_between_the_timesteps_are_kept_but_not_exported(place: Path) -> None:
     steps = ("--model.student.num_steps", "2", "--model.student.sigma_max", "14.6146")
     checkpoint = fit(place, "loglin", *steps, "--model.source.init_args.spacing", "log_linear")
@@ -151,18 +164,18 @@ def test_steps_between_the_timesteps_are_kept_but_not_exported(place: Path) -> N
     assert not (place / "no").exists()
 
 
+@FIRST
 def test_sample_asks_for_prompts_and_keeps_apart_what_they_drew(
-    place: Path, fitted: Path, capsys: pytest.CaptureFixture[str]
+    place: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoint = str(fitted)
     with pytest.raises(ValueError, match="give --prompts"):
-        sample(checkpoint, 1, str(place / "none"), device="cpu")
+        sample(str(checkpoint), 1, str(place / "none"), device="cpu")
     assert load_student(checkpoint).token == "prt"
-    sample(checkpoint, 2, str(place / "mine"), prompts=[PROMPT, "a cat"], device="cpu")
+    sample(str(checkpoint), 2, str(place / "mine"), prompts=[PROMPT, "a cat"], device="cpu")
     assert json.loads((place / "mine" / "sampling.json").read_text())["prompts"] == [PROMPT, "a cat"]
     assert "subject is called 'prt', which is not in 'a cat'" in capsys.readouterr().err
     with pytest.raises(ValueError, match="images drawn otherwise"):
-        sample(checkpoint, 2, str(place / "mine"), prompts=[PROMPT], device="cpu")
+        sample(str(checkpoint), 2, str(place / "mine"), prompts=[PROMPT], device="cpu")
 
 
 @pytest.mark.parametrize("config", sorted(path.name for path in CONFIGS.glob("sdp_*.yaml")))
