@@ -38,6 +38,7 @@ from unidad_pl.strategies.fsdp import local_shard
 # Adam with a large eps: a plain Adam step is the sign of the gradient, which rounding may turn.
 SMOOTH = OptimizerOptions(lr=3e-2, warmup=0, arguments={"eps": 1.0})
 Case = Callable[[int, Path], dict[str, Any] | None]
+WAIT = 400.0  # seconds for a case that takes ten; a machine may be slow and busy
 
 
 def train(module: Any, steps: int, *callbacks: pl.Callback, ranks: int = 2, data: Any = None, timeout: float = 60,
@@ -256,13 +257,18 @@ class FirstStep(pl.Callback):
         self.time = self.time or time.monotonic()
 
 
-def resume_after(victim: Any, place: Path) -> dict[str, Any]:
-    """What a run makes of what ``victim`` left in ``place``, and how long until it trains again."""
+def resume_after(dead: Any, place: Path) -> dict[str, Any]:
+    """What a run makes of what ``dead`` left in ``place``, and how long until it trains again."""
     began, first = time.monotonic(), FirstStep()
     newest, passed_over = checkpoints.newest_intact(place)
     module = saving(place, first, ckpt_path=newest)
-    return {"died": victim.exitcode, "from": newest.name if newest else None, "damaged": len(passed_over),
+    return {"died": dead.exitcode, "from": newest.name if newest else None, "damaged": len(passed_over),
             "sha": weights_sha(module), "seconds": (first.time or time.monotonic()) - began}  # fmt: skip
+
+
+def victim(place: Path, *own: pl.Callback) -> None:
+    torch.set_num_threads(1)  # as in child()
+    saving(place, *own)
 
 
 def kill_9(folder: Path) -> None:
@@ -274,13 +280,13 @@ def kill_9(folder: Path) -> None:
     for moment in (*MOMENTS, *RANDOM):
         place = folder / moment
         own = [DieIn(moment)] if moment in MOMENTS else []
-        victim = fork.Process(target=saving, args=(place, *own))
-        victim.start()
-        victim.join(60 if own else (RANDOM.index(moment) + draw.random()) / len(RANDOM) * whole)
+        dead = fork.Process(target=victim, args=(place, *own))
+        dead.start()
+        dead.join(WAIT if own else (RANDOM.index(moment) + draw.random()) / len(RANDOM) * whole)
         if not own:
-            victim.kill()
-            victim.join()
-        result[moment] = resume_after(victim, place)
+            dead.kill()
+            dead.join()
+        result[moment] = resume_after(dead, place)
     (folder / "kill_9.json").write_text(json.dumps(result))
 
 
@@ -291,6 +297,7 @@ CASES: tuple[Case, ...] = (
 
 
 def child(case: Case, rank: int, folder: Path, port: int) -> None:
+    torch.set_num_threads(1)  # else autograd's threads race for a new pool after the fork, and the process dies
     os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     began = time.monotonic()
     try:
@@ -322,7 +329,7 @@ def two_ranks(case: Case, folder: Path) -> None:
     if case is adapters:
         adapters(None, folder)
     for process in ranks[:1] if case in (hung, killed) else ranks[1:] if case is frozen else ranks:
-        process.join(100)
+        process.join(WAIT)
     for process in ranks:
         process.kill()
 
