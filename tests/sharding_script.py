@@ -12,8 +12,9 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from tests.fault_script import SMOOTH, VALIDATING, NaN, fit_nan, prepare, two_ranks
+from tests.fault_script import SMOOTH, VALIDATING, NaN, fit_nan, prepare
 from tests.fault_script import train as train_whole
+from tests.pairs import two_ranks
 from tests.worlds import groups, optimizers, save_pictures, tiny_unet, unidad
 from unidad_pl import Diffusion, ExportOptions, UniDAD
 from unidad_pl.callbacks import LossBalance, SampleGrid
