@@ -12,7 +12,6 @@ import os
 import random
 import resource
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -25,7 +24,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from tests.worlds import Stream, fit, optimizers, random_images, save_pictures, unidad, weights_sha
+from tests.pairs import WAIT, Case, two_ranks
+from tests.worlds import Stream, fit, optimizers, random_images, save_pictures, tiny_unet, unidad, weights_sha
 from unidad_pl import OptimizerOptions, UniDAD
 from unidad_pl.backbones import LoRA, StableDiffusion
 from unidad_pl.callbacks import Preemption
@@ -37,7 +37,6 @@ from unidad_pl.strategies.fsdp import local_shard
 
 # Adam with a large eps: a plain Adam step is the sign of the gradient, which rounding may turn.
 SMOOTH = OptimizerOptions(lr=3e-2, warmup=0, arguments={"eps": 1.0})
-Case = Callable[[int, Path], dict[str, Any] | None]
 
 
 def train(module: Any, steps: int, *callbacks: pl.Callback, ranks: int = 2, data: Any = None, timeout: float = 60,
@@ -46,6 +45,12 @@ def train(module: Any, steps: int, *callbacks: pl.Callback, ranks: int = 2, data
     settings: dict[str, Any] = dict(devices=ranks, strategy=strategy, use_distributed_sampler=False,
                                     callbacks=list(callbacks), plugins=[DurableCheckpointIO()])  # fmt: skip
     return fit(module, steps, data or Stream(random_images(), batch_size=2, flip=True), **(settings | options))
+
+
+def small(kind: type[UniDAD] = UniDAD, **flat: Any) -> UniDAD:
+    """One level, one step: what is lost or said in trouble does not depend on the networks."""
+    source = tiny_unet(channels=(8,), attention_levels=())
+    return unidad(source, kind, **(dict(student__num_steps=1) | flat))
 
 
 class At(pl.Callback):
@@ -61,7 +66,7 @@ class At(pl.Callback):
 
 def alone(folder: Path) -> None:
     """One process with the batch of both."""
-    module = unidad(training__accumulate=4)
+    module = small(training__accumulate=4)
     train(module, 10, ranks=1, precision="64-true", data=Stream(random_images(), batch_size=8, flip=True))
     torch.save(module.state_dict(), folder / "alone.pt")
 
@@ -76,7 +81,7 @@ def equal(rank: int, folder: Path) -> dict[str, Any]:
         return all_reduce(tensor, *args, **options)
 
     dist.all_reduce = counted
-    module = unidad(training__accumulate=2)
+    module = small(training__accumulate=2)
     train(module, 10, precision="64-true", data=Stream(random_images(), batch_size=4, flip=True))
     torch.save(module.state_dict(), folder / f"rank{rank}.pt")
     trained = {name: [p for part in group for p in part["params"]] for name, group in module.groups().items()}
@@ -113,37 +118,37 @@ def fit_nan(module: UniDAD, trains: Callable[..., pl.Trainer]) -> dict[str, Any]
 
 
 def nan(rank: int, folder: Path) -> dict[str, Any]:
-    module = unidad(kind=NaN, student__update_every=1)
+    module = small(kind=NaN, student__update_every=1)
     return fit_nan(module, train) | {"sha": weights_sha(module)}
 
 
 def nan_for_good(rank: int, folder: Path) -> None:
-    train(unidad(kind=NaN, student__update_every=1, training__max_skipped=1), 4)
+    train(small(kind=NaN, student__update_every=1, training__max_skipped=1), 4)
 
 
 def killed(rank: int, folder: Path) -> None:
-    train(unidad(), 6, At(2, 1, die))
+    train(small(), 6, At(2, 1, die))
 
 
 def hung(rank: int, folder: Path) -> None:
-    train(unidad(), 6, At(2, 1, lambda: time.sleep(100)), timeout=3)
+    train(small(), 6, At(2, 1, lambda: time.sleep(100)), timeout=3)
 
 
 def frozen(rank: int, folder: Path) -> None:
     """Rank 0, where the store of the group lives, is stopped."""
-    train(unidad(), 6, Preemption(), At(2, 0, lambda: os.kill(os.getpid(), signal.SIGSTOP)), timeout=3)
+    train(small(), 6, Preemption(), At(2, 0, lambda: os.kill(os.getpid(), signal.SIGSTOP)), timeout=3)
 
 
 def other_batch(rank: int, folder: Path) -> None:
-    train(unidad(), 6, data=FewShotDataModule("builtin:sunglasses", 3, 16, batch_size=2 + rank))
+    train(small(), 6, data=FewShotDataModule("builtin:sunglasses", 3, 16, batch_size=2 + rank))
 
 
 def other_shots(rank: int, folder: Path) -> None:
-    train(unidad(), 6, data=FewShotDataModule(f"builtin:{('sunglasses', 'cats')[rank]}", 3, 16, batch_size=2))
+    train(small(), 6, data=FewShotDataModule(f"builtin:{('sunglasses', 'cats')[rank]}", 3, 16, batch_size=2))
 
 
 def other_rate(rank: int, folder: Path) -> None:
-    train(unidad(**optimizers(dataclasses.replace(SMOOTH, lr=1e-3 * (1 + rank)))), 6)
+    train(small(**optimizers(dataclasses.replace(SMOOTH, lr=1e-3 * (1 + rank)))), 6)
 
 
 class Losing(Stream):
@@ -164,7 +169,7 @@ class Losing(Stream):
 
 
 def missing_file(rank: int, folder: Path) -> None:
-    train(unidad(), 6, data=Losing(random_images(), batch_size=2))
+    train(small(), 6, data=Losing(random_images(), batch_size=2))
 
 
 class BrokenMetric(pl.Callback):
@@ -177,12 +182,12 @@ class BrokenMetric(pl.Callback):
 
 
 def broken_metric(rank: int, folder: Path) -> None:
-    train(unidad(), 6, BrokenMetric(), **VALIDATING)
+    train(small(), 6, BrokenMetric(), **VALIDATING)
 
 
 def full_disk(rank: int, folder: Path) -> None:
     """Rank 0 may write no file of more than 10 kB."""
-    trainer = train(unidad(), 1)
+    trainer = train(small(), 1)
     trainer.save_checkpoint(folder / "disk" / "x.ckpt")
     if rank == 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
@@ -192,12 +197,12 @@ def full_disk(rank: int, folder: Path) -> None:
 def preempted(rank: int, folder: Path) -> None:
     """Rank 1 alone gets the signal, in iteration 3 (the fourth)."""
     usr1 = At(3, 1, lambda: os.kill(os.getpid(), signal.SIGUSR1))
-    train(unidad(), 50, Preemption(exit_code=77), usr1, default_root_dir=folder)
+    train(small(), 50, Preemption(exit_code=77), usr1, default_root_dir=folder)
 
 
 def resumed(rank: int, folder: Path) -> dict[str, Any]:
     """Runs after :func:`preempted`: to iteration 6, from its checkpoint and from the start."""
-    again, whole = unidad(), unidad()
+    again, whole = small(), small()
     train(again, 6, ckpt_path=folder / "checkpoints" / "preempted.ckpt")
     train(whole, 6)
     return {"resumed": weights_sha(again), "whole": weights_sha(whole)}
@@ -240,10 +245,10 @@ VALIDATING: dict[str, Any] = dict(limit_val_batches=1.0, val_check_interval=2, c
 
 
 def saving(folder: Path, *callbacks: pl.Callback, **options: Any) -> UniDAD:
-    """Six iterations on one process, a checkpoint and a validation after each second one."""
-    module = unidad(training__accumulate=2)
+    """Five iterations on one process, a checkpoint and a validation after each second one."""
+    module = small()
     keep = ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1)
-    train(module, 6, *callbacks, keep, ranks=1, enable_checkpointing=True, **VALIDATING, **options)
+    train(module, 5, *callbacks, keep, ranks=1, enable_checkpointing=True, **VALIDATING, **options)
     return module
 
 
@@ -256,13 +261,18 @@ class FirstStep(pl.Callback):
         self.time = self.time or time.monotonic()
 
 
-def resume_after(victim: Any, place: Path) -> dict[str, Any]:
-    """What a run makes of what ``victim`` left in ``place``, and how long until it trains again."""
+def resume_after(dead: Any, place: Path) -> dict[str, Any]:
+    """What a run makes of what ``dead`` left in ``place``, and how long until it trains again."""
     began, first = time.monotonic(), FirstStep()
     newest, passed_over = checkpoints.newest_intact(place)
     module = saving(place, first, ckpt_path=newest)
-    return {"died": victim.exitcode, "from": newest.name if newest else None, "damaged": len(passed_over),
+    return {"died": dead.exitcode, "from": newest.name if newest else None, "damaged": len(passed_over),
             "sha": weights_sha(module), "seconds": (first.time or time.monotonic()) - began}  # fmt: skip
+
+
+def victim(place: Path, *own: pl.Callback) -> None:
+    torch.set_num_threads(1)  # as in child()
+    saving(place, *own)
 
 
 def kill_9(folder: Path) -> None:
@@ -274,65 +284,45 @@ def kill_9(folder: Path) -> None:
     for moment in (*MOMENTS, *RANDOM):
         place = folder / moment
         own = [DieIn(moment)] if moment in MOMENTS else []
-        victim = fork.Process(target=saving, args=(place, *own))
-        victim.start()
-        victim.join(60 if own else (RANDOM.index(moment) + draw.random()) / len(RANDOM) * whole)
+        dead = fork.Process(target=victim, args=(place, *own))
+        dead.start()
+        dead.join(WAIT if own else (RANDOM.index(moment) + draw.random()) / len(RANDOM) * whole)
         if not own:
-            victim.kill()
-            victim.join()
-        result[moment] = resume_after(victim, place)
+            dead.kill()
+            dead.join()
+        result[moment] = resume_after(dead, place)
     (folder / "kill_9.json").write_text(json.dumps(result))
 
 
-CASES: tuple[Case, ...] = (
-    equal, adapters, nan, nan_for_good, killed, hung, frozen, other_batch, other_shots, other_rate,
-    missing_file, broken_metric, full_disk, preempted, resumed,
-)  # fmt: skip
+# Those of one row run at the same time: most wait for a timeout, or for each other, and use little of a processor.
+CASES: tuple[tuple[Case, ...], ...] = (
+    (killed, hung, frozen),
+    (preempted, missing_file, broken_metric),
+    (resumed, full_disk, nan, nan_for_good),
+    (other_batch, other_shots, other_rate),
+    (equal,),
+    (adapters,),
+)
 
 
-def child(case: Case, rank: int, folder: Path, port: int) -> None:
-    os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    began = time.monotonic()
-    try:
-        result = case(rank, folder) or {}
-    except SystemExit as leaving:
-        result = {"exit": leaving.code}
-    except Exception as error:  # noqa: BLE001 (the test says which it must be)
-        result = {"error": f"{type(error).__name__}: {error}"}
-    result["seconds"] = time.monotonic() - began
-    (folder / f"{case.__name__}{rank}.json").write_text(json.dumps(result))
-    os._exit(0)  # not the parent's clean-up
+def prepare() -> None:
+    """What building a first network imports, once and not in every rank."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    small().configure_model()
 
 
-def two_ranks(case: Case, folder: Path) -> None:
-    fork = multiprocessing.get_context("fork")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    if case is adapters:
+def main(folder: Path, names: list[str]) -> None:
+    prepare()
+    own: dict[Case, Callable[[], Any]] = {equal: lambda: alone(folder), adapters: lambda: adapters(None, folder)}
+    if not names or "adapters" in names:
         from tests.tiny_sd import save_tiny  # not at the top: diffusers asks for GPUs, and forks are refused after that
 
         save_tiny(folder / "sd")
         save_pictures(folder / "dog", 3)
-    ranks = [fork.Process(target=child, args=(case, rank, folder, port)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    if case is equal:
-        alone(folder)
-    if case is adapters:
-        adapters(None, folder)
-    for process in ranks[:1] if case in (hung, killed) else ranks[1:] if case is frozen else ranks:
-        process.join(100)
-    for process in ranks:
-        process.kill()
-
-
-def main(folder: Path, names: list[str]) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    for case in CASES:
-        if not names or case.__name__ in names:
-            two_ranks(case, folder)
+    for row in CASES:
+        cases = [case for case in row if not names or case.__name__ in names]
+        two_ranks(folder, *cases, meanwhile=own.get(cases[0]) if cases else None)
     if not names or "kill_9" in names:
         kill_9(folder)
 

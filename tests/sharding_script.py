@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from tests.fault_script import SMOOTH, VALIDATING, NaN, fit_nan, two_ranks
+from tests.fault_script import SMOOTH, VALIDATING, NaN, fit_nan, prepare
 from tests.fault_script import train as train_whole
+from tests.pairs import two_ranks
 from tests.worlds import groups, optimizers, save_pictures, tiny_unet, unidad
 from unidad_pl import Diffusion, ExportOptions, UniDAD
 from unidad_pl.callbacks import LossBalance, SampleGrid
@@ -38,7 +38,7 @@ def train(module: pl.LightningModule, steps: int, *callbacks: pl.Callback, **opt
 
 
 def make(**options: Any) -> UniDAD:
-    return unidad(**(optimizers(SMOOTH) | dict(training__accumulate=2) | options))
+    return unidad(**(optimizers(SMOOTH) | dict(training__accumulate=2, student__num_steps=2) | options))
 
 
 def sliced(rank: int, folder: Path) -> dict[str, Any]:
@@ -66,7 +66,9 @@ def resumed(rank: int, folder: Path) -> None:
 
 
 def nan(rank: int, folder: Path) -> dict[str, Any]:
-    return fit_nan(make(kind=NaN, student__update_every=1, training__accumulate=1), train)
+    one_level = tiny_unet(channels=(8,), attention_levels=())
+    module = make(source=one_level, kind=NaN, student__update_every=1, training__accumulate=1)
+    return fit_nan(module, train)
 
 
 def exported(rank: int, folder: Path) -> None:
@@ -75,23 +77,26 @@ def exported(rank: int, folder: Path) -> None:
     train(module, 2, precision="bf16-mixed").save_checkpoint(folder / "diffusion.ckpt")
 
 
-def alone(folder: Path) -> None:
-    """One process with the batch of both; and on from the sliced run's checkpoint."""
-    first, second = make(training__accumulate=4), make(training__accumulate=4)
+def whole(folder: Path) -> None:
+    """One process with the batch of both."""
+    module = make(training__accumulate=4)
     keep = ModelCheckpoint(folder / "whole", "{step}", every_n_train_steps=2, save_top_k=-1)
-    train_whole(first, STEPS, keep, ranks=1, data=Pictures(8), enable_checkpointing=True)
-    trainer = train_whole(second, STEPS, ranks=1, data=Pictures(8), ckpt_path=folder / "sliced" / "step=2.ckpt")
+    train_whole(module, STEPS, keep, ranks=1, data=Pictures(8), enable_checkpointing=True)
+
+
+def unsliced(folder: Path) -> None:
+    """On from the sliced run's checkpoint, in one process."""
+    path = folder / "sliced" / "step=2.ckpt"
+    trainer = train_whole(make(training__accumulate=4), STEPS, ranks=1, data=Pictures(8), ckpt_path=path)
     trainer.save_checkpoint(folder / "unsliced.ckpt")
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "PICTURES": str(save_pictures(folder / "pictures"))}
-    for case in (sliced, alone, resumed, nan, exported):
-        if case is alone:
-            alone(folder)
-            continue
-        two_ranks(case, folder)
+    prepare()
+    os.environ["PICTURES"] = str(save_pictures(folder / "pictures"))
+    two_ranks(folder, sliced, nan, exported, meanwhile=lambda: whole(folder))
+    two_ranks(folder, resumed, meanwhile=lambda: unsliced(folder))
+    for case in (sliced, nan, exported, resumed):
         for rank in range(2):
             result = json.loads((folder / f"{case.__name__}{rank}.json").read_text())
             if "error" in result:

@@ -29,7 +29,7 @@ RECOVERED = 10.0  # seconds from the search for a checkpoint to the next iterati
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("faults")
-    run_apart(place, fault_script.main, place, [], timeout=600)
+    run_apart(place, fault_script.main, place, [], timeout=1800)
     return place
 
 

@@ -26,7 +26,7 @@ from unidad_pl.strategies.fsdp import ShardedStrategy, _blocks, full, shard_like
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("sharding")
-    run_apart(place, sharding_script.main, place, timeout=600)
+    run_apart(place, sharding_script.main, place, timeout=1800)
     return place
 
 
