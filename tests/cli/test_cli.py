@@ -239,7 +239,8 @@ def test_print_config_is_complete_and_a_config(unidad: Any) -> None:
     ],
 )
 def test_mistakes_are_named(arguments: tuple[str, ...], message: str, unidad: Any) -> None:
-    small = (*SMALL, "--summary", "false", "--trainer.limit_val_batches", "0")
+    small = (*SMALL, "--summary", "false", "--trainer.limit_val_batches", "0", "--data.batch_size", "2",
+             "--data.reference.root", "builtin:sunglasses:30")  # fmt: skip
     assert message in unidad("fit", "--config", str(CONFIGS / "quickstart.yaml"), *small, *arguments, fails=True)
 
 
