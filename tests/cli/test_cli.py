@@ -25,6 +25,9 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 TRAINING = [p for p in sorted(CONFIGS.rglob("*.yaml")) if "model" in yaml.safe_load(p.read_text())]
 TRAINING = [p for p in TRAINING if not p.name.startswith("sdp")]  # tests/export/test_text_to_image.py
+FSIG = [p for p in TRAINING if p.name.startswith("fsig_")]
+DIFFERENT = [p for p in TRAINING if p not in FSIG[1:] and p.name != "quickstart.yaml"]
+"""Those that are run. The FSIG ones are one method, and the quickstart runs in tests of its own."""
 
 
 @pytest.fixture
@@ -63,7 +66,7 @@ def stand_in_for_the_real_files(folder: Path, config: Path, unidad: Any) -> list
     """The places a config names, filled with a tiny ADM model and small pictures; the options that fit them."""
     (folder / "models").mkdir()
     shutil.copy(ADM / "adm_tiny.pt", folder / "models" / "ffhq.pt")
-    for name in ("student", "adapted"):
+    for name in ("student", "adapted") if config.name == "adapt_distilled.yaml" else ():
         unidad("import", "adm", "--checkpoint", str(ADM / "adm_tiny.pt"), "--config", str(ADM / "config.json"), "--out",
                f"models/{name}")  # fmt: skip
     settings = yaml.safe_load(config.read_text())["data"]["init_args"]
@@ -74,34 +77,55 @@ def stand_in_for_the_real_files(folder: Path, config: Path, unidad: Any) -> list
             Image.fromarray(pixels.numpy()).save(folder / place / f"{i}.png")
     fitting = ["--model.source.init_args.config", str(ADM / "config.json"), "--data.resolution", "32"]
     fitting += ["--trainer.precision", "32-true"]  # half precision is slow on a CPU, and tried elsewhere
-    return [*BARE, *fitting, "--data.batch_size", "2"]
+    return [*BARE, *fitting]
 
 
-@pytest.mark.parametrize("config", TRAINING, ids=lambda p: str(p.relative_to(CONFIGS)))
+@pytest.mark.parametrize("config", DIFFERENT, ids=lambda p: str(p.relative_to(CONFIGS)))
 def test_every_config_runs_two_iterations(config: Path, tmp_path: Path, unidad: Any) -> None:
-    options = list(SMALL)
+    options = [*SMALL, "--data.batch_size", "2", "--summary", "false"]  # two more validations
     if config.name == "features.yaml":
-        options = [*SHORT, "--data.pool_size", "60", "--data.val_size", "6"]
+        options = [*SHORT, "--data.batch_size", "2", "--data.pool_size", "60", "--data.val_size", "6"]
     if config.name == "teacher.yaml":
-        options += ["--data.shots", "64"]
+        options += ["--data.shots", "8"]
+    for domain in ("cats", "sunglasses"):
+        if f'root: "builtin:{domain}"' in config.read_text():
+            options += ["--data.reference.root", f"builtin:{domain}:30"]  # in place of a thousand
     if "pretrain:" in config.read_text():
         options += BOTH
     if "models/ffhq.pt" in config.read_text():
         options += stand_in_for_the_real_files(tmp_path, config, unidad)
-    options += ["--summary", "false"]  # two more validations
-    (tmp_path / "c.yaml").write_text(unidad("fit", "--config", str(config), *options, "--print_config"))
-    unidad("fit", "--config", "c.yaml")
+    unidad("fit", "--config", str(config), *options)
     assert list(tmp_path.rglob("metrics.jsonl")) or list(tmp_path.rglob("*.ckpt")) or list(tmp_path.rglob("curve.csv"))
 
 
-REAL = [p for p in TRAINING if "models/ffhq.pt" in p.read_text()]
+def test_the_fsig_configs_are_one_method_for_several_places() -> None:
+    """So that running one of them tries all."""
+    first, *others = (yaml.safe_load(path.read_text()) for path in FSIG)
+    assert len(others) == 3
+    for path, config in zip(FSIG[1:], others, strict=True):
+        weight = config["model"]["init_args"]["target_teacher"]
+        data = config["data"]["init_args"]
+        assert 0 < weight["weight"] < 1
+        places = {("models/ffhq.pt", "--model.source.init_args.checkpoint"), (data["root"], "--data.root"),
+                  (data["reference"]["root"], "--data.reference.root")}  # fmt: skip
+        assert {(line.split()[1], line.split()[-1]) for line in named_places(path)} == places
+        weight["weight"] = first["model"]["init_args"]["target_teacher"]["weight"]
+        data |= {name: first["data"]["init_args"][name] for name in ("root", "reference")}
+        assert config == first
+
+
+def named_places(config: Path) -> list[str]:
+    return [line for line in config.read_text().splitlines() if line.startswith("#   ") and "--" in line[40:]]
+
+
+REAL = [p for p in DIFFERENT if "models/ffhq.pt" in p.read_text()]
 
 
 @pytest.mark.parametrize("config", REAL, ids=lambda p: p.name)
 def test_a_config_without_its_files_says_which_go_where(config: Path, unidad: Any) -> None:
     printed = unidad("fit", "--config", str(config), *BARE, fails=True)
-    named = [line for line in config.read_text().splitlines() if line.startswith("#   ") and "--" in line]
-    place, option = next((line.split()[1], line.split()[-1]) for line in named if line.split()[1] in printed)
+    named = ((line.split()[1], line.split()[-1]) for line in named_places(config))
+    place, option = next((place, option) for place, option in named if place in printed)
     assert option in printed
     assert (place, option) in {("models/ffhq.pt", "--model.source.init_args.checkpoint"), (place, "--data.root")}
 
@@ -119,7 +143,8 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_class_conditional_model_from_fit_to_predict(photographs: Path, tmp_path: Path, unidad: Any) -> None:
     save_ddpm(tmp_path / "model", classes=3, prediction_type="v_prediction")
     unidad("fit", "--config", str(CONFIGS / "quickstart.yaml"), "--model.source.init_args.path", "model",
-           "--data.root", str(photographs), "--data.resolution", "16", *SMALL, *BOTH)  # fmt: skip
+           "--data.root", str(photographs), "--data.resolution", "16", "--data.batch_size", "2", "--summary", "false",
+           *SMALL, *BOTH)  # fmt: skip
     picture = Image.open("runs/quickstart/version_0/samples/val_step00000002.png")
     assert picture.size == (4 * 64, (3 + 3) * 64 + 2 * 4)  # three rows of shots, a line, a row for each class
     unidad("predict", "--config", "runs/quickstart/version_0/config.yaml", "--ckpt_path",
@@ -128,7 +153,7 @@ def test_a_class_conditional_model_from_fit_to_predict(photographs: Path, tmp_pa
 
 
 def test_the_quickstart_on_the_users_own_photographs(photographs: Path, tmp_path: Path, unidad: Any) -> None:
-    own = ("--data.root", str(photographs))
+    own = ("--data.root", str(photographs), "--data.batch_size", "2")
     printed = unidad("fit", "--config", str(CONFIGS / "quickstart.yaml"), *own, *SMALL, *BOTH)
     run = Path("runs/quickstart/version_0")
     assert "before" in printed
@@ -188,18 +213,23 @@ def test_help_explains_every_option(unidad: Any) -> None:
         assert phrase in " ".join(text.split())
 
 
-def test_print_config_is_complete(unidad: Any) -> None:
-    config = yaml.safe_load(unidad("fit", "--config", str(CONFIGS / "quickstart.yaml"), "--print_config"))
+def test_print_config_is_complete_and_a_config(unidad: Any) -> None:
+    small = (*SMALL, *BOTH, "--data.batch_size", "2", "--data.reference.root", "builtin:sunglasses:30")
+    printed = unidad("fit", "--config", str(CONFIGS / "quickstart.yaml"), *small, "--summary", "false",
+                     "--print_config")  # fmt: skip
+    config = yaml.safe_load(printed)
     assert config["model"]["init_args"]["gan"]["reduction"] == "mean_logit"
     assert config["data"]["init_args"]["shots"] == 10
+    Path("printed.yaml").write_text(printed)
+    unidad("fit", "--config", "printed.yaml")
+    records = [json.loads(line) for line in next(Path().rglob("metrics.jsonl")).read_text().splitlines()]
+    assert {record["step"] for record in records} == {2}
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--model.target_teacher.wieght", "0.5"), "wieght"),
         (("--data.root", "builtin:dogs"), "dogs"),
-        (("--model.student.gradient", "lats"), "lats"),
         (("--data.root", "/nowhere"), "/nowhere"),
         (("--model.source.path", "/nowhere"), "/nowhere"),
         (("--trainer.strategy", "ddp"), "unidad_ddp"),
@@ -209,7 +239,8 @@ def test_print_config_is_complete(unidad: Any) -> None:
     ],
 )
 def test_mistakes_are_named(arguments: tuple[str, ...], message: str, unidad: Any) -> None:
-    small = (*SMALL, "--summary", "false", "--trainer.limit_val_batches", "0")
+    small = (*SMALL, "--summary", "false", "--trainer.limit_val_batches", "0", "--data.batch_size", "2",
+             "--data.reference.root", "builtin:sunglasses:30")  # fmt: skip
     assert message in unidad("fit", "--config", str(CONFIGS / "quickstart.yaml"), *small, *arguments, fails=True)
 
 

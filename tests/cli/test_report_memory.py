@@ -82,7 +82,6 @@ def measured(module: Any, batch: int, precision: Any) -> int:
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": dict(source=SOURCE),
-    "both": dict(memory__checkpointing="both"),
     "one step, no target teacher": dict(student__num_steps=1, target_teacher=None),
     "half teachers": dict(memory=MemoryOptions("steps", "bfloat16"), target_teacher=None),
     "average, parts": dict(training__ema_decay=0.9, training__accumulate=2),
@@ -147,7 +146,8 @@ def test_the_ffhq_model_needs_no_weights() -> None:
 
 
 def test_the_command_merges_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    less = {"student": {"num_steps": 1}, "target_teacher": None, "gan": None}
+    small = {"class_path": "unidad_pl.NewUNet", "init_args": FLAT | {"channels": [16], "attention_levels": []}}
+    less = {"student": {"num_steps": 1}, "target_teacher": None, "gan": None, "source": small}
     (tmp_path / "less.yaml").write_text(yaml.safe_dump({"model": {"init_args": less}}))
     main(["report", "memory", "--config", str(CONFIGS / "quickstart.yaml"), "--config", str(tmp_path / "less.yaml"),
           "--precision", "bf16-mixed"])  # fmt: skip

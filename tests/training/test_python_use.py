@@ -258,15 +258,15 @@ class Spoilt(UniDAD):
                 next(self.fake_score.parameters()).flatten()[0] = self.value
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 4e19])
+@pytest.mark.parametrize("value", [float("nan"), 4e19])
 def test_no_checkpoint_is_written_of_diverged_weights(value: float, tmp_path: Path) -> None:
     keep = pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=3, save_last=True)
-    module = unidad(kind=type("Now", (Spoilt,), {"value": value}))
+    module = unidad(kind=type("Now", (Spoilt,), {"value": value}), target_teacher=None)
     trainer = pl.Trainer(
         accelerator="cpu", max_steps=20, logger=False, callbacks=[keep], enable_progress_bar=False,
-        enable_model_summary=False,
+        enable_model_summary=False, limit_val_batches=0,
     )  # fmt: skip
-    with pytest.raises(RuntimeError, match=r"weights have diverged: fake_score\.\S+ reached (nan|inf|4e\+19)"):
+    with pytest.raises(RuntimeError, match=r"weights have diverged: fake_score\.\S+ reached (nan|4e\+19)"):
         trainer.fit(module, Stream(random_images()))
     for path in tmp_path.glob("*.ckpt"):
         content = torch.load(path, weights_only=True)

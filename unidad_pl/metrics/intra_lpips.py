@@ -229,7 +229,9 @@ class IntraClusterLPIPS(RowMetric):
         numbers = self.rows("kept_index")
         distinct = distinct_in_order(numbers)
         first = first_per_cluster(self.rows("kept_cluster")[distinct], numbers[distinct], self.cap)
-        self._keep_only(distinct[first].tolist())
+        positions = distinct[first].tolist()
+        if positions != list(range(len(numbers))):  # else all are kept, as they are
+            self._keep_only(positions)
 
     def _keep_only(self, positions: Sequence[int]) -> None:
         for name in KEPT:
