@@ -31,6 +31,14 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+LONGEST = ("test_fsdp", "test_faults", "test_cli", "test_resume", "test_failures", "test_report_memory")
+"""Files that take long and hold few tests: begun first, so that no worker is left with one at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 def pytest_collection_finish() -> None:
     """What is imported by now stays: the collector would look through it again and again, a sixth of the time."""
     gc.collect()

@@ -21,7 +21,7 @@ from unidad_pl.callbacks import LossBalance, SampleGrid
 from unidad_pl.data import Evaluation, FewShotDataModule
 from unidad_pl.strategies.fsdp import ShardedStrategy, local_shard
 
-STEPS = 4
+STEPS = 2
 
 
 class Pictures(FewShotDataModule):
@@ -38,17 +38,21 @@ def train(module: pl.LightningModule, steps: int, *callbacks: pl.Callback, **opt
 
 
 def make(**options: Any) -> UniDAD:
-    return unidad(**(optimizers(SMOOTH) | dict(training__accumulate=2, student__num_steps=2) | options))
+    """One level: what takes its time is each sharded tensor by itself."""
+    settings = dict(training__accumulate=2, student__num_steps=2, student__update_every=1) | optimizers(SMOOTH)
+    return unidad(tiny_unet(channels=(16,), attention_levels=(0,)), **(settings | options))
 
 
 def sliced(rank: int, folder: Path) -> dict[str, Any]:
     """Everything that a run does: training, validation with uneven shares of the seeds, gradient norms, checkpoints."""
     module = make(memory__checkpointing="both")
     grid = SampleGrid(count=3, scale=1, shots_on_top=False)
-    keep = ModelCheckpoint(folder / "sliced", "{step}", every_n_train_steps=2, save_top_k=-1)
-    options = dict(default_root_dir=folder / "run", enable_checkpointing=True, **VALIDATING)
-    trainer = train(module, STEPS, keep, grid, LossBalance(every_n_iterations=2), **options)
-    trainer.test(module, Pictures(), ckpt_path=folder / "sliced" / "step=2.ckpt")
+    keep = ModelCheckpoint(folder / "sliced", "{step}", every_n_train_steps=1, save_top_k=-1)
+    options = dict(
+        default_root_dir=folder / "run", enable_checkpointing=True, **(VALIDATING | {"val_check_interval": 1})
+    )
+    trainer = train(module, STEPS, keep, grid, LossBalance(every_n_iterations=1), **options)
+    trainer.test(module, Pictures(), ckpt_path=folder / "sliced" / "step=1.ckpt")
     parameters = dict(module.named_parameters())
     moments = [v for o in trainer.optimizers for state in o.state.values() for v in state.values()]
     return {
@@ -61,13 +65,12 @@ def sliced(rank: int, folder: Path) -> dict[str, Any]:
 def resumed(rank: int, folder: Path) -> None:
     """From the checkpoint of the sliced run, and from that of one process."""
     for name in ("sliced", "whole"):
-        trainer = train(make(), STEPS, ckpt_path=folder / name / "step=2.ckpt")
+        trainer = train(make(), STEPS, ckpt_path=folder / name / "step=1.ckpt")
         trainer.save_checkpoint(folder / f"{name}_resumed.ckpt")
 
 
 def nan(rank: int, folder: Path) -> dict[str, Any]:
-    one_level = tiny_unet(channels=(8,), attention_levels=())
-    module = make(source=one_level, kind=NaN, student__update_every=1, training__accumulate=1)
+    module = make(kind=NaN, training__accumulate=1)
     return fit_nan(module, train)
 
 
@@ -80,13 +83,13 @@ def exported(rank: int, folder: Path) -> None:
 def whole(folder: Path) -> None:
     """One process with the batch of both."""
     module = make(training__accumulate=4)
-    keep = ModelCheckpoint(folder / "whole", "{step}", every_n_train_steps=2, save_top_k=-1)
+    keep = ModelCheckpoint(folder / "whole", "{step}", every_n_train_steps=1, save_top_k=-1)
     train_whole(module, STEPS, keep, ranks=1, data=Pictures(8), enable_checkpointing=True)
 
 
 def unsliced(folder: Path) -> None:
     """On from the sliced run's checkpoint, in one process."""
-    path = folder / "sliced" / "step=2.ckpt"
+    path = folder / "sliced" / "step=1.ckpt"
     trainer = train_whole(make(training__accumulate=4), STEPS, ranks=1, data=Pictures(8), ckpt_path=path)
     trainer.save_checkpoint(folder / "unsliced.ckpt")
 
