@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,10 +16,13 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _same_beginning() -> None:
-    """A command that a test ran in this process may have set both."""
+def _same_beginning() -> Iterator[None]:
+    """A command that a test ran in this process may have set both, and left a process group."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")
