@@ -131,12 +131,12 @@ def killed(rank: int, folder: Path) -> None:
 
 
 def hung(rank: int, folder: Path) -> None:
-    train(small(), 6, At(2, 1, lambda: time.sleep(100)), timeout=3)
+    train(small(), 6, At(2, 1, lambda: time.sleep(100)), timeout=12)
 
 
 def frozen(rank: int, folder: Path) -> None:
     """Rank 0, where the store of the group lives, is stopped."""
-    train(small(), 6, Preemption(), At(2, 0, lambda: os.kill(os.getpid(), signal.SIGSTOP)), timeout=3)
+    train(small(), 6, Preemption(), At(2, 0, lambda: os.kill(os.getpid(), signal.SIGSTOP)), timeout=12)
 
 
 def other_batch(rank: int, folder: Path) -> None:

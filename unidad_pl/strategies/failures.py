@@ -81,6 +81,7 @@ def share_failure(exception: Exception, rank: int, world: int, died: Callable[[]
             silent.update(everyone - set(said))
             causes = [f"rank {r} failed with {text}" for r, text in sorted(said.items()) if text]
             causes = causes or [f"rank {r} does not answer (dead or hung)" for r in sorted(silent)]
+            causes = causes or ["every rank answers, one of them too late: give the strategy a longer timeout"]
             exception.args = ("; ".join([*causes, f"what rank {rank} saw: {exception}"]),)
         else:
             dist.destroy_process_group()
