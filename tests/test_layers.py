@@ -10,9 +10,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "unidad_pl"
 ROOMS = (
-    "arguments", "checks", "files", "seeds", "store", "schedules", "denoiser", "losses", "discriminator", "sampling",
-    "cartoons", "data", "metrics", "callbacks", "backbones", "strategies", "training", "modules", "runs", "export",
-    "cli",
+    "arguments", "checks", "files", "flops", "seeds", "store", "schedules", "denoiser", "losses", "discriminator",
+    "sampling", "cartoons", "data", "metrics", "callbacks", "backbones", "strategies", "training", "modules", "runs",
+    "export", "cli",
 )  # fmt: skip
 """From the ground up; a folder is one room."""
 LIGHT = {"lightning", "diffusers", "torchvision", "lpips", "torch_fidelity", "rich", "PIL", "transformers", "peft"}

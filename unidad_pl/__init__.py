@@ -10,8 +10,8 @@ from typing import Any
 _ROOMS = {
     "backbones": ("ADMSource", "LoRA", "NewUNet", "PretrainedUNet", "StableDiffusion"),
     "callbacks": (
-        "FID", "AttributeShare", "IntraLPIPS", "LossBalance", "PredictionWriter", "Preemption", "PromptDiversity",
-        "PromptGrid", "SampleGrid", "SoundCheckpoint", "SubjectSimilarity",
+        "FID", "AttributeShare", "Cost", "FactorDistance", "IntraLPIPS", "LossBalance", "PredictionWriter",
+        "Preemption", "PromptDiversity", "PromptGrid", "SampleGrid", "SoundCheckpoint", "SubjectSimilarity",
     ),
     "cartoons": ("CartoonFeatures",),
     "data": (

@@ -21,7 +21,16 @@ from PIL import Image
 import unidad_pl.callbacks
 from tests.callbacks.toys import REFERENCE, SHOTS, SIZE, Data, Judge, Plain, Toy, trainer
 from tests.metrics.toys import TinyFeatures, cut_off, refused
-from unidad_pl.callbacks import FID, AttributeShare, EvaluationCallback, IntraLPIPS, Report, SampleGrid, read_records
+from unidad_pl.callbacks import (
+    FID,
+    AttributeShare,
+    EvaluationCallback,
+    FactorDistance,
+    IntraLPIPS,
+    Report,
+    SampleGrid,
+    read_records,
+)
 from unidad_pl.callbacks.records import append_record
 from unidad_pl.metrics import frechet_distance
 from unidad_pl.metrics.features import extract
@@ -131,7 +140,9 @@ KINDS = [kind for kind in EvaluationCallback.__subclasses__() if kind.__name__ i
 def test_common_arguments_come_from_python_and_yaml_and_unknown_ones_are_named(kind: type) -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--callback", type=EvaluationCallback)
-    own = {"wanted": {"glasses": "dark"}} if kind is AttributeShare else {}
+    needed: dict[type, dict[str, Any]] = {AttributeShare: {"wanted": {"glasses": "dark"}},
+                                          FactorDistance: {"factors": ["tilt"]}}  # fmt: skip
+    own = needed.get(kind, {})
 
     def from_yaml(**arguments: object) -> EvaluationCallback:
         config = {"class_path": f"unidad_pl.{kind.__name__}", "init_args": own | arguments}

@@ -3,6 +3,8 @@
 from unidad_pl.callbacks.attributes import AttributeShare
 from unidad_pl.callbacks.balance import LossBalance
 from unidad_pl.callbacks.base import EvaluationCallback, Report
+from unidad_pl.callbacks.cost import Cost
+from unidad_pl.callbacks.factors import FactorDistance
 from unidad_pl.callbacks.fid import FID
 from unidad_pl.callbacks.intra_lpips import IntraLPIPS
 from unidad_pl.callbacks.prediction_writer import PredictionWriter
@@ -14,6 +16,7 @@ from unidad_pl.callbacks.similarity import PromptDiversity, SubjectSimilarity
 from unidad_pl.callbacks.sound_checkpoint import SoundCheckpoint
 
 __all__ = [
-    "FID", "AttributeShare", "EvaluationCallback", "IntraLPIPS", "LossBalance", "PredictionWriter", "Preemption",
-    "PromptDiversity", "PromptGrid", "Report", "SampleGrid", "SoundCheckpoint", "SubjectSimilarity", "read_records",
+    "FID", "AttributeShare", "Cost", "EvaluationCallback", "FactorDistance", "IntraLPIPS", "LossBalance",
+    "PredictionWriter", "Preemption", "PromptDiversity", "PromptGrid", "Report", "SampleGrid", "SoundCheckpoint",
+    "SubjectSimilarity", "read_records",
 ]  # fmt: skip

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from unidad_pl.callbacks.cost import Cost
 from unidad_pl.callbacks.outputs import METHODS, OutputCallback, Samples
 from unidad_pl.callbacks.records import FILE, append_record, on_rank_zero, run_folder, trained_iterations
 from unidad_pl.checks import check_whole
@@ -243,6 +244,8 @@ class EvaluationCallback(OutputCallback):
     def _record(self, trainer: pl.Trainer, stage: str, seeds: Tensor, report: Report) -> None:
         path = run_folder(trainer) / FILE
         fitting = trainer.state.fn == TrainerFn.FITTING
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        cost = next((one for one in callbacks if isinstance(one, Cost)), None)
         record = {
             "metric": type(self).__name__,
             "values": report.values,
@@ -254,6 +257,7 @@ class EvaluationCallback(OutputCallback):
             "resolution": list(self._size or ()),
             "weights": self._weights,
             "checkpoint": None if fitting or trainer.ckpt_path is None else str(trainer.ckpt_path),
+            **({} if cost is None else {"tflops": cost.tflops}),
             **report.details,
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }

@@ -17,6 +17,7 @@ from unidad_pl.metrics.frechet import frechet_distance
 from unidad_pl.metrics.kernel import kid
 from unidad_pl.metrics.prdc import NAMES, prdc
 from unidad_pl.metrics.two_sample import TwoSample
+from unidad_pl.metrics.wasserstein import sliced_wasserstein
 
 NEIGHBOURS = 5
 INCEPTION_RANK = 2048  # generated images from which Inception's covariance can have full rank
@@ -38,6 +39,7 @@ class FID(EvaluationCallback):
     Args:
         features: extractor; default Inception as FID defines it, whose weights must be there before training begins.
         kid: also the kernel distance.
+        swd: also the sliced Wasserstein distance, which sees more of a distribution than its mean and covariance.
         prdc: also precision, recall, density and coverage (5 neighbours), which need 6 images of both kinds.
         reference: folder or tensor [N, 3, H, W] (uint8, or float in [-1, 1]), or a list of images; at least 2. Default:
             ``trainer.datamodule.reference``.
@@ -58,6 +60,7 @@ class FID(EvaluationCallback):
         features: nn.Module | None = None,
         kid: bool = True,
         prdc: bool = True,
+        swd: bool = False,
         reference: Images = None,
         name: str = "fid",
         batch_size: int = 50,
@@ -67,13 +70,14 @@ class FID(EvaluationCallback):
         check_whole(1, batch_size=batch_size)
         self.features: nn.Module = InceptionFeatures() if features is None else features
         check_network(features=self.features)
-        self.kid, self.prdc, self.batch_size = kid, prdc, batch_size
+        self.kid, self.prdc, self.swd, self.batch_size = kid, prdc, swd, batch_size
         self.reference = GivenImages("FID", "reference", reference)
         self.metric: TwoSample = TwoSample(keep_reference=True)
         self._ready = False
 
     def produces(self) -> list[str]:
-        return ["fid", *(["kid"] if self.kid else []), *(NAMES if self.prdc else [])]
+        kid, swd = ["kid"] if self.kid else [], ["swd"] if self.swd else []
+        return ["fid", *kid, *swd, *(NAMES if self.prdc else [])]
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().prepare(trainer, pl_module)
@@ -127,6 +131,8 @@ class FID(EvaluationCallback):
         if self.kid:
             values["kid"], details["kid_std"] = kid(x, y)
             details["kid_subset_size"] = min(1000, len(x), len(y))
+        if self.swd:
+            values["swd"] = sliced_wasserstein(x, y)
         if self.prdc and min(len(x), len(y)) > NEIGHBOURS:
             values |= prdc(x, y, NEIGHBOURS)
             details["neighbours"] = NEIGHBOURS

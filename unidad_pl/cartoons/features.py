@@ -300,6 +300,14 @@ class CartoonFeatures(nn.Module):
             return network.features(images) if self.layer == "factors" else network.pooled(images)
 
     @torch.no_grad()
+    def read(self, images: Tensor) -> dict[str, Tensor]:
+        """All factors: name -> [N, values], 1 at the likeliest value of a category, or [N], a range as [-1, 1]."""
+        with torch.autocast(images.device.type, enabled=False):
+            output = self.load().to(images.device)(images)
+        seen = {name: F.one_hot(one.argmax(1), one.shape[1]).float() for name, one in output.logits.items()}
+        return seen | output.values
+
+    @torch.no_grad()
     def predict(self, images: Tensor) -> dict[str, Tensor]:
         """The likeliest value of every categorical factor: name -> [N] int64, positions in :attr:`categories`."""
         with torch.autocast(images.device.type, enabled=False):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,10 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from unidad_pl.checks import check_at_least, check_choices
-from unidad_pl.data.batch import Batch
-from unidad_pl.denoiser import Codec, Denoiser, DenoiserSource
 from unidad_pl.runs.config import build_module, merge_configs, read_config
 from unidad_pl.training.module import GenerativeModule
+from unidad_pl.training.rehearsal import Rehearsal, bytes_of
 
 Precision = Literal["32-true", "64-true", "bf16-mixed"]
 GIB = 2**30
@@ -107,22 +104,6 @@ def _storages(values: Any) -> list[Any]:
     return [value.untyped_storage() for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
-def without_weights(source: DenoiserSource, mode: Any) -> Denoiser:
-    """The network of ``source``, its parameters fake tensors of ``mode`` without storage, its buffers real."""
-    with torch.device("meta"):
-        network = source.architecture()
-    for layer in network.modules():
-        for name, weight in layer.named_parameters(recurse=False):
-            with mode:
-                without_storage = torch.empty(weight.shape, dtype=weight.dtype)
-            layer.register_parameter(name, nn.Parameter(without_storage, weight.requires_grad))
-        for name, buffer in layer.named_buffers(recurse=False):
-            layer.register_buffer(name, torch.zeros(buffer.shape, dtype=buffer.dtype), persistent=False)
-    if (spec := getattr(network, "spec", None)) is not None:
-        network.register_buffer("abar", spec.abar(), persistent=False)
-    return network
-
-
 def predict_memory(module: GenerativeModule, batch_size: int, precision: str = "32-true") -> MemoryReport:
     """Predict the peak of one training iteration on one device; no weight file is read, nothing is allocated.
 
@@ -147,30 +128,17 @@ def predict_memory(module: GenerativeModule, batch_size: int, precision: str = "
 
 
 def _predict(module: Any, batch_size: int, precision: str) -> MemoryReport:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    class OnTheCPU(FakeTensorMode):
-        avoid_device_init = True  # torch would ask the driver for GPUs at every operation
-
-    mode = OnTheCPU(allow_non_fake_inputs=True)
-    module.build = lambda source: without_weights(source, mode)
-    module._hashes = dict.fromkeys(module.frozen_networks, "")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch asks a copied parameter where its storage is
-        module.configure_model()
+    rehearsal = Rehearsal(module, batch_size, precision)
     elsewhere = module.frozen_networks if module.memory.teacher_device is not None else ()
     elsewhere += ("ema",) if module.memory.ema_device is not None else ()
     networks = dict(module.named_children())
     own = _own_parameters(networks)
-    weights = {name: _bytes([*own[name], *network.buffers()]) for name, network in networks.items()}
-    autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else nullcontext()
-    gradients = _rehearse(module)
-    with mode, LiveBytes() as live, autocast, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Lightning's, about logging without a trainer
-        module.training_step(_batch(module, batch_size), 0)
-    states = sum(_states(module, name, parameters) for name, parameters in _groups(module).items())
+    weights = {name: bytes_of([*own[name], *network.buffers()]) for name, network in networks.items()}
+    live = LiveBytes()
+    rehearsal.iteration(module.costliest_iteration(), live)
+    states = sum(_states(module, name, parameters) for name, parameters in rehearsal.groups().items())
     fixed = sum(size for name, size in weights.items() if name not in elsewhere) + states
-    total = sum(gradients.values())
+    total = sum(rehearsal.gradients.values())
     return MemoryReport(
         {name: sum(p.numel() for p in parameters) for name, parameters in own.items()}, weights, total, states,
         max(0, live.peak - total), fixed + live.peak, tuple(elsewhere),
@@ -186,56 +154,9 @@ def _own_parameters(networks: dict[str, nn.Module]) -> dict[str, list[nn.Paramet
     return own
 
 
-class _Prompts(Codec):
-    """Stands in for VAE and text encoders, which are not on the device while networks train."""
-
-    def __init__(self, shape: tuple[int, int]) -> None:
-        self.shape = shape
-
-    def embed(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
-        return torch.zeros(len(prompts), *self.shape)
-
-
-def _batch(module: GenerativeModule, size: int) -> Batch:
-    """A training batch as the networks see it: latents for a text-to-image model."""
-    network = module.sampled_network
-    images = torch.zeros(size, *network.image_shape)
-    if network.condition_shape is None:
-        return Batch(images, module.labels.draw(size, torch.device("cpu")))
-    module.codec = _Prompts(network.condition_shape)
-    return Batch(images, prompts=["a prt dog"] * size, source_prompts=["a dog"] * size)
-
-
-def _rehearse(module: Any) -> dict[str, int]:
-    """Iterations without a trainer: gradients are made and dropped where they would be; their bytes, once they were."""
-    module.iteration = module.costliest_iteration()
-    groups = _groups(module)
-    gradients: dict[str, int] = {}
-
-    def backward_into(loss: Tensor, group: str) -> None:
-        (loss / module.accumulate).backward(inputs=groups[group])
-        gradients[group] = _bytes([p.grad for p in groups[group] if p.grad is not None])
-
-    def step(group: str) -> bool:
-        for parameter in groups[group]:
-            parameter.grad = None
-        return True
-
-    module.backward_into, module.step, module.finish_iteration = backward_into, step, lambda stepped: None
-    return gradients
-
-
-def _groups(module: GenerativeModule) -> dict[str, list[nn.Parameter]]:
-    return {name: [p for part in parts for p in part["params"]] for name, parts in module.groups().items()}
-
-
-def _bytes(tensors: Sequence[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
 def _states(module: GenerativeModule, group: str, parameters: Sequence[Tensor]) -> int:
     eight_bit = "8bit" in module.optimizers_of_groups()[group].algorithm
-    return ADAM_STATES * (sum(p.numel() for p in parameters) if eight_bit else _bytes(parameters))
+    return ADAM_STATES * (sum(p.numel() for p in parameters) if eight_bit else bytes_of(parameters))
 
 
 def report_memory(config: list[str], batch_size: int | None = None, precision: str | None = None) -> str:

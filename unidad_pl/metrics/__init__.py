@@ -12,9 +12,10 @@ from unidad_pl.metrics.kernel import KID, kid
 from unidad_pl.metrics.prdc import PRDC
 from unidad_pl.metrics.similarity import PromptLPIPS, SubjectCosines
 from unidad_pl.metrics.two_sample import TwoSample
+from unidad_pl.metrics.wasserstein import sliced_wasserstein, wasserstein
 
 __all__ = [
     "KID", "PRDC", "CLIPImages", "CLIPTexts", "DINOImages", "FeatureModule", "Frechet", "InceptionFeatures",
     "IntraClusterLPIPS", "IntraClusterResult", "LPIPSFeatures", "PromptLPIPS", "SubjectCosines", "TwoSample",
-    "frechet_distance", "kid",
+    "frechet_distance", "kid", "sliced_wasserstein", "wasserstein",
 ]  # fmt: skip

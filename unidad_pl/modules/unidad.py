@@ -155,6 +155,10 @@ class UniDAD(GenerativeModule):
         due = iterations - alone if every else -(-(iterations - alone) // self.student_options.update_every)
         return alone + due * self.adaptation.updates if group == "target" and self.adaptation else due
 
+    def iteration_kind(self) -> object:
+        alone, update = self.iteration < self.pretrain, self.iteration % self.student_options.update_every == 0
+        return "target" if alone else (update, self._target_updates(update), self._stop())
+
     def costliest_iteration(self) -> int:
         every = self.student_options.update_every
         return every * (self.pretrain // every + 1) if self.pretrain else 0  # one that updates the student
@@ -216,9 +220,12 @@ class UniDAD(GenerativeModule):
 
     def draw_student_images(self, batch: int, cond: Tensor | None) -> Tensor:
         """``x = G-unroll(z)`` [B, C, H, W]; ``backward_simulation`` stops at a step all ranks draw alike."""
+        z = random_noise(batch, self.student.image_shape, self.device)
+        return self.sampler(self.student, z, cond, self._stop())
+
+    def _stop(self) -> int | None:
         simulated = self.sampler.gradient == "backward_simulation"
-        stop = self.shared_randint(len(self.sampler)) if simulated else None
-        return self.sampler(self.student, random_noise(batch, self.student.image_shape, self.device), cond, stop)
+        return self.shared_randint(len(self.sampler)) if simulated else None
 
     # -- the student's loss --------------------------------------------------------------------------------------
 
@@ -233,15 +240,13 @@ class UniDAD(GenerativeModule):
             self._log_loss("student_adversarial", adversarial)
             terms["adversarial"] = self.gan.student_weight * adversarial
         if self.keep_image_gradients:
-            grads = {name: torch.autograd.grad(term, x, retain_graph=True)[0] for name, term in terms.items()}
-            self.image_gradients = {name: grad.detach() for name, grad in grads.items()}
+            self.image_gradients = {k: torch.autograd.grad(term, x, retain_graph=True)[0] for k, term in terms.items()}
         return torch.stack(list(terms.values())).sum()
 
     def matching_losses(self, x: Tensor, cond: Tensor | None, source_cond: Tensor | None) -> dict[str, Tensor]:
-        """The weighted losses of the teachers; all see the same noisy images as F (eq. 3-4).
+        """The weighted losses of the teachers, which see F's noisy images (eq. 3-4).
 
-        S gets ``source_cond`` where there is one: the prompt without the subject's token.
-        """
+        S gets ``source_cond`` where there is one: the prompt without the subject's token."""
         if self.matching is None:
             return {}
         noisy, sigma = self.add_noise(x.detach(), *index_range(len(self.sigmas), *self.matching.range))
@@ -250,10 +255,8 @@ class UniDAD(GenerativeModule):
         conds = {"source": cond if source_cond is None else source_cond, "target": cond}
         with torch.no_grad():
             fake_eps = self.fake_score.predict(noisy, sigma, cond).eps
-            eps = {}
-            for name in self.teacher_weights:
-                teacher = getattr(self, f"{name}_teacher")
-                eps[name] = predict_on_own_device(teacher, noisy, sigma, conds[name], away, scale).eps
+            nets = {name: getattr(self, f"{name}_teacher") for name in self.teacher_weights}
+            eps = {k: predict_on_own_device(net, noisy, sigma, conds[k], away, scale).eps for k, net in nets.items()}
         torch.clear_autocast_cache()  # torch reuses casts made without a graph, and their weights get no gradient
         terms = {}
         for name, weight in self.teacher_weights.items():

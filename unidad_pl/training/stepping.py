@@ -72,6 +72,10 @@ class ManualOptimization(pl.LightningModule):
         """Group name -> torch parameter groups, the same names as :meth:`optimizers_of_groups`."""
         raise NotImplementedError
 
+    def iteration_kind(self) -> object:
+        """What the coming iteration costs: as much as any other one of an equal kind and batch size."""
+        return "all"
+
     def _optimizer(self, group: str) -> tuple[Any, Any]:
         position = list(self.optimizers_of_groups()).index(group)
         optimizers: Any = self.optimizers(use_pl_optimizer=True)

@@ -1,0 +1,117 @@
+"""How far each factor of the samples is from the target population: is the variety there that ought to be?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from unidad_pl.callbacks.base import EvaluationCallback, Report, feature_name
+from unidad_pl.callbacks.given_images import GivenImages, Images
+from unidad_pl.metrics.features import check_network, evaluating
+from unidad_pl.metrics.gather import RowMetric, distinct_in_order
+from unidad_pl.metrics.wasserstein import wasserstein
+
+
+class Rows(RowMetric):
+    """What a judge read from each image [N, K], over all ranks, in the order of the images' numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_rows("index", 1, torch.long, numbers="index")
+        self.add_rows("read", 2, torch.float32)
+
+    def update(self, read: Tensor, index: Tensor) -> None:
+        self.append("read", read)
+        self.append("index", index)
+
+    def compute(self) -> Tensor:
+        return self.rows("read")[distinct_in_order(self.rows("index"))]
+
+
+class FactorDistance(EvaluationCallback):
+    """Logs ``<stage>/distance/<factor>``: how far a factor's distribution in the samples is from the reference images'.
+
+        >>> trainer = pl.Trainer(callbacks=[FactorDistance(["glasses", "skin", "tilt"])])
+
+    Both are read by the same network, so that its errors are in both. A category's distance is the share of samples
+    that would have to change theirs, in [0, 1]; a number's is the 1-Wasserstein distance, its range being [-1, 1]. The
+    record in ``metrics.jsonl`` has the same between two halves of the reference images as ``floor``.
+
+    Args:
+        factors: names the network knows.
+        features: a module with ``read(images) -> {factor: [N, values] or [N]}``: probabilities of a category's values,
+            or a number; default the network of the cartoon world.
+        reference: images, as in :class:`~unidad_pl.callbacks.fid.FID`.
+        common: see :class:`~unidad_pl.callbacks.base.EvaluationCallback`.
+
+    Raises:
+        ValueError: no factor. In ``setup``: one that the network does not know, or fewer than 4 reference images.
+        TypeError: ``features`` is no module, or has no ``read``.
+    """
+
+    def __init__(
+        self, factors: Sequence[str], features: nn.Module | None = None, reference: Images = None, **common: Any
+    ) -> None:
+        super().__init__(**common)
+        if isinstance(factors, str) or not factors:
+            raise ValueError(f"FactorDistance needs the names of one or more factors, got {factors!r}")
+        if features is None:
+            from unidad_pl.cartoons.features import CartoonFeatures
+
+            features = CartoonFeatures()
+        check_network(features=features)
+        if not callable(getattr(features, "read", None)):
+            raise TypeError(f"features must have read(images) -> {{factor: values}}, and {type(features).__name__} "
+                            f"has none")  # fmt: skip
+        self.factors = list(factors)
+        self.features: nn.Module = features
+        self.metric: Rows = Rows()
+        self.reference = GivenImages("FactorDistance", "reference", reference)
+        self._widths: list[int] = []
+        self._known: Tensor | None = None
+
+    def produces(self) -> list[str]:
+        return [f"distance/{factor}" for factor in self.factors]
+
+    def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().prepare(trainer, pl_module)
+        self.reference.check(trainer, least=4)
+        self._known = None  # another run may have another reference set
+
+    def _read(self, images: Tensor) -> Tensor:
+        with evaluating(self.features):
+            read: dict[str, Tensor] = self.features.read(images)  # type: ignore[operator]
+        if unknown := [factor for factor in self.factors if factor not in read]:
+            raise ValueError(f"FactorDistance: {feature_name(self.features)} reads no {unknown[0]!r}, only "
+                             f"{', '.join(read)}")  # fmt: skip
+        columns = [read[factor].reshape(len(images), -1).float() for factor in self.factors]
+        self._widths = [column.shape[1] for column in columns]
+        return torch.cat(columns, 1)
+
+    def update(self, trainer: pl.Trainer, pl_module: pl.LightningModule, images: Tensor, seeds: Tensor) -> None:
+        self.metric.update(self._read(images), seeds)
+
+    def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> Report:
+        samples = self.metric.compute().cpu()
+        if self._known is None or self.reference.are_new(trainer, self._size):
+            self.metric.reset()
+            for images, numbers in self.reference.share(trainer, self._size, self.metric.device, 64):
+                self.metric.update(self._read(images), numbers)
+            self._known = self.metric.compute().cpu()
+        known = self._known
+        halves = known[::2], known[1::2]
+        values = dict(zip(self.produces(), self._distances(samples, known), strict=True))
+        floor = dict(zip(self.factors, self._distances(*halves), strict=True))
+        return Report(values, {"extractor": feature_name(self.features), "reference": len(known), "floor": floor})
+
+    def _distances(self, x: Tensor, y: Tensor) -> list[float]:
+        found = []
+        for a, b in zip(x.split(self._widths, 1), y.split(self._widths, 1), strict=True):
+            category = a.shape[1] > 1
+            shares = (a.double().mean(0) - b.double().mean(0)).abs().sum() / 2
+            found.append(float(shares if category else wasserstein(a, b)[0]))
+        return found
