@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,9 +19,9 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=["T first", "simulated"])
-def test_a_budget_is_enough_for_what_was_planned_and_no_more(options: dict[str, Any]) -> None:
+def test_a_budget_is_enough_for_what_was_planned_and_no_more(options: dict[str, Any], tmp_path: Path) -> None:
     cost = Cost()
-    fit(unidad(**SMALL, **options), 6, callbacks=[cost])
+    fit(unidad(**SMALL, **options), 6, callbacks=[cost], default_root_dir=tmp_path)
     plan = Plan(unidad(**SMALL, **options), 4)
     assert sum(plan.flops(number) for number in range(6)) == cost.total.flops
     assert plan.iterations_within(cost.tflops * (1 + 1e-9)) == 6

@@ -23,6 +23,7 @@ TOOLS = {
     "restore adm": "unidad_pl.backbones.adm_files:restore_adm",
     "export": "unidad_pl.export.student:export_student",
     "sample": "unidad_pl.cli.sample:sample",
+    "study": "unidad_pl.cli.study:study",
     "report memory": "unidad_pl.cli.report_memory:report_memory",
     "report subjects": "unidad_pl.cli.report_subjects:report_subjects",
 }

@@ -1,0 +1,149 @@
+"""`unidad study`: a small grid of one and two stages, stopped and gone on with, its table and pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from tests.worlds import nested
+from unidad_pl import Diffusion, UniDAD
+from unidad_pl.cli import study as module
+from unidad_pl.cli.main import main
+from unidad_pl.cli.study import launch, read_study, study
+from unidad_pl.cli.study_page import spread
+from unidad_pl.files import BrokenFile
+from unidad_pl.runs.config import build_module
+
+SHIPPED = Path(__file__).resolve().parents[2] / "configs" / "study" / "stages.yaml"
+SHAPE = {
+    "resolution": 16,
+    "channels": [8],
+    "attention_levels": [],
+    "layers": 1,
+    "head_channels": 8,
+    "norm_groups": 4,
+}
+SOURCE = {"class_path": "unidad_pl.NewUNet", "init_args": SHAPE}
+BASE = {
+    "model": {"class_path": "unidad_pl.UniDAD", "init_args": {"source": SOURCE, **nested(student__num_steps=2)}},
+    "data": {"class_path": "unidad_pl.FewShotDataModule",
+             "init_args": {"shots": 2, "resolution": 16, "batch_size": 2, "evaluation": {"val_samples": 6}}},
+    "trainer": {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False},
+}  # fmt: skip
+JUDGES = [
+    {"class_path": "unidad_pl.SampleGrid", "init_args": {"count": 4, "columns": 4, "shots_on_top": False}},
+    {"class_path": "unidad_pl.FID", "init_args": {"features": {"class_path": "unidad_pl.CartoonFeatures"}}},
+]
+FILES: dict[str, Any] = {
+    "base": BASE,
+    "hats": {"data": {"init_args": {"root": "builtin:sunglasses", "reference": {"root": "builtin:sunglasses:12"}}},
+             "trainer": {"callbacks": JUDGES}},
+    "adapt": {"model": {"class_path": "unidad_pl.Diffusion",
+                        "init_args": {"source": SOURCE, "sampling": {"sampler": "few_step", "num_steps": 2}}}},
+    "joint": {},
+    "alone": {"model": {"init_args": {"target_teacher": None}}},
+}  # fmt: skip
+STUDY = {
+    "base": "base.yaml", "tflops": 0.0004, "validations": 1, "seeds": [0], "domains": {"hats": "hats.yaml"},
+    "methods": {"joint": "joint.yaml", "two stages": [
+        {"config": "adapt.yaml", "share": 0.5},
+        {"config": "alone.yaml", "share": 0.5,
+         "starts": ["model.init_args.source"]}]},
+    "quick": {"tflops": 0.0001},
+}  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A study, whose fits run in this process: importing everything takes longer than they do."""
+    for name, content in {**FILES, "study": STUDY}.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+
+    def in_this_process(command: list[str], log: Path, threads: int) -> int:
+        assert threads == (os.cpu_count() or 1)
+        main([*command[3:], "--threads", "1"])
+        return 0
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "launch", in_this_process)
+    return tmp_path
+
+
+def test_a_grid_at_equal_compute_that_goes_on_where_it_stopped(place: Path) -> None:
+    assert "| joint | 1 | 0.0 |" in study("study.yaml", "out", only="joint/*")
+    first = json.loads((place / "out" / "study.json").read_text())
+    table = study("study.yaml", "out")
+    rows = json.loads((place / "out" / "study.json").read_text())
+    assert rows[0] == first[0]  # not run again
+    assert [row["method"] for row in rows] == ["joint", "two stages"]
+    assert "two stages" in table
+    for row in rows:
+        assert row["tflops"] <= STUDY["tflops"]
+        assert row["tflops"] > 0.6 * STUDY["tflops"]
+        assert row["values"]["fid"] > 0
+        assert row["curve"][-1]["tflops"] == row["tflops"]
+    for name in ("quality.png", "curves.png", "pictures_hats.png"):
+        with Image.open(place / "out" / name) as picture:
+            assert picture.width > 300
+
+
+def test_stages_that_cells_share_are_run_once_and_names_are_their_content() -> None:
+    cells = read_study(SHIPPED, Path("out"))
+    assert len(cells) == len({cell.name for cell in cells})
+    distilled = {cell.run.before.folder for cell in cells if cell.method == "distil, then adapt" and cell.run.before}
+    assert len(distilled) == 3  # one for each seed, whatever the domain
+    assert read_study(SHIPPED, Path("out"), quick=True)[0].run.tflops < cells[0].run.tflops
+    assert read_study(SHIPPED, Path("out")) == cells
+
+
+def test_every_method_of_the_shipped_study_can_be_built() -> None:
+    cells = [cell for cell in read_study(SHIPPED, Path("out")) if cell.seed == 0 and cell.domain == "cats"]
+    for cell in cells:
+        for run in (cell.run, cell.run.before):
+            if run is not None:
+                module = build_module(run.config, cell.name)
+                assert isinstance(module, (UniDAD, Diffusion)), cell.name
+                judges = [judge["class_path"].split(".")[-1] for judge in run.config["trainer"]["callbacks"]]
+                assert judges == ["SampleGrid", "FID", "IntraLPIPS", "AttributeShare", "FactorDistance"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"budget": 3}, r"expected the entries .*got .*'budget'"), ({"tflops": -1}, "tflops must be"),
+        ({"methods": {"a": [{"config": "joint.yaml"}]}}, r"expected the entries .*'share'"),
+        ({"base": "nowhere.yaml"}, "nowhere"),
+    ],
+)  # fmt: skip
+def test_what_is_no_study_is_refused(change: dict[str, Any], message: str, place: Path) -> None:
+    (place / "study.yaml").write_text(yaml.safe_dump(STUDY | change))
+    with pytest.raises((BrokenFile, ValueError, FileNotFoundError), match=message):
+        study("study.yaml", "out")
+
+
+def test_cells_that_are_not_there_and_fits_that_fail(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"fits none of the 2 cells, such as 'joint/hats/0'"):
+        study("study.yaml", "out", only="other/*")
+    with pytest.raises(ValueError, match="cell must be"):
+        study("study.yaml", "out", cell=2)
+
+    def fails(command: list[str], log: Path, threads: int) -> int:
+        return launch([sys.executable, "-c", f"import os; print(os.environ['OMP_NUM_THREADS'], {threads}); exit(3)"],
+                      log, threads)  # fmt: skip
+
+    monkeypatch.setattr(module, "launch", fails)
+    cores = os.cpu_count() or 1
+    with pytest.raises(RuntimeError, match=rf"joint/hats/0: the fit failed \({cores} {cores}\): see .*log\.txt"):
+        study("study.yaml", "out", cell=0)
+
+
+def test_spreads() -> None:
+    assert spread([1.0, 3.0], decimals=1) == "2.0 ± 1.4"
+    assert spread([None, 0.25], 100, 0) == "25"

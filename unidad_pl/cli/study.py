@@ -1,0 +1,278 @@
+"""`unidad study`: methods against each other on several domains and seeds, at equal compute, as ordinary fits."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from itertools import product
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from unidad_pl.callbacks.cost import FILE as COST_FILE
+from unidad_pl.callbacks.environment import git_commit
+from unidad_pl.callbacks.records import FILE as METRICS_FILE
+from unidad_pl.callbacks.records import read_records
+from unidad_pl.checks import check_positive, check_whole
+from unidad_pl.cli.errors import sentence_of
+from unidad_pl.cli.study_page import write_results
+from unidad_pl.export.student import export_student
+from unidad_pl.files import BrokenFile, replacing
+from unidad_pl.runs.checkpoints import newest_intact
+from unidad_pl.runs.config import build_module, merge_configs, read_config
+from unidad_pl.training.rehearsal import Plan
+
+RESULT_FILE = "result.json"
+EXPORT = "unidad_pl.PretrainedUNet"
+_PLANNING = Lock()  # torch's random state and its counting of FLOPs are the whole process's
+ENTRIES = {"base", "tflops", "seeds", "validations", "domains", "methods", "quick"}
+STAGE_ENTRIES = {"config", "share", "starts", "domain"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fit.
+
+    Attributes:
+        folder: its own; named after what it computes, so that stages which several cells share are run once.
+        config: what ``unidad fit`` gets.
+        before: the run whose exported network it starts from.
+        starts: dotted options, sources, that become that network.
+        tflops: its compute.
+        validations: evaluations during the run; the last is at its end.
+    """
+
+    folder: Path
+    config: Any
+    before: Run | None
+    starts: tuple[str, ...]
+    tflops: float
+    validations: int
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one domain with one seed; ``run`` is its last fit."""
+
+    method: str
+    domain: str
+    seed: int
+    run: Run
+
+    @property
+    def name(self) -> str:
+        """``METHOD/DOMAIN/SEED``."""
+        return f"{self.method}/{self.domain}/{self.seed}"
+
+
+def study(
+    config: str,
+    out: str | None = None,
+    only: str = "*",
+    cell: int | None = None,
+    quick: bool = False,
+    parallel: int = 1,
+) -> str:
+    """Run a grid of (method, domain, seed) at equal compute, and write tables, curves and pictures of its results.
+
+    Every cell is an ordinary run folder. Cells that are done are kept: the same command goes on where it was stopped.
+
+    Args:
+        config: a study, such as configs/study/stages.yaml.
+        out: its folder; null: studies/NAME.
+        only: cells to run, as METHOD/DOMAIN/SEED with * for any.
+        cell: run this one alone, counted from 0: for the tasks of a SLURM array.
+        quick: with the study's smaller numbers, to see that everything runs.
+        parallel: fits at a time; the cores are shared out.
+
+    Returns:
+        The table of all cells that are done.
+
+    Raises:
+        FileNotFoundError, ValueError: a study that cannot be read, or a pattern that fits no cell.
+        RuntimeError: a fit failed; the others are done.
+    """
+    check_whole(1, parallel=parallel)
+    folder = Path(out or Path("studies") / (Path(config).stem + ("_quick" if quick else "")))
+    cells = read_study(Path(config), folder, quick)
+    chosen = [one for one in cells if fnmatch(one.name, only)]
+    if cell is not None:
+        check_whole(0, len(cells) - 1, cell=cell)
+        chosen = [cells[cell]]
+    if not chosen:
+        raise ValueError(f"--only {only!r} fits none of the {len(cells)} cells, such as {cells[0].name!r}")
+    threads = max(1, (os.cpu_count() or 1) // parallel)
+    failed: dict[str, str] = {}
+
+    def work(one: Cell) -> None:
+        try:
+            carry_out(one.run, threads)
+        except (RuntimeError, OSError, ValueError) as error:
+            failed[one.name] = sentence_of(error)
+        write_results(folder, results(cells))
+
+    with ThreadPoolExecutor(parallel) as pool:
+        list(pool.map(work, chosen))
+    if failed:
+        raise RuntimeError("; ".join(f"{name}: {why}" for name, why in failed.items()))
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def read_study(path: Path, out: Path, quick: bool = False) -> list[Cell]:
+    """All cells of a study, method by method.
+
+    Raises:
+        FileNotFoundError: it names a config that is not there.
+        BrokenFile: it lacks an entry, or has an unknown one.
+    """
+    content = read_config(path)
+    _check_entries(path, content, ENTRIES, ENTRIES - {"quick"})
+    if quick:
+        content |= content.get("quick", {})
+    check_positive(tflops=content["tflops"])
+    check_whole(1, validations=content["validations"])
+    base = read_config(path.parent / content["base"])
+    domains = {name: read_config(path.parent / place) for name, place in content["domains"].items()}
+    cells = []
+    grid = product(content["methods"].items(), domains.items(), content["seeds"])
+    for (method, stages), (domain, settings), seed in grid:
+        run: Run | None = None
+        chain: list[dict[str, Any]] = [{"config": stages, "share": 1.0}] if isinstance(stages, str) else stages
+        for stage in chain:
+            _check_entries(path, stage, STAGE_ENTRIES, {"config", "share"})
+            own = read_config(path.parent / stage["domain"]) if "domain" in stage else settings
+            merged = merge_configs([base, own, read_config(path.parent / stage["config"]), {"seed_everything": seed}])
+            tflops, starts = content["tflops"] * stage["share"], tuple(stage.get("starts", ()))
+            run = _run(out, merged, run, starts, tflops, content["validations"])
+        assert run is not None
+        cells.append(Cell(method, domain, seed, run))
+    return cells
+
+
+def _check_entries(path: Path, given: Any, known: set[str], needed: set[str]) -> None:
+    if not isinstance(given, dict) or set(given) - known or needed - set(given):
+        seen = sorted(given) if isinstance(given, dict) else given
+        raise BrokenFile(f"{str(path)!r}: expected the entries {sorted(needed)}, perhaps {sorted(known - needed)}, "
+                         f"got {seen}")  # fmt: skip
+
+
+def _run(out: Path, config: Any, before: Run | None, starts: tuple[str, ...], tflops: float, validations: int) -> Run:
+    described = json.dumps([config, before and before.folder.name, starts, tflops, validations], sort_keys=True)
+    folder = out / "runs" / hashlib.sha256(described.encode()).hexdigest()[:12]
+    return Run(folder, config, before, starts, tflops, validations)
+
+
+def carry_out(run: Run, threads: int) -> dict[str, Any]:
+    """Fit a run, and those before it, unless they are done; what came out.
+
+    Raises:
+        RuntimeError: the fit failed; names its log.
+    """
+    before = None if run.before is None else carry_out(run.before, threads)
+    with _alone(run.folder):
+        if (run.folder / RESULT_FILE).is_file():
+            return json.loads((run.folder / RESULT_FILE).read_text(encoding="utf-8"))
+        with _PLANNING:
+            config, iterations = _planned(run)
+        every = max(1, iterations // run.validations)
+        _fit(run, config, every * max(1, iterations // every), every, before, threads)
+        result = _result(run)
+        with replacing(run.folder / RESULT_FILE) as part:
+            part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        return result
+
+
+def _planned(run: Run) -> tuple[Any, int]:
+    """The config of a run with the network it starts from, and how many iterations its TFLOPs are enough for."""
+    config = run.config
+    if run.before is not None:
+        start = run.before.folder / "export"
+        if not start.exists():
+            export_student(str(_checkpoint(run.before)), str(start))
+        for option in run.starts:
+            config = merge_configs([config, _nested(option, {"class_path": EXPORT, "init_args": {"path": str(start)}})])
+    module = build_module(config, str(run.folder))
+    plan = Plan(module, int(config["data"]["init_args"]["batch_size"]))
+    return config, plan.iterations_within(run.tflops)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Others who want the same run, in this process or another one, wait."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _nested(option: str, value: Any) -> Any:
+    for name in reversed(option.split(".")):
+        value = {name: value}
+    return value
+
+
+def _fit(run: Run, config: Any, iterations: int, every: int, before: Any, threads: int) -> None:
+    logger = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+              "init_args": {"save_dir": str(run.folder), "name": "fit"}}  # fmt: skip
+    cost = {"class_path": "unidad_pl.Cost", "init_args": {"before": 0.0 if before is None else before["tflops"]}}
+    trainer = config["trainer"] | {"max_steps": iterations, "val_check_interval": every, "logger": logger}
+    trainer["callbacks"] = [*trainer.get("callbacks", []), cost]
+    whole = config | {"trainer": trainer, "summary": False, "threads": threads}
+    with replacing(run.folder / "config.json") as part:
+        part.write_text(json.dumps(whole, indent=1), encoding="utf-8")  # JSON is YAML
+    command = [sys.executable, "-m", "unidad_pl.cli", "fit", "--config", str(run.folder / "config.json"),
+               "--ckpt_path", "auto"]  # fmt: skip
+    log = run.folder / "log.txt"
+    if launch(command, log, threads):
+        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+        raise RuntimeError(f"the fit failed ({' '.join(last)}): see {log}")
+
+
+def launch(command: list[str], log: Path, threads: int) -> int:
+    """Run a command in a process with so many threads, what it prints added to ``log``; its exit code."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    with log.open("a") as file:
+        return subprocess.run(command, stdout=file, stderr=file, check=False, env=environment).returncode
+
+
+def _checkpoint(run: Run) -> Path:
+    path, _ = newest_intact(run.folder / "fit")
+    if path is None:
+        raise FileNotFoundError(f"no checkpoint in {run.folder / 'fit'}: delete {run.folder} to train again")
+    return path
+
+
+def _result(run: Run) -> dict[str, Any]:
+    """The values of every validation by iteration, the last ones, the cost and where it came from."""
+    folder = _checkpoint(run).parents[1]
+    curve: dict[int, dict[str, float]] = {}
+    for record in read_records(folder / METRICS_FILE):
+        curve.setdefault(record["step"], {"tflops": record["tflops"]}).update(record["values"])
+    cost = json.loads((folder / COST_FILE).read_text(encoding="utf-8"))
+    pictures = sorted((folder / "samples").glob("*.png"))
+    return {
+        "tflops": cost["tflops"], "iterations": max(curve), "values": curve[max(curve)],
+        "curve": [{"step": step, **values} for step, values in sorted(curve.items())],
+        "picture": str(pictures[-1].relative_to(run.folder)) if pictures else None,
+        "commit": git_commit(Path(__file__).parent),
+    }  # fmt: skip
+
+
+def results(cells: list[Cell]) -> list[dict[str, Any]]:
+    """What came out of the cells that are done, in their order."""
+    rows = []
+    for cell in cells:
+        path = cell.run.folder / RESULT_FILE
+        if path.is_file():
+            own = {"method": cell.method, "domain": cell.domain, "seed": cell.seed, "run": str(cell.run.folder)}
+            rows.append(own | json.loads(path.read_text(encoding="utf-8")))
+    return rows

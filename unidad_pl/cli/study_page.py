@@ -1,0 +1,123 @@
+"""What a study found: study.json, a table in Markdown, two charts and a page of pictures."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from unidad_pl.files import replacing
+
+VALUES: dict[str, tuple[str, float, int]] = {
+    "fid": ("Frechet", 1, 1),
+    "precision": ("precision", 1, 2),
+    "intra_lpips_relative": ("diversity %", 100, 0),
+    "memorised": ("near-copies %", 100, 1),
+}
+"""Metric -> heading, factor and decimals in tables; shares of attributes come after these."""
+
+Rows = list[dict[str, Any]]
+
+
+def write_results(folder: Path, rows: Rows) -> None:
+    """Write everything about the cells that are done into ``folder``."""
+    if not rows:
+        return
+    with replacing(folder / "study.json") as part:
+        part.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    with replacing(folder / "README.md") as part:
+        part.write_text(tables(rows), encoding="utf-8")
+    charts(folder, rows)
+    pictures(folder, rows)
+
+
+def grouped(rows: Rows, *names: str) -> dict[tuple[Any, ...], Rows]:
+    """Rows by their values of ``names``, in the order they come."""
+    groups: dict[tuple[Any, ...], Rows] = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[name] for name in names)].append(row)
+    return groups
+
+
+def tables(rows: Rows) -> str:
+    """One Markdown table for each domain: mean and standard deviation over the seeds."""
+    parts = []
+    for (domain,), of_domain in grouped(rows, "domain").items():
+        shares = [name for row in of_domain for name in row["values"] if name.startswith("share/")]
+        columns = VALUES | {name: (f"{name.partition('=')[2]} %", 100, 1) for name in dict.fromkeys(shares)}
+        head = [domain, "seeds", "TFLOPs", *(heading for heading, _, _ in columns.values())]
+        lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+        for (method,), same in grouped(of_domain, "method").items():
+            cells = [spread([row["values"].get(name) for row in same], *how) for name, (_, *how) in columns.items()]
+            flops = spread([row["tflops"] for row in same], 1, 1)
+            lines.append("| " + " | ".join([method, str(len(same)), flops, *cells]) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def spread(values: list[float | None], factor: float = 1, decimals: int = 2) -> str:
+    """``mean +- standard deviation`` of what is known, times ``factor``.
+
+    >>> spread([1.0, 2.0], decimals=1), spread([0.5], 100, 0), spread([None])
+    ('1.5 ± 0.7', '50', '-')
+    """
+    known = [value * factor for value in values if value is not None]
+    if not known:
+        return "-"
+    middle = f"{mean(known):.{decimals}f}"
+    return middle if len(known) == 1 else f"{middle} ± {stdev(known):.{decimals}f}"
+
+
+def charts(folder: Path, rows: Rows) -> None:
+    """``quality.png``: Frechet distance against diversity; ``curves.png``: Frechet distance against TFLOPs."""
+    from matplotlib.figure import Figure
+
+    domains = list(grouped(rows, "domain"))
+    for name in ("quality", "curves"):
+        figure = Figure(figsize=(5.5 * len(domains), 5), layout="constrained")
+        axes = figure.subplots(1, len(domains), squeeze=False)[0]
+        for axis, (domain,) in zip(axes, domains, strict=True):
+            of_domain = [row for row in rows if row["domain"] == domain]
+            for (method,), same in grouped(of_domain, "method").items():
+                (_points if name == "quality" else _curve)(axis, method, same)
+            axis.set(title=domain, yscale="log", ylabel="Frechet distance (lower is better)",
+                     xlabel="diversity, share of held-out" if name == "quality" else "TFLOPs of training")  # fmt: skip
+            axis.grid(alpha=0.3)
+        axes[-1].legend(loc="upper right", fontsize=7)
+        with replacing(folder / f"{name}.png") as part:
+            figure.savefig(part, dpi=110, format="png")
+
+
+def _points(axis: Any, method: str, rows: Rows) -> None:
+    values = [row["values"] for row in rows]
+    axis.plot([v.get("intra_lpips_relative") for v in values], [v["fid"] for v in values], "o", label=method)
+
+
+def _curve(axis: Any, method: str, rows: Rows) -> None:
+    """The mean over seeds at every validation; a stage before it is on the axis and not in the line."""
+    points = list(zip(*(row["curve"] for row in rows), strict=False))
+    axis.plot(
+        [mean(p["tflops"] for p in same) for same in points], [mean(p["fid"] for p in same) for same in points],
+        ".-", label=method,
+    )  # fmt: skip
+
+
+def pictures(folder: Path, rows: Rows) -> None:
+    """``pictures_DOMAIN.png``: a row of samples for each method, the same seeds in each column."""
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    for (domain,), of_domain in grouped(rows, "domain").items():
+        firsts = [same[0] for same in grouped(of_domain, "method").values() if same[0]["picture"]]
+        strips = [(row["method"], Image.open(Path(row["run"]) / row["picture"]).convert("RGB")) for row in firsts]
+        if not strips:
+            continue
+        label, height = 200, max(strip.height for _, strip in strips) + 4
+        page = Image.new("RGB", (label + max(strip.width for _, strip in strips), height * len(strips)), "white")
+        for number, (method, strip) in enumerate(strips):
+            page.paste(strip, (label, number * height))
+            ImageDraw.Draw(page).text((4, number * height + height // 2 - 6), method, fill="black")
+        with replacing(folder / f"pictures_{domain}.png") as part:
+            Image.fromarray(np.asarray(page)).save(part, format="png")
