@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
@@ -10,6 +11,7 @@ from typing import Any
 
 from unidad_pl.files import replacing
 
+log = logging.getLogger(__name__)
 VALUES: dict[str, tuple[str, float, int]] = {
     "fid": ("Frechet", 1, 1),
     "precision": ("precision", 1, 2),
@@ -72,8 +74,11 @@ def spread(values: list[float | None], factor: float = 1, decimals: int = 2) -> 
 
 def charts(folder: Path, rows: Rows) -> None:
     """``quality.png``: Frechet distance against diversity; ``curves.png``: Frechet distance against TFLOPs."""
-    from matplotlib.figure import Figure
-
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        log.warning("no charts: they need matplotlib, pip install 'unidad_pl[study]'")
+        return
     domains = list(grouped(rows, "domain"))
     for name in ("quality", "curves"):
         figure = Figure(figsize=(5.5 * len(domains), 5), layout="constrained")
