@@ -32,10 +32,10 @@ class Grey(Toy):
         return (seeds / 100).view(-1, 1, 1, 1).expand(-1, 3, SIZE, SIZE).float()
 
 
-def evaluate(callback: FactorDistance, place: Path, module: Any = None) -> Any:
+def evaluate(callback: FactorDistance, place: Path, seeds: int = 20) -> Any:
     trainer = pl.Trainer(accelerator="cpu", callbacks=[callback], logger=False, default_root_dir=place,
                          enable_progress_bar=False)  # fmt: skip
-    (values,) = trainer.validate(module or Grey(), Data(seeds=20), verbose=False)
+    (values,) = trainer.validate(Grey(), Data(seeds=seeds), verbose=False)
     return values, json.loads((place / "metrics.jsonl").read_text().splitlines()[-1])
 
 
@@ -52,6 +52,12 @@ def test_numbers_and_categories(tmp_path: Path) -> None:
     assert record["reference"] == 20
     again, _ = evaluate(callback, tmp_path)
     assert again == values
+
+
+def test_one_sample_is_enough(tmp_path: Path) -> None:
+    callback = FactorDistance(["brightness"], Judge(), reference(0.5, 0.5, 0.5, 0.5))
+    values, _ = evaluate(callback, tmp_path, seeds=1)
+    assert values["val/distance/brightness"] == pytest.approx(0.5)
 
 
 def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_every_method_of_the_shipped_study_can_be_built() -> None:
     [
         ({"budget": 3}, r"expected the entries .*got .*'budget'"), ({"tflops": -1}, "tflops must be"),
         ({"methods": {"a": [{"config": "joint.yaml"}]}}, r"expected the entries .*'share'"),
-        ({"base": "nowhere.yaml"}, "nowhere"),
+        ({"base": "nowhere.yaml"}, "nowhere"), ({"quick": {"tflop": 1}}, r"got \['tflop'\]"),
     ],
 )  # fmt: skip
 def test_what_is_no_study_is_refused(change: dict[str, Any], message: str, place: Path) -> None:

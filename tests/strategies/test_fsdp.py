@@ -149,4 +149,3 @@ def test_lightnings_own_model_parallel_strategy_is_refused() -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with pytest.raises(RuntimeError, match="unidad_fsdp"):
         fit(unidad(), 1, devices=1, strategy=ModelParallelStrategy(1, 1, process_group_backend="gloo"))
-    torch.distributed.destroy_process_group()

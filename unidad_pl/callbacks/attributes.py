@@ -11,25 +11,7 @@ from torch import Tensor, nn
 
 from unidad_pl.callbacks.base import EvaluationCallback, Report, feature_name
 from unidad_pl.metrics.features import check_network, evaluating
-from unidad_pl.metrics.gather import RowMetric, distinct_in_order
-
-
-class Hits(RowMetric):
-    """Which samples show which attributes, over all ranks; ``compute`` gives the shares [A] float64."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_rows("index", 1, torch.long, numbers="index")
-        self.add_rows("hits", 2, torch.uint8)
-
-    def update(self, hits: Tensor, index: Tensor) -> None:
-        """``hits`` [B, A] bool of the samples numbered ``index`` [B]."""
-        self.append("hits", hits)
-        self.append("index", index)
-
-    def compute(self) -> Tensor:
-        distinct = distinct_in_order(self.rows("index"))
-        return self.rows("hits")[distinct].cpu().double().mean(0)
+from unidad_pl.metrics.gather import NumberedRows
 
 
 class AttributeShare(EvaluationCallback):
@@ -63,7 +45,7 @@ class AttributeShare(EvaluationCallback):
             )
         self.wanted = dict(wanted)
         self.features: nn.Module = features
-        self.metric: Hits = Hits()
+        self.metric: NumberedRows = NumberedRows(torch.uint8)
         self._codes: dict[str, int] = {}
 
     def produces(self) -> list[str]:
@@ -91,5 +73,6 @@ class AttributeShare(EvaluationCallback):
         self.metric.update(hits, seeds)
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> Report:
-        shares = self.metric.compute().reshape(-1).tolist()
+        hits = self.metric.compute().reshape(-1, len(self._codes))
+        shares = hits.cpu().double().mean(0).tolist()
         return Report(dict(zip(self.produces(), shares, strict=True)), {"extractor": feature_name(self.features)})

@@ -12,24 +12,8 @@ from torch import Tensor, nn
 from unidad_pl.callbacks.base import EvaluationCallback, Report, feature_name
 from unidad_pl.callbacks.given_images import GivenImages, Images
 from unidad_pl.metrics.features import check_network, evaluating
-from unidad_pl.metrics.gather import RowMetric, distinct_in_order
+from unidad_pl.metrics.gather import NumberedRows
 from unidad_pl.metrics.wasserstein import wasserstein
-
-
-class Rows(RowMetric):
-    """What a judge read from each image [N, K], over all ranks, in the order of the images' numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_rows("index", 1, torch.long, numbers="index")
-        self.add_rows("read", 2, torch.float32)
-
-    def update(self, read: Tensor, index: Tensor) -> None:
-        self.append("read", read)
-        self.append("index", index)
-
-    def compute(self) -> Tensor:
-        return self.rows("read")[distinct_in_order(self.rows("index"))]
 
 
 class FactorDistance(EvaluationCallback):
@@ -69,7 +53,7 @@ class FactorDistance(EvaluationCallback):
                             f"has none")  # fmt: skip
         self.factors = list(factors)
         self.features: nn.Module = features
-        self.metric: Rows = Rows()
+        self.metric: NumberedRows = NumberedRows(torch.float32)
         self.reference = GivenImages("FactorDistance", "reference", reference)
         self._widths: list[int] = []
         self._known: Tensor | None = None
@@ -96,17 +80,20 @@ class FactorDistance(EvaluationCallback):
         self.metric.update(self._read(images), seeds)
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> Report:
-        samples = self.metric.compute().cpu()
+        samples = self._rows()
         if self._known is None or self.reference.are_new(trainer, self._size):
             self.metric.reset()
             for images, numbers in self.reference.share(trainer, self._size, self.metric.device, 64):
                 self.metric.update(self._read(images), numbers)
-            self._known = self.metric.compute().cpu()
+            self._known = self._rows()
         known = self._known
         halves = known[::2], known[1::2]
         values = dict(zip(self.produces(), self._distances(samples, known), strict=True))
         floor = dict(zip(self.factors, self._distances(*halves), strict=True))
         return Report(values, {"extractor": feature_name(self.features), "reference": len(known), "floor": floor})
+
+    def _rows(self) -> Tensor:
+        return self.metric.compute().reshape(-1, sum(self._widths)).cpu()
 
     def _distances(self, x: Tensor, y: Tensor) -> list[float]:
         found = []

@@ -76,8 +76,8 @@ class FID(EvaluationCallback):
         self._ready = False
 
     def produces(self) -> list[str]:
-        kid, swd = ["kid"] if self.kid else [], ["swd"] if self.swd else []
-        return ["fid", *kid, *swd, *(NAMES if self.prdc else [])]
+        wanted = {"kid": self.kid, "swd": self.swd} | dict.fromkeys(NAMES, self.prdc)
+        return ["fid", *(name for name, is_wanted in wanted.items() if is_wanted)]
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().prepare(trainer, pl_module)

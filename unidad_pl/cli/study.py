@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cache
 from itertools import product
 from pathlib import Path
 from threading import Lock
@@ -136,21 +137,23 @@ def read_study(path: Path, out: Path, quick: bool = False) -> list[Cell]:
     """
     content = read_config(path)
     _check_entries(path, content, ENTRIES, ENTRIES - {"quick"})
+    smaller = content.pop("quick", {})
+    _check_entries(path, smaller, ENTRIES - {"quick"}, set())
     if quick:
-        content |= content.get("quick", {})
+        content |= smaller
     check_positive(tflops=content["tflops"])
     check_whole(1, validations=content["validations"])
-    base = read_config(path.parent / content["base"])
-    domains = {name: read_config(path.parent / place) for name, place in content["domains"].items()}
+    read = cache(lambda name: read_config(path.parent / name))  # the same parts come in many cells
+    base = read(content["base"])
     cells = []
-    grid = product(content["methods"].items(), domains.items(), content["seeds"])
-    for (method, stages), (domain, settings), seed in grid:
+    grid = product(content["methods"].items(), content["domains"].items(), content["seeds"])
+    for (method, stages), (domain, place), seed in grid:
         run: Run | None = None
         chain: list[dict[str, Any]] = [{"config": stages, "share": 1.0}] if isinstance(stages, str) else stages
         for stage in chain:
             _check_entries(path, stage, STAGE_ENTRIES, {"config", "share"})
-            own = read_config(path.parent / stage["domain"]) if "domain" in stage else settings
-            merged = merge_configs([base, own, read_config(path.parent / stage["config"]), {"seed_everything": seed}])
+            own = read(stage.get("domain", place))
+            merged = merge_configs([base, own, read(stage["config"]), {"seed_everything": seed}])
             tflops, starts = content["tflops"] * stage["share"], tuple(stage.get("starts", ()))
             run = _run(out, merged, run, starts, tflops, content["validations"])
         assert run is not None

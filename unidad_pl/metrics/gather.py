@@ -201,3 +201,32 @@ def distinct_in_order(index: Tensor) -> Tensor:
     new = torch.ones_like(ordered, dtype=torch.bool)
     new[1:] = ordered[1:] != ordered[:-1]
     return order[new]
+
+
+class NumberedRows(RowMetric):
+    """What was read from each sample, over all ranks, in the order of the samples' numbers; a number counts once.
+
+        >>> rows = NumberedRows(torch.float32)
+        >>> rows.update(torch.tensor([[5.0, 1.0], [3.0, 2.0]]), index=torch.tensor([1, 0]))
+        >>> rows.compute()
+        tensor([[3., 2.],
+                [5., 1.]])
+
+    torchmetrics makes a scalar of a single number: reshape what may be one.
+
+    Args:
+        dtype: of the values.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.add_rows("index", 1, torch.long, numbers="index")
+        self.add_rows("values", 2, dtype)
+
+    def update(self, values: Tensor, index: Tensor) -> None:
+        """``values`` [B, K] of the samples numbered ``index`` [B]."""
+        self.append("values", values)
+        self.append("index", index)
+
+    def compute(self) -> Tensor:
+        return self.rows("values")[distinct_in_order(self.rows("index"))]
