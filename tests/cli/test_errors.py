@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import yaml
 from tests.runs.test_resume import CONFIG
 from unidad_pl.cli.errors import Refused
 from unidad_pl.cli.launch import check_launcher
-from unidad_pl.cli.main import main, wait_passively_where_busy
+from unidad_pl.cli.main import main, processor_ticks, wait_passively_where_busy
 from unidad_pl.files import BrokenFile
 from unidad_pl.runs.config import merge_configs, read_config
 
@@ -232,13 +233,23 @@ def test_a_checkpoint_is_no_config(capsys: pytest.CaptureFixture[str], monkeypat
 
 
 @pytest.mark.parametrize(
-    ("load", "given", "policy"), [(9.0, None, "PASSIVE"), (0.0, None, None), (9.0, "ACTIVE", "ACTIVE")]
+    ("worked", "given", "policy"), [(6, None, "PASSIVE"), (5, None, None), (0, None, None), (10, "ACTIVE", "ACTIVE")]
 )
 def test_threads_sleep_beside_busy_processes(
-    load: float, given: str | None, policy: str | None, monkeypatch: pytest.MonkeyPatch
+    worked: int, given: str | None, policy: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    ticks = iter([(100, 200), (100 + worked, 210)])
+    monkeypatch.setattr("unidad_pl.cli.main.processor_ticks", lambda: next(ticks))
     monkeypatch.setattr(os, "environ", {} if given is None else {"OMP_WAIT_POLICY": given})
     wait_passively_where_busy()
     assert os.environ.get("OMP_WAIT_POLICY") == policy
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="only Linux tells")
+def test_a_process_at_work_is_among_the_ticks() -> None:
+    worked, passed = processor_ticks()
+    until = time.process_time() + 0.1
+    while time.process_time() < until:
+        pass
+    worked_now, passed_now = processor_ticks()
+    assert 5 <= worked_now - worked <= passed_now - passed

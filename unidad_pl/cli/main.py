@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from contextlib import suppress
 from inspect import signature
 from typing import TYPE_CHECKING
@@ -30,15 +31,27 @@ TOOLS = {
 """Commands beside Lightning's: words on the command line -> module:function, whose arguments are the options."""
 
 
+def processor_ticks() -> tuple[int, int]:
+    """Ticks that all processors together have spent so far: working, and in all (Linux; OSError elsewhere)."""
+    with open("/proc/stat", encoding="ascii") as file:
+        ticks = [int(word) for word in file.readline().split()[1:9]]
+    return sum(ticks) - ticks[3] - ticks[4], sum(ticks)  # the fourth and the fifth are idle, and idle for a disk
+
+
 def wait_passively_where_busy() -> None:
     """Where other processes keep the cores busy, OpenMP's threads shall sleep and not spin while they wait.
 
     Spinning threads keep each other from running: beside three busy processes on two cores an iteration of the
-    quickstart took longer than 6 s, asleep 2.4 s. Where the cores are free, spinning is a fifth faster. It counts only
-    before torch is loaded; a policy that is set stays.
+    quickstart took longer than 6 s, asleep 2.4 s. Where the cores are free, spinning is a fifth faster. So this looks
+    for a twentieth of a second, in which this process sleeps, whether the others work on more than half of the cores;
+    the system's load average would still count an installation that has just ended. It counts only before torch is
+    loaded; a policy that is set stays.
     """
-    with suppress(OSError, AttributeError):  # some systems do not know their load
-        if os.getloadavg()[0] > (os.cpu_count() or 1) / 2:
+    with suppress(OSError, ValueError):  # not every system tells
+        worked, passed = processor_ticks()
+        time.sleep(0.05)
+        worked_now, passed_now = processor_ticks()
+        if worked_now - worked > (passed_now - passed) / 2:
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
