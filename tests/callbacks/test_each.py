@@ -75,13 +75,16 @@ def test_intra_lpips_equals_the_metric(tmp_path: Path) -> None:
     own = metric.result()
     metric.reset()
     metric.update(REFERENCE / 127.5 - 1)
-    reference = metric.result().mean
+    reference, nearest = metric.result().mean, metric.result().nearest_mean
     found = validate(tmp_path, IntraLPIPS(TinyFeatures(), threshold=0.05, relative=True), module=module)
     assert found["intra_lpips"] == pytest.approx(own.mean, rel=1e-5)
     assert found["memorised"] == pytest.approx(own.memorised)
     assert found["empty_clusters"] == own.empty_clusters
     assert found["intra_lpips_relative"] == pytest.approx(own.mean / reference, rel=1e-5)
-    record = read_records(tmp_path / "metrics.jsonl")[-1]
+    assert found["nearest_relative"] == pytest.approx(own.nearest_mean / nearest, rel=1e-5)
+    own_shots = validate(tmp_path, IntraLPIPS(TinyFeatures(), relative=True, reference=SHOTS), module=module)
+    assert "nearest_relative" not in own_shots  # they are 0 away from themselves
+    record = read_records(tmp_path / "metrics.jsonl")[0]
     assert (record["protocol"], record["cap"], record["shots"], record["reference"]) == ("cdc", 50, 3, 40)
     assert record["cluster_counts"] == own.cluster_counts
     assert record["intra_lpips_of_reference"] == pytest.approx(reference, rel=1e-5)

@@ -40,6 +40,7 @@ BASE = {
 JUDGES = [
     {"class_path": "unidad_pl.SampleGrid", "init_args": {"count": 4, "columns": 4, "shots_on_top": False}},
     {"class_path": "unidad_pl.FID", "init_args": {"features": {"class_path": "unidad_pl.CartoonFeatures"}}},
+    {"class_path": "unidad_pl.FactorDistance", "init_args": {"factors": ["tilt", "skin"]}},
 ]
 FILES: dict[str, Any] = {
     "base": BASE,
@@ -84,6 +85,9 @@ def test_a_grid_at_equal_compute_that_goes_on_where_it_stopped(place: Path) -> N
     assert rows[0] == first[0]  # not run again
     assert [row["method"] for row in rows] == ["joint", "two stages"]
     assert "two stages" in table
+    assert "| hats, factors | seeds | tilt | skin |" in table
+    assert "| two halves |" in table
+    assert "diversity" not in table  # no callback measures it
     for row in rows:
         assert row["tflops"] <= STUDY["tflops"]
         assert row["tflops"] > 0.6 * STUDY["tflops"]

@@ -35,10 +35,18 @@ class RunRecord(SaveConfigCallback):
 
     Checkpoints get the time of that start, by which ``--ckpt_path last`` tells runs apart. Where the run's folder is
     deleted while it trains, both files are written anew, with a warning; ``deleted_at`` is the iteration then.
+
+    Args:
+        text: of ``config.yaml``.
+        lightning: the arguments of Lightning's callback.
     """
 
     deleted_at: int | None = None
     _started = ""
+
+    def __init__(self, *lightning: Any, text: str, **named: Any) -> None:
+        super().__init__(*lightning, **named)
+        self.text = text
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self.already_saved:
@@ -50,9 +58,8 @@ class RunRecord(SaveConfigCallback):
         self.already_saved = True
 
     def _write(self) -> None:
-        text = self.parser.dump(self.config, skip_none=False)
         with replacing(self._folder / self.config_filename) as part:
-            part.write_text(text, encoding="utf-8")
+            part.write_text(self.text, encoding="utf-8")
         append_record(self._folder / FILE, self._record)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:

@@ -12,7 +12,7 @@ from unidad_pl.callbacks.base import EvaluationCallback, Report, feature_name
 from unidad_pl.callbacks.given_images import GivenImages, Images, model_range
 from unidad_pl.callbacks.outputs import Samples
 from unidad_pl.metrics.features import LPIPSFeatures
-from unidad_pl.metrics.intra_lpips import IntraClusterLPIPS, Protocol
+from unidad_pl.metrics.intra_lpips import IntraClusterLPIPS, IntraClusterResult, Protocol
 
 
 class IntraLPIPS(EvaluationCallback):
@@ -32,7 +32,9 @@ class IntraLPIPS(EvaluationCallback):
         shots: folder or tensor [k, 3, H, W] (uint8, or float in [-1, 1]), or a list of images. Default:
             ``trainer.datamodule.shots``.
         relative: also log ``intra_lpips_relative``: the value over that of the reference images, the share of the
-            target domain's diversity that was kept; left out, with a warning, where that has none.
+            target domain's diversity that was kept; left out, with a warning, where that has none. And
+            ``nearest_relative``: the samples' mean distance to their nearest shot over that of the reference images. 1:
+            as far from the shots as any other image of the domain; 0: copies.
         reference: images for ``relative``. Default: ``trainer.datamodule.reference``.
         name: what the value is logged as. With another name than ``intra_lpips`` the others are called
             ``<name>_memorised`` and so on, so that several of these callbacks can be used together.
@@ -67,10 +69,11 @@ class IntraLPIPS(EvaluationCallback):
         self.reference = GivenImages("IntraLPIPS(relative=True)", "reference", reference)
 
         self._ready = False
-        self._reference_value: tuple[float, int] | None = None
+        self._of_reference: IntraClusterResult | None = None
 
     def produces(self) -> list[str]:
-        return ["intra_lpips", "memorised", "empty_clusters", *(["intra_lpips_relative"] if self.relative else [])]
+        relative = ["intra_lpips_relative", "nearest_relative"] if self.relative else []
+        return ["intra_lpips", "memorised", "empty_clusters", *relative]
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().prepare(trainer, pl_module)
@@ -94,9 +97,9 @@ class IntraLPIPS(EvaluationCallback):
             return
         if self.shots.are_new(trainer, self._size):
             self.metric.set_shots(model_range(self.shots.load(trainer, self._size).to(self.metric.device)))
-            self._reference_value = None
+            self._of_reference = None
         if self.relative and self.reference.are_new(trainer, self._size):
-            self._reference_value = None
+            self._of_reference = None
         self._ready = True
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> Report:
@@ -118,25 +121,27 @@ class IntraLPIPS(EvaluationCallback):
             **{name: value for name, value in vars(result).items() if name not in ("mean", "memorised")},
         }
         if self.relative:
-            if self._reference_value is None:
-                self._reference_value = self._of_reference(trainer)
-            details["intra_lpips_of_reference"], details["reference"] = known, _ = self._reference_value
+            known = self._of_reference = self._of_reference or self._measure_reference(trainer)
+            details |= {"intra_lpips_of_reference": known.mean, "nearest_of_reference": known.nearest_mean,
+                        "reference": sum(known.cluster_sizes)}  # fmt: skip
             if self.reference.are_shots(trainer):
                 details["reference_is_shots"] = True
-            if known > 0:
-                values["intra_lpips_relative"] = result.mean / known
+            if known.mean > 0:
+                values["intra_lpips_relative"] = result.mean / known.mean
             else:
                 self.warn_once(
-                    f"intra_lpips_relative is left out: the reference images have an intra-LPIPS of {known}; give "
+                    f"intra_lpips_relative is left out: the reference images have an intra-LPIPS of {known.mean}; give "
                     f"some that differ, and more than there are shots"
                 )
+            if known.nearest_mean > 0:  # else they are the shots
+                values["nearest_relative"] = result.nearest_mean / known.nearest_mean
         return Report(values, details)
 
-    def _of_reference(self, trainer: pl.Trainer) -> tuple[float, int]:
-        """The same number for the reference images, shared out over ranks, and how many they are."""
+    def _measure_reference(self, trainer: pl.Trainer) -> IntraClusterResult:
+        """The same of the reference images, shared out over ranks."""
         self.metric.reset()
         for images, numbers in self.reference.share(trainer, self._size, self.metric.device, batch_size=64):
             self.metric.update(images, numbers)
         result = self.metric.result()
         self.metric.reset()
-        return result.mean, sum(result.cluster_sizes)
+        return result

@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import yaml
 from jsonargparse.typing import PositiveInt
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -133,6 +134,13 @@ class UnidadCLI(LightningCLI):
                     f"'{{class_path: ..., init_args: {{...}}}}')"
                 )
 
+    def _dump_config(self) -> None:
+        # Lightning dumps the whole config for the hyperparameters, and again for config.yaml: half a second each.
+        if not hasattr(self, "config_dump"):
+            text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+            self.save_config_kwargs |= {"text": text}
+            self.config_dump = yaml.safe_load(text)
+
     def before_instantiate_classes(self) -> None:
         """``seed_everything`` seeds the model and the data too, wherever they take a seed and were not given one; the
         run is called after its first config."""
@@ -164,6 +172,7 @@ class UnidadCLI(LightningCLI):
         own = init.callbacks if isinstance(init.callbacks, list) else [init.callbacks]
         if init.enable_checkpointing is False or any(isinstance(one, ModelCheckpoint) for one in own):
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
+        self._dump_config()  # done, unless model and data are plain objects
         trainer = super().instantiate_trainer(**kwargs)
         check_launcher(trainer.world_size, os.environ)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:

@@ -258,12 +258,14 @@ def _result(run: Run) -> dict[str, Any]:
     """The values of every validation by iteration, the last ones, the cost and where it came from."""
     folder = _checkpoint(run).parents[1]
     curve: dict[int, dict[str, float]] = {}
+    floor: dict[str, float] = {}
     for record in read_records(folder / METRICS_FILE):
         curve.setdefault(record["step"], {"tflops": record["tflops"]}).update(record["values"])
+        floor |= record.get("floor", {})
     cost = json.loads((folder / COST_FILE).read_text(encoding="utf-8"))
     pictures = sorted((folder / "samples").glob("*.png"))
     return {
-        "tflops": cost["tflops"], "iterations": max(curve), "values": curve[max(curve)],
+        "tflops": cost["tflops"], "iterations": max(curve), "values": curve[max(curve)], "floor": floor,
         "curve": [{"step": step, **values} for step, values in sorted(curve.items())],
         "picture": str(pictures[-1].relative_to(run.folder)) if pictures else None,
         "commit": git_commit(Path(__file__).parent),

@@ -12,13 +12,18 @@ from typing import Any
 from unidad_pl.files import replacing
 
 log = logging.getLogger(__name__)
-VALUES: dict[str, tuple[str, float, int]] = {
+Column = tuple[str, float, int]
+VALUES: dict[str, Column] = {
     "fid": ("Frechet", 1, 1),
+    "kid": ("KID", 1, 2),
+    "swd": ("sliced Wasserstein", 1, 3),
     "precision": ("precision", 1, 2),
     "intra_lpips_relative": ("diversity %", 100, 0),
+    "nearest_relative": ("distance to shots %", 100, 0),
     "memorised": ("near-copies %", 100, 1),
 }
 """Metric -> heading, factor and decimals in tables; shares of attributes come after these."""
+FACTORS = "distance/"
 
 Rows = list[dict[str, Any]]
 
@@ -44,19 +49,36 @@ def grouped(rows: Rows, *names: str) -> dict[tuple[Any, ...], Rows]:
 
 
 def tables(rows: Rows) -> str:
-    """One Markdown table for each domain: mean and standard deviation over the seeds."""
+    """Two Markdown tables for each domain, mean and standard deviation over the seeds: metrics, and each factor's
+    distance to the held-out images' in %, below it what two halves of the held-out images are apart."""
     parts = []
     for (domain,), of_domain in grouped(rows, "domain").items():
-        shares = [name for row in of_domain for name in row["values"] if name.startswith("share/")]
-        columns = VALUES | {name: (f"{name.partition('=')[2]} %", 100, 1) for name in dict.fromkeys(shares)}
-        head = [domain, "seeds", "TFLOPs", *(heading for heading, _, _ in columns.values())]
-        lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-        for (method,), same in grouped(of_domain, "method").items():
-            cells = [spread([row["values"].get(name) for row in same], *how) for name, (_, *how) in columns.items()]
-            flops = spread([row["tflops"] for row in same], 1, 1)
-            lines.append("| " + " | ".join([method, str(len(same)), flops, *cells]) + " |")
-        parts.append("\n".join(lines))
+        names = list(dict.fromkeys(name for row in of_domain for name in row["values"]))
+        shares = {name: (f"{name.partition('=')[2]} %", 100, 1) for name in names if name.startswith("share/")}
+        parts.append(_table(domain, of_domain, {"tflops": ("TFLOPs", 1, 1)} | VALUES | shares))
+        factors: dict[str, Column] = {
+            name: (name.removeprefix(FACTORS), 100, 1) for name in names if name.startswith(FACTORS)
+        }
+        if factors:
+            table = _table(f"{domain}, factors", of_domain, factors)
+            floor = [
+                spread([row["floor"].get(heading) for row in of_domain], 100, 1) for heading, _, _ in factors.values()
+            ]
+            parts.append("\n".join([table, "| " + " | ".join(["two halves", "", *floor]) + " |"]))
     return "\n\n".join(parts) + "\n"
+
+
+def _table(title: str, rows: Rows, columns: dict[str, Column]) -> str:
+    """Of the columns of which there is anything."""
+    every = [{"tflops": row["tflops"], **row["values"]} for row in rows]
+    columns = {name: how for name, how in columns.items() if any(values.get(name) is not None for values in every)}
+    head = [title, "seeds", *(heading for heading, _, _ in columns.values())]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    for (method,), same in grouped(rows, "method").items():
+        own = [values for row, values in zip(rows, every, strict=True) if row["method"] == method]
+        cells = [spread([one.get(name) for one in own], by, places) for name, (_, by, places) in columns.items()]
+        lines.append("| " + " | ".join([method, str(len(same)), *cells]) + " |")
+    return "\n".join(lines)
 
 
 def spread(values: list[float | None], factor: float = 1, decimals: int = 2) -> str:
