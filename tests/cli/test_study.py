@@ -16,12 +16,13 @@ from tests.worlds import nested
 from unidad_pl import Diffusion, UniDAD
 from unidad_pl.cli import study as module
 from unidad_pl.cli.main import main
-from unidad_pl.cli.study import launch, read_study, study
+from unidad_pl.cli.study import launch, read_study, starting_from, study
 from unidad_pl.cli.study_page import spread
 from unidad_pl.files import BrokenFile
 from unidad_pl.runs.config import build_module
 
-SHIPPED = Path(__file__).resolve().parents[2] / "configs" / "study" / "stages.yaml"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "study"
+SHIPPED = CONFIGS / "stages.yaml"
 SHAPE = {
     "resolution": 16,
     "channels": [8],
@@ -49,16 +50,20 @@ FILES: dict[str, Any] = {
     "adapt": {"model": {"class_path": "unidad_pl.Diffusion",
                         "init_args": {"source": SOURCE, "sampling": {"sampler": "few_step", "num_steps": 2}}}},
     "joint": {},
-    "alone": {"model": {"init_args": {"target_teacher": None}}},
 }  # fmt: skip
 STUDY = {
     "base": "base.yaml", "tflops": 0.0004, "validations": 1, "seeds": [0], "domains": {"hats": "hats.yaml"},
     "methods": {"joint": "joint.yaml", "two stages": [
         {"config": "adapt.yaml", "share": 0.5},
-        {"config": "alone.yaml", "share": 0.5,
-         "starts": ["model.init_args.source"]}]},
+        {"config": {"model": {"init_args": {"target_teacher": None}}}, "share": 0.5,
+         "starts": {"model.init_args.source": 1}}]},
     "quick": {"tflops": 0.0001},
 }  # fmt: skip
+
+
+OTHER_NUMBERS = {"Uni-DAD, a = .25", "Uni-DAD, a = .5", "K = 2", "K = 3", "K = 4", "5 shots", "r = 1", "r = 5", "hinge"}
+"""Methods of which another one has the same options."""
+HALF = {"config": "joint.yaml", "share": 0.5}
 
 
 @pytest.fixture
@@ -98,24 +103,36 @@ def test_a_grid_at_equal_compute_that_goes_on_where_it_stopped(place: Path) -> N
             assert picture.width > 300
 
 
+def test_a_network_that_is_adapted_and_one_that_is_distilled_meet_in_a_third_stage() -> None:
+    cell = next(cell for cell in read_study(SHIPPED, Path("out")) if cell.method.startswith("pre-distilled"))
+    assert set(cell.run.starts) == {"model.init_args.student.init_from", "model.init_args.target_teacher.init_from"}
+    parts = {run.folder: run.tflops for run in (cell.run, *cell.run.starts.values())}
+    assert len(parts) == 3
+    assert sum(parts.values()) == pytest.approx(yaml.safe_load(SHIPPED.read_text())["tflops"])
+
+
 def test_stages_that_cells_share_are_run_once_and_names_are_their_content() -> None:
     cells = read_study(SHIPPED, Path("out"))
     assert len(cells) == len({cell.name for cell in cells})
-    distilled = {cell.run.before.folder for cell in cells if cell.method == "distil, then adapt" and cell.run.before}
+    two = [cell.run for cell in cells if cell.method == "distil, then adapt"]
+    distilled = {before.folder for run in two for before in run.starts.values()}
     assert len(distilled) == 3  # one for each seed, whatever the domain
     assert read_study(SHIPPED, Path("out"), quick=True)[0].run.tflops < cells[0].run.tflops
     assert read_study(SHIPPED, Path("out")) == cells
 
 
-def test_every_method_of_the_shipped_study_can_be_built() -> None:
-    cells = [cell for cell in read_study(SHIPPED, Path("out")) if cell.seed == 0 and cell.domain == "cats"]
-    for cell in cells:
-        for run in (cell.run, cell.run.before):
-            if run is not None:
-                module = build_module(run.config, cell.name)
-                assert isinstance(module, (UniDAD, Diffusion)), cell.name
-                judges = [judge["class_path"].split(".")[-1] for judge in run.config["trainer"]["callbacks"]]
-                assert judges == ["SampleGrid", "FID", "IntraLPIPS", "AttributeShare", "FactorDistance"]
+def test_every_method_of_the_shipped_studies_can_be_built() -> None:
+    studies = [path for path in CONFIGS.glob("*.yaml") if "methods" in yaml.safe_load(path.read_text())]
+    assert {path.stem for path in studies} == {"stages", "ablations"}
+    cells = [cell for path in studies for cell in read_study(path, Path("out"))]
+    for cell in {cell.method: cell for cell in cells if cell.method not in OTHER_NUMBERS}.values():
+        for run in (cell.run, *cell.run.starts.values()):
+            config = run.config
+            for option in run.starts:
+                config = starting_from("builtin:cartoon_teacher", option, config)
+            assert isinstance(build_module(config, cell.name), (UniDAD, Diffusion)), cell.name
+            judges = [judge["class_path"].split(".")[-1] for judge in run.config["trainer"]["callbacks"]]
+            assert judges == ["SampleGrid", "FID", "IntraLPIPS", "AttributeShare", "FactorDistance"]
 
 
 @pytest.mark.parametrize(
@@ -123,6 +140,8 @@ def test_every_method_of_the_shipped_study_can_be_built() -> None:
     [
         ({"budget": 3}, r"expected the entries .*got .*'budget'"), ({"tflops": -1}, "tflops must be"),
         ({"methods": {"a": [{"config": "joint.yaml"}]}}, r"expected the entries .*'share'"),
+        ({"methods": {"a": [HALF, HALF]}}, r"no stage of 'a' starts from its stage 1"),
+        ({"methods": {"a": [HALF | {"starts": {"model.init_args.source": 1}}]}}, "from stage 1, but there are 0"),
         ({"base": "nowhere.yaml"}, "nowhere"), ({"quick": {"tflop": 1}}, r"got \['tflop'\]"),
     ],
 )  # fmt: skip

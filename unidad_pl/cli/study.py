@@ -46,16 +46,14 @@ class Run:
     Attributes:
         folder: its own; named after what it computes, so that stages which several cells share are run once.
         config: what ``unidad fit`` gets.
-        before: the run whose exported network it starts from.
-        starts: dotted options, sources, that become that network.
+        starts: dotted option, a source -> the run whose exported network it becomes.
         tflops: its compute.
         validations: evaluations during the run; the last is at its end.
     """
 
     folder: Path
     config: Any
-    before: Run | None
-    starts: tuple[str, ...]
+    starts: dict[str, Run]
     tflops: float
     validations: int
 
@@ -148,16 +146,20 @@ def read_study(path: Path, out: Path, quick: bool = False) -> list[Cell]:
     cells = []
     grid = product(content["methods"].items(), content["domains"].items(), content["seeds"])
     for (method, stages), (domain, place), seed in grid:
-        run: Run | None = None
-        chain: list[dict[str, Any]] = [{"config": stages, "share": 1.0}] if isinstance(stages, str) else stages
-        for stage in chain:
+        runs: list[Run] = []
+        for stage in stages if isinstance(stages, list) else [{"config": stages, "share": 1.0}]:
             _check_entries(path, stage, STAGE_ENTRIES, {"config", "share"})
-            own = read(stage.get("domain", place))
-            merged = merge_configs([base, own, read(stage["config"]), {"seed_everything": seed}])
-            tflops, starts = content["tflops"] * stage["share"], tuple(stage.get("starts", ()))
-            run = _run(out, merged, run, starts, tflops, content["validations"])
-        assert run is not None
-        cells.append(Cell(method, domain, seed, run))
+            options = stage["config"] if isinstance(stage["config"], dict) else read(stage["config"])
+            merged = merge_configs([base, read(stage.get("domain", place)), options, {"seed_everything": seed}])
+            wanted = stage.get("starts", {})
+            if unknown := [number for number in wanted.values() if number not in range(1, len(runs) + 1)]:
+                raise BrokenFile(f"{str(path)!r}: {method!r} starts from stage {unknown[0]!r}, but there are "
+                                 f"{len(runs)} before it: give the number of one, from 1")  # fmt: skip
+            starts = {option: runs[number - 1] for option, number in wanted.items()}
+            runs.append(_run(out, merged, starts, content["tflops"] * stage["share"], content["validations"]))
+        if left := [run for run in runs[:-1] if not any(run in later.starts.values() for later in runs)]:
+            raise BrokenFile(f"{str(path)!r}: no stage of {method!r} starts from its stage {runs.index(left[0]) + 1}")
+        cells.append(Cell(method, domain, seed, runs[-1]))
     return cells
 
 
@@ -168,10 +170,11 @@ def _check_entries(path: Path, given: Any, known: set[str], needed: set[str]) ->
                          f"got {seen}")  # fmt: skip
 
 
-def _run(out: Path, config: Any, before: Run | None, starts: tuple[str, ...], tflops: float, validations: int) -> Run:
-    described = json.dumps([config, before and before.folder.name, starts, tflops, validations], sort_keys=True)
+def _run(out: Path, config: Any, starts: dict[str, Run], tflops: float, validations: int) -> Run:
+    before = {option: run.folder.name for option, run in starts.items()}
+    described = json.dumps([config, before, tflops, validations], sort_keys=True)
     folder = out / "runs" / hashlib.sha256(described.encode()).hexdigest()[:12]
-    return Run(folder, config, before, starts, tflops, validations)
+    return Run(folder, config, starts, tflops, validations)
 
 
 def carry_out(run: Run, threads: int) -> dict[str, Any]:
@@ -180,14 +183,14 @@ def carry_out(run: Run, threads: int) -> dict[str, Any]:
     Raises:
         RuntimeError: the fit failed; names its log.
     """
-    before = None if run.before is None else carry_out(run.before, threads)
+    before = {one.folder: carry_out(one, threads)["tflops"] for one in run.starts.values()}
     with _alone(run.folder):
         if (run.folder / RESULT_FILE).is_file():
             return json.loads((run.folder / RESULT_FILE).read_text(encoding="utf-8"))
         with _PLANNING:
             config, iterations = _planned(run)
         every = max(1, iterations // run.validations)
-        _fit(run, config, every * max(1, iterations // every), every, before, threads)
+        _fit(run, config, every * max(1, iterations // every), every, sum(before.values()), threads)
         result = _result(run)
         with replacing(run.folder / RESULT_FILE) as part:
             part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -195,14 +198,13 @@ def carry_out(run: Run, threads: int) -> dict[str, Any]:
 
 
 def _planned(run: Run) -> tuple[Any, int]:
-    """The config of a run with the network it starts from, and how many iterations its TFLOPs are enough for."""
+    """The config of a run with the networks it starts from, and how many iterations its TFLOPs are enough for."""
     config = run.config
-    if run.before is not None:
-        start = run.before.folder / "export"
+    for option, before in run.starts.items():
+        start = before.folder / "export"
         if not start.exists():
-            export_student(str(_checkpoint(run.before)), str(start))
-        for option in run.starts:
-            config = merge_configs([config, _nested(option, {"class_path": EXPORT, "init_args": {"path": str(start)}})])
+            export_student(str(_checkpoint(before)), str(start))
+        config = starting_from(str(start), option, config)
     module = build_module(config, str(run.folder))
     plan = Plan(module, int(config["data"]["init_args"]["batch_size"]))
     return config, plan.iterations_within(run.tflops)
@@ -217,16 +219,18 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _nested(option: str, value: Any) -> Any:
+def starting_from(path: str, option: str, config: Any) -> Any:
+    """``config`` with the network at ``path`` as its dotted ``option``."""
+    value: Any = {"class_path": EXPORT, "init_args": {"path": path}}
     for name in reversed(option.split(".")):
         value = {name: value}
-    return value
+    return merge_configs([config, value])
 
 
-def _fit(run: Run, config: Any, iterations: int, every: int, before: Any, threads: int) -> None:
+def _fit(run: Run, config: Any, iterations: int, every: int, before: float, threads: int) -> None:
     logger = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger",
               "init_args": {"save_dir": str(run.folder), "name": "fit"}}  # fmt: skip
-    cost = {"class_path": "unidad_pl.Cost", "init_args": {"before": 0.0 if before is None else before["tflops"]}}
+    cost = {"class_path": "unidad_pl.Cost", "init_args": {"before": before}}
     trainer = config["trainer"] | {"max_steps": iterations, "val_check_interval": every, "logger": logger}
     trainer["callbacks"] = [*trainer.get("callbacks", []), cost]
     whole = config | {"trainer": trainer, "summary": False, "threads": threads}
