@@ -60,6 +60,12 @@ def test_one_sample_is_enough(tmp_path: Path) -> None:
     assert values["val/distance/brightness"] == pytest.approx(0.5)
 
 
+def test_a_rank_without_images_splits_columns_as_the_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    callback = FactorDistance(["brightness", "bright"], Judge(), reference(0.1, 0.2, 0.3, 0.4))
+    monkeypatch.setattr(callback.metric, "compute", lambda: torch.zeros(5, 3))  # what all ranks have together
+    assert callback._rows().shape == (5, 3)
+
+
 def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="names of one or more factors"):
         FactorDistance("glasses")

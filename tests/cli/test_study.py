@@ -156,6 +156,8 @@ def test_cells_that_are_not_there_and_fits_that_fail(place: Path, monkeypatch: p
         study("study.yaml", "out", only="other/*")
     with pytest.raises(ValueError, match="cell must be"):
         study("study.yaml", "out", cell=2)
+    with pytest.raises(ValueError, match=r"--cell 0 and --only 'joint/\*' both choose"):
+        study("study.yaml", "out", cell=0, only="joint/*")
 
     def fails(command: list[str], log: Path, threads: int) -> int:
         return launch([sys.executable, "-c", f"import os; print(os.environ['OMP_NUM_THREADS'], {threads}); exit(3)"],

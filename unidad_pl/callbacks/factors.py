@@ -93,6 +93,8 @@ class FactorDistance(EvaluationCallback):
         return Report(values, {"extractor": feature_name(self.features), "reference": len(known), "floor": floor})
 
     def _rows(self) -> Tensor:
+        if not self._widths:  # a rank without an image splits the columns of the others as they do
+            self._read(torch.zeros(1, 3, *(self._size or (32, 32)), device=self.metric.device))
         return self.metric.compute().reshape(-1, sum(self._widths)).cpu()
 
     def _distances(self, x: Tensor, y: Tensor) -> list[float]:

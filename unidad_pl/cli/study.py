@@ -105,6 +105,8 @@ def study(
     cells = read_study(Path(config), folder, quick)
     chosen = [one for one in cells if fnmatch(one.name, only)]
     if cell is not None:
+        if only != "*":
+            raise ValueError(f"--cell {cell} and --only {only!r} both choose what is run: give one of them")
         check_whole(0, len(cells) - 1, cell=cell)
         chosen = [cells[cell]]
     if not chosen:
