@@ -110,7 +110,10 @@ def test_damaged_pipelines(sd: Path, name: str) -> None:
     (b"", "is empty"),
 ])  # fmt: skip
 def test_what_a_failed_download_leaves_is_called_by_its_name(sd: Path, content: bytes, message: str) -> None:
-    for file in sorted(file for file in sd.rglob("*") if file.is_file()):
+    files = sorted(file for file in sd.rglob("*") if file.is_file())
+    if content != HTML:  # every file is looked at in the same way; one of each kind for the other ways to fail
+        files = list({file.suffix: file for file in files}.values())
+    for file in files:
         whole = file.read_bytes()
         file.write_bytes(content)
         refused(rf"{file.name}'.* {message}", use, sd, error=BrokenFile)

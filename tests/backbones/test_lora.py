@@ -202,14 +202,6 @@ def test_training_moves_adapters_only(run: Run, folder: Path) -> None:
 
 
 @small
-def test_resume_equals_an_undisturbed_run(run: Run, folder: Path, photos: Path, tmp_path: Path) -> None:
-    fit(module(folder, OVER), photos, 1).save_checkpoint(tmp_path / "part.ckpt")
-    resumed = module(folder, OVER)
-    fit(resumed, photos, ITERATIONS, tmp_path / "part.ckpt")
-    assert content_hash(resumed) == content_hash(run.model)
-
-
-@small
 def test_checkpointed_blocks_give_the_same_weights(run: Run, folder: Path, photos: Path) -> None:
     """A recomputed block that used another network's adapters would not."""
     model = module(folder, OVER, memory=MemoryOptions(checkpointing="both"))

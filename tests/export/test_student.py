@@ -93,7 +93,8 @@ def pixels(folder: Path, seeds: Any) -> Tensor:
 
 JOBS = [[[3, 4, 5], steps, how] for steps, how in ((None, ""), (1, ""), (2, "generators"), (4, ""))]
 JOBS += [[[4], None, ""]]
-KINDS = {"v": JOBS, "classes": [job for job in JOBS if job[2] != "generators"], "edm": JOBS}
+KINDS = {"v": JOBS, "classes": [JOBS[0], JOBS[-1]], "edm": [JOBS[0], JOBS[-1]]}
+"""The number of steps and the kind of seed are the pipeline's affair, whatever its network predicts."""
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,8 @@ def drawn_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For each kind: a run, its export, and what a process that cannot import unidad_pl drew with that."""
     place = tmp_path_factory.mktemp("alone")
     for kind in KINDS:
-        export(str(train(place / kind / "run", kind)), str(place / kind / "out"))
+        options = {"training__classes": [0, 2]} if kind == "classes" else {}
+        export(str(train(place / kind / "run", kind, **options)), str(place / kind / "out"))
     done = subprocess.run(
         [sys.executable, "-c", ALONE, json.dumps(KINDS)], cwd=place, capture_output=True, text=True, check=False
     )
@@ -175,8 +177,8 @@ def test_sampling_resumes_and_never_mixes(checkpoint: Path, tmp_path: Path, caps
             sample(str(checkpoint), num, str(folder), **options)
 
 
-def test_class_labels_are_taken_in_turn(tmp_path: Path) -> None:
-    checkpoint = train(tmp_path / "run", "classes", training__classes=[0, 2])
+def test_class_labels_are_taken_in_turn(drawn_alone: Path, tmp_path: Path) -> None:
+    checkpoint = drawn_alone / "classes" / "run" / "checkpoints" / "last.ckpt"
     main(["sample", "--model", str(checkpoint), "--num", "3", "--out", str(tmp_path / "own"), "--grid"])
     sample(str(checkpoint), 3, str(tmp_path / "same"), class_labels=[0, 2])
     sample(str(checkpoint), 3, str(tmp_path / "other"), class_labels=[1])

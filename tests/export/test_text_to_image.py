@@ -25,6 +25,7 @@ from unidad_pl.cli.sample import sample
 from unidad_pl.export import export_student as export
 from unidad_pl.export import load_export
 from unidad_pl.export.card import model_card
+from unidad_pl.runs.config import build_module, read_config
 from unidad_pl.runs.student import load_student
 from unidad_pl.training.networks import content_hash
 
@@ -43,6 +44,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def make(kind: str) -> Path:
         place = tmp_path_factory.mktemp("run")
         save_tiny(place / "sd", xl=kind == "xl")
+        if kind == "xl":  # SDXL's default is True
+            index = place / "sd" / "model_index.json"
+            index.write_text(json.dumps(json.loads(index.read_text()) | {"force_zeros_for_empty_prompt": False}))
         save_pictures(place / "dog6", 2)
         return place
 
@@ -81,16 +85,25 @@ def distance(one: Any, other: Any) -> float:
 @pytest.fixture
 def checkpoint(place: Path) -> Path:
     found = list((place / "run").rglob("last.ckpt"))  # one fit for every test of this kind
-    return found[0] if found else fit(place, "run", "--model.training.ema_decay", "0.9")
+    larger = ("--model.source.init_args.resolution", "24", "--data.resolution", "24")  # than the source's own 16
+    own = larger if (place / "sd" / "text_encoder_2").exists() else ()
+    return found[0] if found else fit(place, "run", "--model.training.ema_decay", "0.9", *own)
 
 
-@pytest.mark.parametrize(("place", "steps"), [("1.x", 1), ("1.x", 3), ("xl", 4)], indirect=["place"])
+def changed(checkpoint: Path, name: str, source: dict[str, Any] | None = None, **student: Any) -> Path:
+    """The config of the run with other settings of its student: the same weights go with it."""
+    settings = yaml.safe_load((checkpoint.parents[1] / "config.yaml").read_text())
+    arguments = settings["model"]["init_args"]
+    arguments["student"] |= student
+    arguments["source"]["init_args"] |= source or {}
+    (checkpoint.parent / name).write_text(yaml.safe_dump(settings))
+    return checkpoint.parent / name
+
+
+@pytest.mark.parametrize(("place", "steps"), [("1.x", 1), ("xl", 3)], indirect=["place"])
 def test_plain_diffusers_draws_what_sample_draws(place: Path, checkpoint: Path, steps: int) -> None:
     """The weights are the same for any number of steps: the run's config says how many."""
-    settings = yaml.safe_load((checkpoint.parents[1] / "config.yaml").read_text())
-    settings["model"]["init_args"]["student"]["num_steps"] = steps
-    config = place / f"{steps}.yaml"
-    config.write_text(yaml.safe_dump(settings))
+    config = changed(checkpoint, f"{steps}.yaml", num_steps=steps)
     out = export(str(checkpoint), str(place / f"export{steps}"), config=str(config))
     student = load_student(checkpoint, config=str(config))
     assert content_hash(student.network) == content_hash(load_export(out).network)
@@ -114,15 +127,10 @@ def test_plain_diffusers_draws_what_sample_draws(place: Path, checkpoint: Path, 
 
 
 @XL
-def test_an_export_draws_at_the_resolution_of_its_training(place: Path) -> None:
+def test_an_export_draws_at_the_resolution_of_its_training(place: Path, checkpoint: Path) -> None:
     """The source's own size is 16 pixels: a pipeline takes that unless its UNet says otherwise."""
-    index = place / "sd" / "model_index.json"
-    whole = index.read_text()
-    index.write_text(json.dumps(json.loads(whole) | {"force_zeros_for_empty_prompt": False}))
-    checkpoint = fit(place, "sized", "--model.source.init_args.resolution", "24", "--data.resolution", "24")
     out = export(str(checkpoint), str(place / "sized_export"))
     card = model_card(load_student(checkpoint), "last.ckpt", adapters=True)
-    index.write_text(whole)
     sample(str(out), 1, str(place / "sized_ours"), seed=5, prompts=[PROMPT], device="cpu")
     pipe = DiffusionPipeline.from_pretrained(out)
     theirs = pipe(PROMPT, num_inference_steps=1, guidance_scale=1.0, generator=torch.Generator().manual_seed(5)).images
@@ -130,9 +138,11 @@ def test_an_export_draws_at_the_resolution_of_its_training(place: Path) -> None:
     assert np.asarray(ours).shape == (24, 24, 3)
     assert distance(ours, theirs[0]) <= 2
     assert "size = dict(height=24, width=24)" in card
-    assert pipe.config.get("force_zeros_for_empty_prompt", False) is False  # of SDXL; the default is True
+    assert pipe.config.get("force_zeros_for_empty_prompt", False) is False  # as of its source
+    assert list((place / "run").rglob("samples/val_step00000002.png"))
 
 
+@FIRST
 def test_fit_test_and_pictures_of_the_config(place: Path, checkpoint: Path) -> None:
     main(["test", "--config", str(checkpoint.parents[1] / "config.yaml"), "--ckpt_path", str(checkpoint),
           "--trainer.logger.init_args.save_dir", str(place / "run")])  # fmt: skip
@@ -146,21 +156,20 @@ def test_an_exported_student_starts_another_run_and_its_card_says_how_to_draw(pl
     card = (out / "README.md").read_text()
     assert "pipe('a prt dog', num_inference_steps=1, guidance_scale=1.0)" in card
     assert "pipeline_tag: text-to-image" in card
-    where = "--model.student.init_from"
-    start = (where, "unidad_pl.backbones.StableDiffusion", f"{where}.init_args.path", str(out))
-    again = fit(place, "second", *start, "--model.student.optimizer.lr", "1e-12")
-    first, second = load_export(out).network.state_dict(), load_student(again).network.state_dict()
-    for name, weight in first.items():
-        torch.testing.assert_close(second[name], weight, atol=1e-6, rtol=1e-5)
+    start = {"class_path": "unidad_pl.backbones.StableDiffusion", "init_args": {"path": str(out)}}
+    config = changed(checkpoint, "second.yaml", init_from=start)
+    module = build_module(read_config(str(config)), str(config))
+    module.configure_model()
+    assert content_hash(module.student) == content_hash(load_export(out).network)
+    assert content_hash(module.fake_score) != content_hash(module.student)
 
 
 @FIRST
-def test_steps_between_the_timesteps_are_kept_but_not_exported(place: Path) -> None:
-    steps = ("--model.student.num_steps", "2", "--model.student.sigma_max", "14.6146")
-    checkpoint = fit(place, "loglin", *steps, "--model.source.init_args.spacing", "log_linear")
-    assert load_student(checkpoint).sampler.sigmas == pytest.approx([14.6146, 0.5], rel=0.01)
+def test_steps_between_the_timesteps_are_kept_but_not_exported(place: Path, checkpoint: Path) -> None:
+    config = str(changed(checkpoint, "free.yaml", {"spacing": "log_linear"}, num_steps=2, sigma_max=14.6146))
+    assert load_student(checkpoint, config=config).sampler.sigmas == pytest.approx([14.6146, 0.5], rel=0.01)
     with pytest.raises(ValueError, match="evenly spaced timesteps only"):
-        export(str(checkpoint), str(place / "no"))
+        export(str(checkpoint), str(place / "no"), config=config)
     assert not (place / "no").exists()
 
 

@@ -54,18 +54,18 @@ def fixed_point(w_source: float, w_target: float, sigma: Tensor) -> float:
     return (low + high) / 2
 
 
-@pytest.mark.parametrize(("a", "expected"), [(0.0, SOURCE), (1.0, TARGET)])
-def test_one_teacher_is_reached(a: float, expected: float) -> None:
-    straight = dict(student__optimizer=replace(STEADY, lr=0.04))  # there is nothing to circle around
-    module = train(200, **straight, **(dict(target_teacher__weight=a) if a else dict(target_teacher=None)))
-    assert float(module.student.mu) == pytest.approx(expected, abs=0.05)
-    assert float(module.fake_score.mu) == pytest.approx(expected, abs=0.1)
-    assert hasattr(module, "target_teacher") == (a > 0)
-    assert hasattr(module, "source_teacher") == (a < 1)
+def test_the_source_alone_is_reached() -> None:
+    """The target alone is: see the world of texts."""
+    straight = replace(STEADY, lr=0.04)  # there is nothing to circle around
+    module = train(200, student__optimizer=straight, target_teacher=None)
+    assert float(module.student.mu) == pytest.approx(SOURCE, abs=0.05)
+    assert float(module.fake_score.mu) == pytest.approx(SOURCE, abs=0.1)
+    assert not hasattr(module, "target_teacher")
+    assert hasattr(module, "source_teacher")
 
 
-@pytest.mark.parametrize("weights", [(0.55, 0.45), (1.2, 1.0)])
-def test_between_two_teachers_the_student_settles_at_the_closed_form_point(weights: tuple[float, float]) -> None:
+def test_between_two_teachers_the_student_settles_at_the_closed_form_point() -> None:
+    weights = (1.2, 1.0)  # of sum 1: in the world of texts
     module = train(350, matching__source_weight=weights[0], target_teacher__weight=weights[1])
     table = karras().double()[20:981]
     assert float(module.student.mu) == pytest.approx(fixed_point(*weights, table), abs=0.05)

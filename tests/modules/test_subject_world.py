@@ -112,6 +112,8 @@ def test_the_subjects_prompt_moves_and_the_class_stays() -> None:
     module = personalise(1.0, target_teacher__adaptation__update="every")
     assert mean_of(module.target_teacher, SUBJECT) == pytest.approx(SUBJECT_MEAN, abs=0.02)
     assert mean_of(module.student, SUBJECT) == pytest.approx(SUBJECT_MEAN, abs=0.05)
+    assert mean_of(module.fake_score, SUBJECT) == pytest.approx(SUBJECT_MEAN, abs=0.1)
+    assert not hasattr(module, "source_teacher")  # it weighs nothing
     for network in (module.student, module.fake_score, module.target_teacher):
         assert mean_of(network, CLASS) == CLASS_MEAN
         assert mean_of(network, OTHER) == 0.5

@@ -41,6 +41,9 @@ class Rehearsal:
         class OnTheCPU(FakeTensorMode):
             avoid_device_init = True  # torch would ask the driver for GPUs at every operation
 
+            def __deepcopy__(self, memo: dict[int, Any]) -> OnTheCPU:
+                return self  # a copied network's tensors would be strangers, which no answer is remembered for
+
         self.module = module
         self.batch_size, self.autocast = batch_size, precision == "bf16-mixed"
         self.mode = OnTheCPU(allow_non_fake_inputs=True)
