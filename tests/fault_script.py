@@ -97,7 +97,8 @@ def adapters(rank: int | None, folder: Path) -> None:
     alone = rank is None
     module = unidad(
         StableDiffusion(str(folder / "sd"), lora=LoRA(rank=2)), **optimizers(dataclasses.replace(SMOOTH, lr=1.0)),
-        student__num_steps=2, student__update_every=1, matching__noise_table="model", matching__guidance_scale=2.0, training__ema_decay=0.5,
+        student__num_steps=2, student__update_every=1, matching__noise_table="model", matching__guidance_scale=2.0,
+        training__ema_decay=0.5,
         training__accumulate=2 if alone else 1,
     )  # fmt: skip
     data = SubjectDataModule(str(folder / "dog"), "dog", resolution=16, batch_size=4 if alone else 2)
@@ -217,7 +218,7 @@ def die() -> None:
 
 
 class DieIn(pl.Callback):
-    """kill -9 at a moment of the second iteration: in the training step, at a validation, or while its checkpoint is written."""
+    """kill -9 in the second iteration: in the training step, at a validation, or while its checkpoint is written."""
 
     def __init__(self, moment: str) -> None:
         self.moment = moment

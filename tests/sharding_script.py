@@ -15,13 +15,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tests.fault_script import SMOOTH, VALIDATING, NaN, fit_nan, prepare
 from tests.fault_script import train as train_whole
 from tests.pairs import two_ranks
-from tests.worlds import groups, optimizers, save_pictures, tiny_unet, unidad
-from unidad_pl import Diffusion, ExportOptions, UniDAD
+from tests.worlds import Layers, groups, optimizers, save_pictures, tiny_unet, unidad
+from unidad_pl import DenoiserSource, Diffusion, ExportOptions, UniDAD
 from unidad_pl.callbacks import LossBalance, SampleGrid
 from unidad_pl.data import Evaluation, FewShotDataModule
 from unidad_pl.strategies.fsdp import ShardedStrategy, local_shard
 
 STEPS = 2
+SMALL = tiny_unet(channels=(16,), attention_levels=(0,))
 
 
 class Pictures(FewShotDataModule):
@@ -37,10 +38,10 @@ def train(module: pl.LightningModule, steps: int, *callbacks: pl.Callback, **opt
     return train_whole(module, steps, *callbacks, data=Pictures(), strategy=strategy, **options)
 
 
-def make(**options: Any) -> UniDAD:
+def make(source: DenoiserSource | None = None, **options: Any) -> UniDAD:
     """One level: what takes its time is each sharded tensor by itself."""
     settings = dict(training__accumulate=2, student__num_steps=2, student__update_every=1) | optimizers(SMOOTH)
-    return unidad(tiny_unet(channels=(16,), attention_levels=(0,)), **(settings | options))
+    return unidad(source or SMALL, **(settings | options))
 
 
 def sliced(folder: Path) -> dict[str, Any]:
@@ -71,9 +72,7 @@ def resumed(folder: Path) -> None:
 
 def exported(folder: Path) -> None:
     export = ExportOptions(str(folder / "exported"))
-    module = Diffusion(
-        tiny_unet(channels=(16,), attention_levels=(0,)), SMOOTH, export=export, **groups(training__ema_decay=0.5)
-    )
+    module = Diffusion(SMALL, SMOOTH, export=export, **groups(training__ema_decay=0.5))
     train(module, 2, precision="bf16-mixed").save_checkpoint(folder / "diffusion.ckpt")
 
 
@@ -93,7 +92,7 @@ def unsliced(folder: Path) -> None:
 
 def sharded(rank: int, folder: Path) -> dict[str, Any]:
     """All of it in one pair of processes: what DTensor has to work out for each operation, it works out once."""
-    results = {"sliced": sliced(folder), "nan": fit_nan(make(kind=NaN, training__accumulate=1), train)}
+    results = {"sliced": sliced(folder), "nan": fit_nan(make(Layers(), kind=NaN, training__accumulate=1), train)}
     exported(folder)
     resumed(folder)
     return results

@@ -59,7 +59,6 @@ class TwoLayers(Denoiser):
     """A network of two convolutions, for what does not depend on the networks."""
 
     image_shape = (3, 16, 16)
-    tap_channels = {"in0": 4}  # type: ignore[assignment]
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,6 +75,10 @@ class TwoLayers(Denoiser):
         self, x: Tensor, sigma: Tensor, cond: Tensor | None = None, names: Collection[str] | None = None
     ) -> dict[str, Tensor]:
         return {"in0": self.hidden(x, sigma)}
+
+    @property
+    def tap_channels(self) -> dict[str, int]:
+        return {"in0": 4}
 
 
 class Layers(DenoiserSource):

@@ -26,9 +26,7 @@ CONFIG: dict[str, Any] = {
     "model": {
         "class_path": "unidad_pl.modules.UniDAD",
         "init_args": {
-            "source": {"class_path": "unidad_pl.backbones.NewUNet", "init_args": {
-                "resolution": 16, "channels": [16, 24], "layers": 1, "attention_levels": [1], "head_channels": 8,
-                "norm_groups": 4, "patch_size": 2}},
+            "source": {"class_path": "tests.worlds.Layers"},
             **nested(student__update_every=2, target_teacher__weight=0.5, training__ema_decay=0.9),
         },
     },
