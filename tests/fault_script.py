@@ -25,7 +25,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.pairs import WAIT, Case, two_ranks
-from tests.worlds import Stream, fit, optimizers, random_images, save_pictures, tiny_unet, unidad, weights_sha
+from tests.worlds import Layers, Stream, fit, optimizers, random_images, save_pictures, tiny_unet, unidad, weights_sha
 from unidad_pl import OptimizerOptions, UniDAD
 from unidad_pl.backbones import LoRA, StableDiffusion
 from unidad_pl.callbacks import Preemption
@@ -48,9 +48,13 @@ def train(module: Any, steps: int, *callbacks: pl.Callback, ranks: int = 2, data
 
 
 def small(kind: type[UniDAD] = UniDAD, **flat: Any) -> UniDAD:
-    """One level, one step: what is lost or said in trouble does not depend on the networks."""
-    source = tiny_unet(channels=(8,), attention_levels=())
-    return unidad(source, kind, **(dict(student__num_steps=1) | flat))
+    """Two layers, one step: what is lost or said in trouble does not depend on the networks."""
+    return unidad(Layers(), kind, **(dict(student__num_steps=1) | flat))
+
+
+def networks(**flat: Any) -> UniDAD:
+    """One level, one step: what training on two ranks comes to."""
+    return unidad(tiny_unet(channels=(8,), attention_levels=()), student__num_steps=1, **flat)
 
 
 class At(pl.Callback):
@@ -66,13 +70,13 @@ class At(pl.Callback):
 
 def alone(folder: Path) -> None:
     """One process with the batch of both."""
-    module = small(training__accumulate=4)
-    train(module, 10, ranks=1, precision="64-true", data=Stream(random_images(), batch_size=8, flip=True))
+    module = networks(training__accumulate=4)
+    train(module, 4, ranks=1, precision="64-true", data=Stream(random_images(), batch_size=8, flip=True))
     torch.save(module.state_dict(), folder / "alone.pt")
 
 
 def equal(rank: int, folder: Path) -> dict[str, Any]:
-    """Ten iterations, accumulation 2, every network trained; what went over the wire."""
+    """Four iterations, accumulation 2, every network trained; what went over the wire."""
     sent: list[int] = []
     all_reduce = dist.all_reduce
 
@@ -81,8 +85,8 @@ def equal(rank: int, folder: Path) -> dict[str, Any]:
         return all_reduce(tensor, *args, **options)
 
     dist.all_reduce = counted
-    module = small(training__accumulate=2)
-    train(module, 10, precision="64-true", data=Stream(random_images(), batch_size=4, flip=True))
+    module = networks(training__accumulate=2)
+    train(module, 4, precision="64-true", data=Stream(random_images(), batch_size=4, flip=True))
     torch.save(module.state_dict(), folder / f"rank{rank}.pt")
     trained = {name: [p for part in group for p in part["params"]] for name, group in module.groups().items()}
     return {"sent": sent} | {name: sum(p.numel() * p.element_size() for p in ps) for name, ps in trained.items()}
@@ -93,25 +97,26 @@ def adapters(rank: int | None, folder: Path) -> None:
     alone = rank is None
     module = unidad(
         StableDiffusion(str(folder / "sd"), lora=LoRA(rank=2)), **optimizers(dataclasses.replace(SMOOTH, lr=1.0)),
-        student__num_steps=2, matching__noise_table="model", matching__guidance_scale=2.0, training__ema_decay=0.5,
+        student__num_steps=2, student__update_every=1, matching__noise_table="model", matching__guidance_scale=2.0,
+        training__ema_decay=0.5,
         training__accumulate=2 if alone else 1,
     )  # fmt: skip
     data = SubjectDataModule(str(folder / "dog"), "dog", resolution=16, batch_size=4 if alone else 2)
-    train(module, 4, ranks=1 if alone else 2, data=data)
+    train(module, 2, ranks=1 if alone else 2, data=data)
     torch.save(module.state_dict(), folder / ("adapters_alone.pt" if alone else f"adapters{rank}.pt"))
 
 
 class NaN(UniDAD):
-    """A student loss that is not a number, on rank 1, in iteration 2."""
+    """A student loss that is not a number, on rank 1, in the second iteration."""
 
     def student_loss(self, x: torch.Tensor, *cond: torch.Tensor | None) -> torch.Tensor:
         loss = super().student_loss(x, *cond)
-        return loss * float("nan") if int(self.iteration) == 2 and self.global_rank == 1 else loss
+        return loss * float("nan") if int(self.iteration) == 1 and self.global_rank == 1 else loss
 
 
 def fit_nan(module: UniDAD, trains: Callable[..., pl.Trainer]) -> dict[str, Any]:
-    """What four iterations of ``trains`` come to."""
-    trainer = trains(module, 4)
+    """What three iterations of ``trains`` come to."""
+    trainer = trains(module, 3)
     finite = all(bool(local_shard(p).isfinite().all()) for p in module.parameters())
     steps = [int(next(iter(o.state.values()))["step"]) for o in trainer.optimizers]
     return {"steps": steps, "finite": finite, "global_step": trainer.global_step}
@@ -123,20 +128,20 @@ def nan(rank: int, folder: Path) -> dict[str, Any]:
 
 
 def nan_for_good(rank: int, folder: Path) -> None:
-    train(small(kind=NaN, student__update_every=1, training__max_skipped=1), 4)
+    train(small(kind=NaN, student__update_every=1, training__max_skipped=1), 3)
 
 
 def killed(rank: int, folder: Path) -> None:
-    train(small(), 6, At(2, 1, die))
+    train(small(), 6, At(1, 1, die))
 
 
 def hung(rank: int, folder: Path) -> None:
-    train(small(), 6, At(2, 1, lambda: time.sleep(100)), timeout=12)
+    train(small(), 6, At(1, 1, lambda: time.sleep(100)), timeout=12)
 
 
 def frozen(rank: int, folder: Path) -> None:
     """Rank 0, where the store of the group lives, is stopped."""
-    train(small(), 6, Preemption(), At(2, 0, lambda: os.kill(os.getpid(), signal.SIGSTOP)), timeout=12)
+    train(small(), 6, Preemption(), At(1, 0, lambda: os.kill(os.getpid(), signal.SIGSTOP)), timeout=12)
 
 
 def other_batch(rank: int, folder: Path) -> None:
@@ -152,7 +157,7 @@ def other_rate(rank: int, folder: Path) -> None:
 
 
 class Losing(Stream):
-    """Rank 1's pictures vanish after two batches."""
+    """Rank 1's pictures vanish after the first batch."""
 
     def train_dataloader(self) -> Any:
         loader: Any = super().train_dataloader()
@@ -160,7 +165,7 @@ class Losing(Stream):
         whole = stream.batch_at
 
         def batch_at(positions: range) -> Any:
-            if stream.rank == 1 and positions.start >= 2 * 4:
+            if stream.rank == 1 and positions.start >= 4:
                 raise FileNotFoundError("no such picture: shots/3.png")
             return whole(positions)
 
@@ -195,16 +200,16 @@ def full_disk(rank: int, folder: Path) -> None:
 
 
 def preempted(rank: int, folder: Path) -> None:
-    """Rank 1 alone gets the signal, in iteration 3 (the fourth)."""
-    usr1 = At(3, 1, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    """Rank 1 alone gets the signal, in its second iteration."""
+    usr1 = At(1, 1, lambda: os.kill(os.getpid(), signal.SIGUSR1))
     train(small(), 50, Preemption(exit_code=77), usr1, default_root_dir=folder)
 
 
 def resumed(rank: int, folder: Path) -> dict[str, Any]:
-    """Runs after :func:`preempted`: to iteration 6, from its checkpoint and from the start."""
+    """Runs after :func:`preempted`: to iteration 4, from its checkpoint and from the start."""
     again, whole = small(), small()
-    train(again, 6, ckpt_path=folder / "checkpoints" / "preempted.ckpt")
-    train(whole, 6)
+    train(again, 4, ckpt_path=folder / "checkpoints" / "preempted.ckpt")
+    train(whole, 4)
     return {"resumed": weights_sha(again), "whole": weights_sha(whole)}
 
 
@@ -213,13 +218,13 @@ def die() -> None:
 
 
 class DieIn(pl.Callback):
-    """kill -9 at a moment of iteration 3: in the training step, at a validation, or while its checkpoint is written."""
+    """kill -9 in the second iteration: in the training step, at a validation, or while its checkpoint is written."""
 
     def __init__(self, moment: str) -> None:
         self.moment = moment
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step != 3:
+        if trainer.global_step != 1:
             return
         places = {"training": (UniDAD, "fake_loss"), "between the steps": (UniDAD, "finish_iteration"),
                   "validation": (UniDAD, "validation_step"), "sync": (os, "fsync"), "rename": (os, "replace"),
@@ -228,7 +233,7 @@ class DieIn(pl.Callback):
             write = checkpoints._Sink.write
 
             def half(sink: Any, data: bytes) -> int:
-                if sink.file.tell() > 200_000:
+                if sink.file.tell() > 10_000:
                     sink.file.flush()
                     die()
                 return write(sink, data)
@@ -241,14 +246,14 @@ class DieIn(pl.Callback):
 
 MOMENTS = ("training", "between the steps", "write", "sync", "rename", "after the rename", "validation")
 RANDOM = ("in the first third", "in the second third", "in the last third")  # of the time of a run
-VALIDATING: dict[str, Any] = dict(limit_val_batches=1.0, val_check_interval=2, check_val_every_n_epoch=None)
+VALIDATING: dict[str, Any] = dict(limit_val_batches=1.0, val_check_interval=1, check_val_every_n_epoch=None)
 
 
 def saving(folder: Path, *callbacks: pl.Callback, **options: Any) -> UniDAD:
-    """Five iterations on one process, a checkpoint and a validation after each second one."""
+    """Three iterations on one process, a checkpoint and a validation after each."""
     module = small()
-    keep = ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1)
-    train(module, 5, *callbacks, keep, ranks=1, enable_checkpointing=True, **VALIDATING, **options)
+    keep = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    train(module, 3, *callbacks, keep, ranks=1, enable_checkpointing=True, **VALIDATING, **options)
     return module
 
 
@@ -294,9 +299,9 @@ def kill_9(folder: Path) -> None:
     (folder / "kill_9.json").write_text(json.dumps(result))
 
 
-# Those of one row run at the same time: most wait for a timeout, or for each other, and use little of a processor.
+# Those of one row run at the same time: they wait for each other, and use little of a processor.
+WAITING: tuple[Case, ...] = (killed, hung, frozen)  # for a timeout, while all the others run
 CASES: tuple[tuple[Case, ...], ...] = (
-    (killed, hung, frozen),
     (preempted, missing_file, broken_metric),
     (resumed, full_disk, nan, nan_for_good),
     (other_batch, other_shots, other_rate),
@@ -309,11 +314,16 @@ def prepare() -> None:
     """What building a first network imports, once and not in every rank."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    small().configure_model()
+    networks().configure_model()
 
 
 def main(folder: Path, names: list[str]) -> None:
     prepare()
+    waiting = [case for case in WAITING if not names or case.__name__ in names]
+    two_ranks(folder, *waiting, meanwhile=lambda: others(folder, names))
+
+
+def others(folder: Path, names: list[str]) -> None:
     own: dict[Case, Callable[[], Any]] = {equal: lambda: alone(folder), adapters: lambda: adapters(None, folder)}
     if not names or "adapters" in names:
         from tests.tiny_sd import save_tiny  # not at the top: diffusers asks for GPUs, and forks are refused after that

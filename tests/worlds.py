@@ -55,6 +55,41 @@ class AffineStudent(GaussianDenoiser):
         return Prediction(z + self.mu, z)
 
 
+class TwoLayers(Denoiser):
+    """A network of two convolutions, for what does not depend on the networks."""
+
+    image_shape = (3, 16, 16)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 3, 3, padding=1)
+
+    def hidden(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return nn.functional.silu(self.first(x / (1 + sigma.view(-1, 1, 1, 1) ** 2).sqrt()))
+
+    def predict(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Prediction:
+        noise = self.last(self.hidden(x, sigma))
+        return Prediction(x - sigma.view(-1, 1, 1, 1) * noise, noise)
+
+    def taps(
+        self, x: Tensor, sigma: Tensor, cond: Tensor | None = None, names: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
+        return {"in0": self.hidden(x, sigma)}
+
+    @property
+    def tap_channels(self) -> dict[str, int]:
+        return {"in0": 4}
+
+
+class Layers(DenoiserSource):
+    """Two layers whose weights are the same in every process."""
+
+    def build(self) -> Denoiser:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return TwoLayers()
+
+
 class Gaussian(DenoiserSource):
     def __init__(self, mu: float, kind: type[GaussianDenoiser] = GaussianDenoiser) -> None:
         self.mu, self.kind = mu, kind

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -115,6 +116,9 @@ class Denoiser(nn.Module, ABC):
     def __deepcopy__(self, memo: dict[int, Any]) -> Denoiser:
         """A network of its own, but for :attr:`shared_weights`."""
         memo.update({id(p): p for name, p in self.named_parameters() if name in self.shared_weights})
+        # Ten tables of hooks in every module, nearly always empty, were most of the time of a copy.
+        tables = (value for module in self.modules() for value in vars(module).values())
+        memo.update({id(table): OrderedDict() for table in tables if type(table) is OrderedDict and not table})
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from tests.worlds import fit, unidad
+from tests.worlds import Layers, fit, unidad
 from unidad_pl.callbacks.preemption import SIGNALS, Preemption, leaving_on_signals, listen
 
 
@@ -41,7 +41,7 @@ class Send(pl.Callback):
 
 def stopped(folder: Path, send: Send) -> int | str | None:
     with pytest.raises(SystemExit) as ending:
-        fit(unidad(), 4, callbacks=[send, Preemption()], default_root_dir=folder)
+        fit(unidad(Layers()), 4, callbacks=[send, Preemption()], default_root_dir=folder)
     return ending.value.code
 
 
@@ -52,7 +52,7 @@ def test_a_fit_saves_and_says_how_to_go_on(number: int, tmp_path: Path, capfd: p
     assert torch.load(path, weights_only=True)["global_step"] == 2
     printed = capfd.readouterr().err
     assert f"trainer.fit(module, data, ckpt_path={str(path)!r})" in printed
-    assert fit(unidad(), 3, ckpt_path=path).global_step == 3
+    assert fit(unidad(Layers()), 3, ckpt_path=path).global_step == 3
 
 
 def test_more_signals_do_not_disturb_the_save(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
