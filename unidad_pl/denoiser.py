@@ -1,8 +1,8 @@
 """The one contract all networks are used through: a sigma-denoiser ``D(x, sigma, cond) -> x0``.
 
 ``x = x0 + sigma * eps`` with ``x`` [B, C, H, W] and ``sigma`` [B]; images are in [-1, 1]. How a network was trained
-(to predict eps, v, x0, or EDM's mixture) is four coefficients, see :class:`Parameterization`; nothing else in the
-package knows about it.
+(to predict eps, v, x0, EDM's mixture or a flow) is five coefficients, see :class:`Parameterization`; nothing else in
+the package knows about it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from unidad_pl.arguments import given_arguments
 
-PredictionType = Literal["epsilon", "v_prediction", "sample", "edm"]
+PredictionType = Literal["epsilon", "v_prediction", "sample", "edm", "flow"]
 
 
 class Prediction(NamedTuple):
@@ -58,7 +58,8 @@ class Parameterization:
         """Coefficients at ``sigma`` [B]. ``sigma_data`` is used by ``edm`` only.
 
         ``epsilon``, ``v_prediction`` and ``sample`` are variance-preserving networks: they see ``c * x`` with
-        ``c = 1/sqrt(1 + sigma^2)``. ``edm`` is Karras et al. 2022, table 1.
+        ``c = 1/sqrt(1 + sigma^2)``. ``edm`` is Karras et al. 2022, table 1. ``flow`` networks (Lipman et al. 2023) see
+        ``(1 - t) x0 + t eps`` with ``t = sigma / (1 + sigma)``, and predict ``eps - x0``.
 
         Raises:
             ValueError: an unknown ``kind``.
@@ -76,6 +77,9 @@ class Parameterization:
             total = s**2 + sigma_data**2
             root = total.rsqrt()
             return cls(root, sigma_data**2 / total, s * sigma_data * root, s / total, -sigma_data * root)
+        if kind == "flow":
+            scale = 1 / (1 + s)
+            return cls(scale, scale, -s * scale, scale, scale)
         raise ValueError(f"prediction must be one of {', '.join(get_args(PredictionType))}, got {kind!r}")
 
     def prediction(self, x: Tensor, f: Tensor) -> Prediction:
@@ -173,11 +177,19 @@ class Denoiser(nn.Module, ABC):
         """
         raise ValueError(f"this {type(self).__name__} was trained on continuous noise levels: use noise_table: karras")
 
+    def input_scale(self, sigma: Tensor) -> Tensor:
+        """What the network multiplies ``x`` by at ``sigma`` [B] -> [B, 1, 1, 1]: as a variance-preserving one does."""
+        return (1 + sigma.view(-1, 1, 1, 1) ** 2).rsqrt()
+
     free_steps: bool = True
     """Whether a few-step student's sigmas can be chosen; else they follow from their number alone."""
 
+    def own_sigmas(self, num_steps: int) -> list[float] | None:
+        """A few-step student's sigmas where none were chosen; None: log-linear ones, see StudentOptions."""
+        return None
+
     def trained_sigmas(self, sigmas: Sequence[float]) -> list[float]:
-        """What a few-step student of this model uses for ``sigmas``: the same, or the nearest trained ones."""
+        """What a few-step student uses for the chosen ``sigmas``: the same, or the nearest trained ones."""
         return list(sigmas)
 
     def init_noise_sigma(self, sigma: float) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 from unidad_pl.checks import check_choices
 from unidad_pl.schedules import abar_from_sigma
 
-Weighting = Literal["eps", "edm"]
+Weighting = Literal["eps", "edm", "flow"]
 Normalizer = Literal["clean", "noisy"]
 GANLoss = Literal["bce", "hinge", "lsgan", "wgan"]
 
@@ -24,12 +24,15 @@ def denoising_weight(sigma: Tensor, weighting: Weighting = "edm", sigma_data: fl
     """Weight of the squared x0 error at ``sigma`` [B] -> [B].
 
     ``eps``: ``sigma^-2``, which makes the loss the plain eps-MSE of eq. 6-7. ``edm``: ``sigma^-2 + sigma_data^-2``
-    (Karras et al. 2022; the released FSIG code).
+    (Karras et al. 2022; the released FSIG code). ``flow``: ``(1 + 1/sigma)^2``, the plain MSE of
+    velocities.
 
     Raises:
         ValueError: unknown weighting.
     """
     check_choices(weighting=(weighting, Weighting))
+    if weighting == "flow":
+        return (1 + 1 / sigma) ** 2
     return sigma**-2 if weighting == "eps" else sigma**-2 + sigma_data**-2
 
 
@@ -59,6 +62,7 @@ def dmd_gradient(
     fake_eps: Tensor,
     teacher_eps: Tensor,
     normalizer: Normalizer = "clean",
+    input_scale: Tensor | None = None,
 ) -> Tensor:
     """The distribution-matching direction of one teacher, eq. 3: ``(F - D_k) / mean_chw |x - D_k|`` per sample.
 
@@ -72,7 +76,8 @@ def dmd_gradient(
         fake_eps: [B, C, H, W] noise estimated by the fake score network.
         teacher_eps: [B, C, H, W] noise estimated by the teacher.
         normalizer: ``clean`` divides by the mean of ``|x - D_k|`` (DMD2, released FSIG code); ``noisy`` by that of
-            ``|c * noisy - D_k|``, ``c = 1/sqrt(1 + sigma^2)`` (released SDP code).
+            ``|c * noisy - D_k|`` (released SDP code).
+        input_scale: c, [B, 1, 1, 1] what the teacher's input is multiplied by; None: ``1/sqrt(1 + sigma^2)``.
 
     Returns:
         [B, C, H, W], to be handed to :func:`dmd_loss`.
@@ -82,10 +87,11 @@ def dmd_gradient(
     """
     check_choices(normalizer=(normalizer, Normalizer))
     s = sigma.view(-1, 1, 1, 1)
-    seen = x if normalizer == "clean" else abar_from_sigma(s).sqrt() * noisy
+    scale = abar_from_sigma(s).sqrt() if input_scale is None else input_scale
+    seen = x if normalizer == "clean" else scale * noisy
     distance = seen - noisy + s * teacher_eps
-    scale = distance.abs().mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-8)
-    return s * (teacher_eps - fake_eps) / scale
+    size = distance.abs().mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-8)
+    return s * (teacher_eps - fake_eps) / size
 
 
 def dmd_loss(x: Tensor, gradient: Tensor) -> Tensor:

@@ -50,6 +50,26 @@ def log_linear(n: int, sigma_max: float = 80.0, sigma_end: float = 0.5) -> Tenso
     return torch.exp((1 - u) * math.log(sigma_max) + u * math.log(sigma_end))
 
 
+FLOW_MAX = 0.999
+"""The last time of a flow network: at 1 there is nothing of the image left, and sigma is infinite."""
+
+
+def flow_sigmas(u: Tensor, shift: float = 1.0) -> Tensor:
+    """Sigmas of flow-matching times: ``t = shift u / (1 + (shift - 1) u)``, at most :data:`FLOW_MAX`, and
+    ``sigma = t / (1 - t)``.
+
+        >>> flow_sigmas(torch.tensor([0.5, 1.0]))
+        tensor([  1.0000, 999.0000])
+
+    Args:
+        u: times before the shift, in (0, 1]; any shape.
+        shift: of the model's scheduler; above 1 towards the noise (Esser et al. 2024, eq. 23).
+    """
+    u = u.double()
+    t = (shift * u / (1 + (shift - 1) * u)).clamp_max(FLOW_MAX)
+    return (t / (1 - t)).float()
+
+
 def linear_abar(n: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
     """DDPM's cumulative signal variance for linearly spaced betas: ``abar_t = prod_{s<=t} (1 - beta_s)``.
 

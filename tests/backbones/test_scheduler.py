@@ -73,7 +73,9 @@ def test_weights_in_a_bin_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"_class_name": "ScoreSdeVeScheduler"}, "ScoreSdeVeScheduler is not supported; supported are DDPMScheduler"),
-    ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler"),
+    ({"_class_name": "FlowMatchHeunDiscreteScheduler"}, "FlowMatchHeunDiscreteScheduler is not supported"),
+    ({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}, "'use_dynamic_shifting': True"),
+    ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": -1.0}, "shift must be"),
     ({"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid' is not one of linear"),
     ({"prediction_type": "flow_prediction"}, "prediction_type 'flow_prediction'"),
     ({"trained_betas": [0.1, 0.2]}, "trained_betas"),

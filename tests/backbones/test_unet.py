@@ -142,8 +142,8 @@ def test_edm_prediction_by_its_formula() -> None:
 
 
 def test_unknown_prediction() -> None:
-    refused("'flow'", UNetSpec, prediction="flow")
-    refused("'flow'", Parameterization.of, "flow", SIGMA, 0.5)
+    refused("'score'", UNetSpec, prediction="score")
+    refused("'score'", Parameterization.of, "score", SIGMA, 0.5)
 
 
 def test_nearest_time_is_the_argmin() -> None:

@@ -126,14 +126,23 @@ class DiffusersNetwork(Denoiser):
 
     @property
     def native_sigmas(self) -> Tensor:
-        if self.spec.prediction == "edm":
-            return super().native_sigmas
-        return sigma_from_abar(self.abar.double()).float()
+        return super().native_sigmas if self.spec.prediction == "edm" else self.spec.trained_levels()
+
+    def own_sigmas(self, num_steps: int) -> list[float] | None:
+        return self.spec.own_sigmas(num_steps)
+
+    def init_noise_sigma(self, sigma: float) -> float:
+        return 1 + sigma if self.spec.prediction == "flow" else sigma  # a flow begins at noise of unit variance
+
+    def input_scale(self, sigma: Tensor) -> Tensor:
+        return Parameterization.of(self.spec.prediction, sigma, self.spec.sigma_data).c_in
 
     def time(self, sigma: Tensor) -> Tensor:
         """The network's time input [B] for ``sigma`` [B]."""
         if self.spec.prediction == "edm":
             return 250 * sigma.log() / 4
+        if self.spec.prediction == "flow":
+            return self.spec.train_timesteps * sigma / (1 + sigma)
         if self.spec.timestep == "nearest":
             return (abar_from_sigma(sigma)[:, None] - self.abar).abs().argmin(dim=1)
         table = sigma_from_abar(self.abar.double()).log()

@@ -6,15 +6,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from unidad_pl.checks import check_at_least, check_given, check_options, check_positive, check_whole
 from unidad_pl.denoiser import PredictionType
 from unidad_pl.files import read_json, reading
-from unidad_pl.schedules import linear_abar
+from unidad_pl.schedules import flow_sigmas, linear_abar, sigma_from_abar
 
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
-MOST_TIMESTEPS, MOST_PATCH, MOST_SIGMA_DATA = 100_000, 64, 1e6
+MOST_TIMESTEPS, MOST_PATCH, MOST_SIGMA_DATA, MOST_SHIFT = 100_000, 64, 1e6, 1000.0
 SCHEDULER_FILE = "scheduler_config.json"
 SUPPORTED = (
     "DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
@@ -22,6 +23,12 @@ SUPPORTED = (
     "HeunDiscreteScheduler", "LMSDiscreteScheduler", "LCMScheduler",
 )  # fmt: skip
 """Schedulers of variance-preserving networks with discrete timesteps: all read the same betas."""
+FLOW = "FlowMatchEulerDiscreteScheduler"
+OTHER_FLOWS = {
+    "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False, "invert_sigmas": False,
+    "shift_terminal": None, "use_dynamic_shifting": False,
+}  # fmt: skip
+"""Options of a flow's scheduler that place the times otherwise than by a shift -> the value that does not."""
 
 
 @dataclass(frozen=True)
@@ -29,18 +36,20 @@ class UNetSpec:
     """What a ``UNet2DModel``'s own config does not say about how to use it as a denoiser. Saved as ``denoiser.json``.
 
     Attributes:
-        prediction: what the network predicts: ``epsilon``, ``v_prediction``, ``sample`` (variance-preserving input)
-            or ``edm`` (Karras et al. 2022 preconditioning).
+        prediction: what the network predicts: ``epsilon``, ``v_prediction``, ``sample`` (variance-preserving input),
+            ``edm`` (Karras et al. 2022 preconditioning) or ``flow`` (flow matching).
         sigma_data: standard deviation of the data; used by ``edm`` only.
         patch_size: pixels per side folded into channels before the network and back after it; 1 = none. The network
             then works on an image ``patch_size`` times smaller, with ``patch_size^2`` times the channels.
         timestep: how ``epsilon``/``v_prediction``/``sample`` networks see sigma: the ``nearest`` of the trained
-            timesteps (parity with released code) or ``interpolated`` in log sigma. ``edm`` sees ``250 * ln(sigma)/4``.
+            timesteps (parity with released code) or ``interpolated`` in log sigma. ``edm`` sees ``250 * ln(sigma)/4``,
+            ``flow`` its time in timesteps.
         beta_schedule: name of the betas' schedule in diffusers (variance-preserving networks): ``linear``,
             ``scaled_linear`` or ``squaredcos_cap_v2``; the cosine schedule has no use for first and last beta.
         beta_start: first beta.
         beta_end: last beta.
         train_timesteps: length of the schedule.
+        shift: of the times of a ``flow`` network, see :func:`~unidad_pl.schedules.flow_sigmas`.
 
     Raises:
         ValueError: an unknown name, or a number out of range; names the option.
@@ -54,11 +63,13 @@ class UNetSpec:
     beta_start: float = 1e-4
     beta_end: float = 0.02
     train_timesteps: int = 1000
+    shift: float = 1.0
 
     def __post_init__(self) -> None:
         check_options(self)
         check_given(**asdict(self))
         check_positive(sigma_data=self.sigma_data, beta_start=self.beta_start)
+        check_positive(MOST_SHIFT, shift=self.shift)
         check_at_least(0, MOST_SIGMA_DATA, sigma_data=self.sigma_data)
         check_at_least(0, 0.9999, beta_start=self.beta_start, beta_end=self.beta_end)
         check_whole(1, MOST_PATCH, null=True, patch_size=self.patch_size)
@@ -81,6 +92,19 @@ class UNetSpec:
             beta_schedule=self.beta_schedule, prediction_type=self.prediction, **options,
         )  # fmt: skip
 
+    def own_sigmas(self, num_steps: int) -> list[float] | None:
+        """Few steps of a ``flow`` network: evenly spaced times, shifted as in its training, from the last one down."""
+        if self.prediction != "flow":
+            return None
+        return flow_sigmas(1 - torch.arange(num_steps) / num_steps, self.shift).tolist()
+
+    def trained_levels(self) -> Tensor:
+        """The sigmas of the trained timesteps, ascending; those of a ``flow`` end at sigma 999."""
+        if self.prediction != "flow":
+            return sigma_from_abar(self.abar().double()).float()
+        levels = flow_sigmas(torch.arange(1, self.train_timesteps + 1) / self.train_timesteps, self.shift)
+        return levels.unique()  # all beyond the last time are one
+
 
 def find_scheduler(folder: Path) -> Path | None:
     """The scheduler config that belongs to the network in ``folder``: beside it, below it, or in a pipeline folder
@@ -101,8 +125,10 @@ def spec_of_scheduler(path: Path) -> UNetSpec:
     """
     config = read_json(path, "scheduler config")
     name = config.get("_class_name")
+    if name == FLOW:
+        return _spec_of_flow(path, config)
     if name not in SUPPORTED:
-        raise ValueError(f"{path}: scheduler {name} is not supported; supported are {', '.join(SUPPORTED)}")
+        raise ValueError(f"{path}: scheduler {name} is not supported; supported are {', '.join((*SUPPORTED, FLOW))}")
     if config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr"):
         raise ValueError(f"{path}: trained_betas and rescale_betas_zero_snr are not supported, only named schedules")
     schedule, prediction = config.get("beta_schedule", "linear"), config.get("prediction_type", "epsilon")
@@ -115,3 +141,11 @@ def spec_of_scheduler(path: Path) -> UNetSpec:
             prediction, beta_schedule=schedule, beta_start=config.get("beta_start", 1e-4),
             beta_end=config.get("beta_end", 0.02), train_timesteps=config.get("num_train_timesteps", 1000),
         )  # fmt: skip
+
+
+def _spec_of_flow(path: Path, config: dict[str, Any]) -> UNetSpec:
+    others = {name: config[name] for name, plain in OTHER_FLOWS.items() if config.get(name, plain) != plain}
+    if others:
+        raise ValueError(f"{path}: times of a flow are placed by their shift alone here, this has {others}")
+    with reading(path, "scheduler config"):
+        return UNetSpec("flow", shift=config.get("shift", 1.0), train_timesteps=config.get("num_train_timesteps", 1000))

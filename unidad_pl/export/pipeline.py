@@ -31,7 +31,7 @@ class FewStepPipeline(DiffusionPipeline):
         scheduler: holds the betas the network was trained with (variance-preserving networks).
         sigmas: the trained steps' sigmas, descending.
         sigma_min: the smallest sigma when another number of steps is asked for.
-        prediction: what the network predicts: ``epsilon``, ``v_prediction``, ``sample`` or ``edm``.
+        prediction: what the network predicts: ``epsilon``, ``v_prediction``, ``sample``, ``edm`` or ``flow``.
         sigma_data: standard deviation of the data, for ``edm``.
         patch_size: pixels per side folded into channels around the network.
         timestep: ``nearest`` trained timestep or ``interpolated``.
@@ -74,7 +74,9 @@ class FewStepPipeline(DiffusionPipeline):
         if Path(__file__) != folder.resolve() / "pipeline.py":
             shutil.copyfile(__file__, folder / "pipeline.py")
         spec = {name: self.config[name] for name in ("prediction", "sigma_data", "patch_size", "timestep")}
-        if self.config.prediction != "edm":
+        if self.config.prediction == "flow":
+            spec |= {"shift": self.scheduler.config.shift, "train_timesteps": self.scheduler.config.num_train_timesteps}
+        elif self.config.prediction != "edm":
             betas = self.scheduler.config
             spec |= {name: betas[name] for name in ("beta_schedule", "beta_start", "beta_end")}
             spec["train_timesteps"] = betas.num_train_timesteps
@@ -122,7 +124,7 @@ class FewStepPipeline(DiffusionPipeline):
             return torch.stack([torch.randn(*shape, generator=one) for one in generators]).to(device)
 
         sigmas = self._sigmas(num_inference_steps)
-        x = sigmas[0] * noise()
+        x = (sigmas[0] + (self.config.prediction == "flow")) * noise()  # a flow begins at noise of unit variance
         x0 = self._denoise(x, sigmas[0], labels)
         for sigma in self.progress_bar(sigmas[1:]):
             x0 = self._denoise(x0 + sigma * noise(), sigma, labels)
@@ -166,20 +168,29 @@ class FewStepPipeline(DiffusionPipeline):
             raise ValueError(f"num_inference_steps must be at least 1, got {steps}")
         if steps > len(trained):
             logger.warning(f"this student was trained for {len(trained)} steps; {steps} need not be better")
+        if self.config.prediction == "flow" and torch.allclose(self._own(len(trained)), torch.tensor(trained).double()):
+            return self._own(steps).tolist()
         u = torch.linspace(0, 1, steps, dtype=torch.float64)
         return ((1 - u) * math.log(trained[0]) + u * math.log(self.config.sigma_min)).exp().tolist()
+
+    def _own(self, steps: int) -> torch.Tensor:
+        """The sigmas of evenly spaced times of a flow, shifted as in its training, up to t = 0.999."""
+        u, shift = 1 - torch.arange(steps, dtype=torch.float64) / steps, self.scheduler.config.shift
+        t = (shift * u / (1 + (shift - 1) * u)).clamp_max(0.999)
+        return t / (1 - t)
 
     def _denoise(self, x: torch.Tensor, sigma: float, labels: torch.Tensor | None) -> torch.Tensor:
         """``x0`` [B, C, H, W]: the network between its input scale and its output coefficients, in float32."""
         levels = x.new_full((len(x),), sigma)
         s, data = levels.view(-1, 1, 1, 1), self.config.sigma_data
         total = s**2 + data**2
-        c = total.rsqrt() if self.config.prediction == "edm" else (1 + s**2).rsqrt()
+        c = {"edm": total.rsqrt(), "flow": 1 / (1 + s)}.get(self.config.prediction, (1 + s**2).rsqrt())
         of_x, of_f = {
             "epsilon": (torch.ones_like(s), -s),
             "v_prediction": (c**2, -s * c),
             "sample": (torch.zeros_like(s), torch.ones_like(s)),
             "edm": (data**2 / total, s * data * c),
+            "flow": (c, -s * c),
         }[self.config.prediction]
         folded = F.pixel_unshuffle(c * x, self.config.patch_size)
         f = self.unet(folded.to(self.unet.dtype), self._time(levels), class_labels=labels).sample
@@ -189,6 +200,8 @@ class FewStepPipeline(DiffusionPipeline):
     def _time(self, sigma: torch.Tensor) -> torch.Tensor:
         if self.config.prediction == "edm":
             return 250 * sigma.log() / 4
+        if self.config.prediction == "flow":
+            return self.scheduler.config.num_train_timesteps * sigma / (1 + sigma)
         abar = self._abar().to(sigma.device)
         if self.config.timestep == "nearest":
             return (1 / (1 + sigma**2)[:, None] - abar).abs().argmin(dim=1)

@@ -151,6 +151,10 @@ def _write(student: TrainedStudent, network: UNetDenoiser, folder: Path, dtype: 
 
 def _scheduler(spec: UNetSpec) -> Any:
     """A diffusers scheduler of the network's noise levels, for other samplers."""
+    if spec.prediction == "flow":
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        return FlowMatchEulerDiscreteScheduler(spec.train_timesteps, spec.shift)
     if spec.prediction != "edm":
         return spec.scheduler("DDPMScheduler")
     from diffusers import EDMEulerScheduler

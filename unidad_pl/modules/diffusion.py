@@ -19,6 +19,7 @@ from unidad_pl.strategies.fsdp import full
 from unidad_pl.training.hparams import TrainingOptions
 from unidad_pl.training.module import GenerativeModule
 from unidad_pl.training.networks import MemoryOptions, trained
+from unidad_pl.training.noise import NoiseTable
 from unidad_pl.training.optimization import OptimizerOptions
 
 
@@ -28,6 +29,9 @@ class LogNormal:
 
         >>> LogNormal()
         LogNormal(mean=-1.2, std=1.2)
+
+    For a flow network these are logit-normal times (Esser et al. 2024: mean 0, std 1); a shift s of the times adds
+    ``ln s`` to the mean.
 
     Attributes:
         mean: of ``ln sigma``.
@@ -41,6 +45,10 @@ class LogNormal:
         check_options(self)
         check_at_least(-20, 20, mean=self.mean)
         check_positive(10, std=self.std)
+
+    def draw(self, images: Tensor) -> Tensor:
+        """One sigma [B] for each of ``images`` [B, C, H, W]."""
+        return (self.mean + self.std * torch.randn(len(images), device=images.device)).exp().to(images.dtype)
 
 
 @dataclass
@@ -127,8 +135,7 @@ class Diffusion(GenerativeModule):
             )
         self.source, self.optimizer_options, self.denoising = as_source(source), optimizer, denoising
         self.lognormal, self.sampling, self.export = lognormal, sampling, export
-        self.register_buffer("sigmas", karras(), persistent=False)
-        self.sigmas: Tensor
+        self.noise = NoiseTable(karras())
 
     def build_networks(self) -> None:
         self.denoiser = self.build(self.source)
@@ -143,7 +150,8 @@ class Diffusion(GenerativeModule):
                 f"this Diffusion module is sampled with {self.sampling.sampler} in {self.sampling.num_steps} steps, it "
                 f"is no few-step student: use its export for the network alone, or sampler: few_step"
             )
-        return FewStepSampler(log_linear(self.sampling.num_steps)), float(log_linear(2)[-1])
+        sampler = FewStepSampler(log_linear(self.sampling.num_steps), standard=True)
+        return sampler, float(log_linear(2)[-1])
 
     def optimizers_of_groups(self) -> dict[str, OptimizerOptions]:
         return {"denoiser": self.optimizer_options}
@@ -155,20 +163,14 @@ class Diffusion(GenerativeModule):
         total = torch.zeros((), device=self.device)
         for part in self.micro_batches(batch):
             images, cond = part.images, part.cond
-            sigma = self.draw_sigma(len(images))
-            noisy = images + sigma.view(-1, 1, 1, 1) * torch.randn_like(images)
+            sigma = None if self.lognormal is None else self.lognormal.draw(images)
+            noisy, sigma = self.noise.add(images, sigma=sigma)
             x0 = self.denoiser(noisy, sigma, cond)
             loss = denoising_loss(x0, images, sigma, self.denoising.weighting, self.denoising.sigma_data)
             self.backward_into(loss, "denoiser")
             total += loss.detach() / self.accumulate
         self.log("loss/denoising", total, prog_bar=True)
         self.finish_iteration(self.step("denoiser"))
-
-    def draw_sigma(self, batch: int) -> Tensor:
-        """Training sigmas [batch]."""
-        if self.lognormal is not None:
-            return (self.lognormal.mean + self.lognormal.std * torch.randn(batch, device=self.device)).exp()
-        return self.sigmas[torch.randint(len(self.sigmas), (batch,), device=self.device)]
 
     def on_fit_end(self) -> None:
         """Export, once, on rank 0.
@@ -190,6 +192,6 @@ class Diffusion(GenerativeModule):
     def generate(self, network: Denoiser, seeds: Tensor, cond: Tensor | None) -> Tensor:
         noise = seeded_noise(seeds, network.image_shape, self.device)
         if self.sampling.sampler == "few_step":
-            return self.few_step()[0](network, noise, cond)
+            return self.few_step()[0].fitted_to(network)(network, noise, cond)
         sample = heun if self.sampling.sampler == "heun" else ddim
         return sample(network, noise, sampling_sigmas(self.sampling.num_steps), cond)

@@ -29,7 +29,8 @@ class StudentOptions:
 
     Attributes:
         num_steps: K, the sampling steps.
-        sigma_max: sigma of the first step; null: 80. A model whose steps lie at even timesteps has its own.
+        sigma_max: sigma of the first step; null: 80. A model whose steps lie at even timesteps has its own, and so has
+            a flow network unless one of the two is given.
         sigma_min: sigma of the last step; null: 0.5, or the model's own as above.
         gradient: ``unroll``, ``last`` or ``backward_simulation``, see :class:`~unidad_pl.sampling.FewStepSampler`.
         update_every: r, the student is updated on every r-th iteration.
@@ -60,13 +61,18 @@ class StudentOptions:
         """Largest and smallest sigma, where the steps can be chosen."""
         return 80.0 if self.sigma_max is None else self.sigma_max, 0.5 if self.sigma_min is None else self.sigma_min
 
+    @property
+    def sigmas_chosen(self) -> bool:
+        """Whether a sigma was given."""
+        return (self.sigma_max, self.sigma_min) != (None, None)
+
     def refuse_sigmas(self) -> None:
         """For a network whose steps follow from their number.
 
         Raises:
             ValueError: a sigma was given.
         """
-        if (self.sigma_max, self.sigma_min) != (None, None):
+        if self.sigmas_chosen:
             raise ValueError(
                 "student.sigma_max and student.sigma_min do nothing where the steps lie at even timesteps: leave them "
                 "null, or use the source's spacing: log_linear"
@@ -214,7 +220,7 @@ class DenoisingOptions:
         DenoisingOptions(weighting='eps', sigma_data=0.5)
 
     Attributes:
-        weighting: ``edm`` or ``eps``, see :func:`~unidad_pl.losses.denoising_weight`.
+        weighting: ``edm``, ``eps`` or ``flow``, see :func:`~unidad_pl.losses.denoising_weight`.
         sigma_data: standard deviation of the data in the ``edm`` weighting, and what ``low_noise_share`` goes by.
     """
 

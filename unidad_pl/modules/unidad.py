@@ -33,6 +33,7 @@ from unidad_pl.schedules import index_range, karras, log_linear
 from unidad_pl.training.hparams import TrainingOptions
 from unidad_pl.training.module import GenerativeModule
 from unidad_pl.training.networks import MemoryOptions, frozen, predict_on_own_device, trained
+from unidad_pl.training.noise import NoiseTable
 from unidad_pl.training.optimization import OptimizerOptions
 
 
@@ -89,7 +90,8 @@ class UniDAD(GenerativeModule):
         self.matching, self.denoising, self.gan = matching, denoising, gan
         self.pretrain = self.adaptation.pretrain if self.adaptation else 0
         sigmas = log_linear(student.num_steps, *student.sigma_range)
-        self.sampler = FewStepSampler(sigmas, student.gradient, memory.checkpointing in ("steps", "both"))
+        again = memory.checkpointing in ("steps", "both")
+        self.sampler = FewStepSampler(sigmas, student.gradient, again, not student.sigmas_chosen)
         self.keep_image_gradients = False
         self.image_gradients: dict[str, Tensor] = {}
 
@@ -116,15 +118,11 @@ class UniDAD(GenerativeModule):
             self.student_options.refuse_sigmas()
         self.sampler = self.sampler.fitted_to(self.student)
         own_table = self.matching is not None and self.matching.noise_table == "model"
-        self.register_buffer("sigmas", source.native_sigmas if own_table else karras(), persistent=False)
-        self.sigmas: Tensor  # [N] the noise table, ascending
-        self.low_entries = max(1, self._entries_up_to(2 * self.denoising.sigma_data))
-        self.gan_entries = self._entries_up_to(math.inf if self.gan is None else self.gan.sigma_max or math.inf)
-        if not self.gan_entries:
-            raise ValueError(f"gan.sigma_max must reach the smallest sigma, {float(self.sigmas[0]):g}")
-
-    def _entries_up_to(self, sigma: float) -> int:
-        return int((self.sigmas <= sigma).sum())
+        self.noise = NoiseTable(source.native_sigmas if own_table else karras())
+        self.low_entries = max(1, self.noise.up_to(2 * self.denoising.sigma_data))
+        self.gan_last = self.noise.up_to(math.inf if self.gan is None else self.gan.sigma_max or math.inf) - 1
+        if self.gan_last < 0:
+            raise ValueError(f"gan.sigma_max must reach the smallest sigma, {float(self.noise.sigmas[0]):g}")
 
     @property
     def sampled_source(self) -> DenoiserSource:
@@ -246,21 +244,26 @@ class UniDAD(GenerativeModule):
     def matching_losses(self, x: Tensor, cond: Tensor | None, source_cond: Tensor | None) -> dict[str, Tensor]:
         """The weighted losses of the teachers, which see F's noisy images (eq. 3-4).
 
-        S gets ``source_cond`` where there is one: the prompt without the subject's token."""
+        S gets ``source_cond`` where there is one: the prompt without the subject's token.
+        """
         if self.matching is None:
             return {}
-        noisy, sigma = self.add_noise(x.detach(), *index_range(len(self.sigmas), *self.matching.range))
+        noisy, sigma = self.noise.add(x.detach(), *index_range(len(self.noise), *self.matching.range))
         scale = self.matching.guidance_scale
         away = self.embed([self.matching.negative_prompt or ""]) if scale > 1 else None
         conds = {"source": cond if source_cond is None else source_cond, "target": cond}
         with torch.no_grad():
             fake_eps = self.fake_score.predict(noisy, sigma, cond).eps
-            nets = {name: getattr(self, f"{name}_teacher") for name in self.teacher_weights}
-            eps = {k: predict_on_own_device(net, noisy, sigma, conds[k], away, scale).eps for k, net in nets.items()}
+            teachers = {name: getattr(self, f"{name}_teacher") for name in self.teacher_weights}
+            eps = {
+                name: predict_on_own_device(teacher, noisy, sigma, conds[name], away, scale).eps
+                for name, teacher in teachers.items()
+            }
         torch.clear_autocast_cache()  # torch reuses casts made without a graph, and their weights get no gradient
         terms = {}
         for name, weight in self.teacher_weights.items():
-            g = losses.dmd_gradient(x.detach(), noisy, sigma, fake_eps, eps[name], self.matching.normalizer)
+            how = self.matching.normalizer, teachers[name].input_scale(sigma)
+            g = losses.dmd_gradient(x.detach(), noisy, sigma, fake_eps, eps[name], *how)
             loss = losses.dmd_loss(x, g)
             self._log_loss(f"dmd_{name}", loss)
             terms[f"dmd_{name}"] = weight * loss
@@ -271,7 +274,7 @@ class UniDAD(GenerativeModule):
         # Gradient reaches the student alone either way, see backward_into.
         checkpointed = self.memory.checkpointing in ("blocks", "both")
         with nullcontext() if checkpointed else frozen(self.fake_score, self.discriminator):
-            noisy, sigma = self.add_noise(x, 0, self.gan_entries - 1)
+            noisy, sigma = self.noise.add(x, 0, self.gan_last)
             return self.logits(noisy, sigma, cond)
 
     # -- the losses of F with its heads, and of T ----------------------------------------------------------------
@@ -286,10 +289,10 @@ class UniDAD(GenerativeModule):
 
     def critic_loss(self, x: Tensor, real: Tensor, cond: Tensor | None, gan: GANOptions) -> Tensor:
         """The discriminator's loss with its penalties; gradient into the heads and F's encoder."""
-        noisy_real, sigma = self.add_noise(real, 0, self.gan_entries - 1)
+        noisy_real, sigma = self.noise.add(real, 0, self.gan_last)
         noisy_real.requires_grad_(gan.r1 > 0)
         shared = sigma if gan.noise == "shared" else None
-        noisy_fake, sigma_fake = self.add_noise(x, 0, self.gan_entries - 1, shared)
+        noisy_fake, sigma_fake = self.noise.add(x, 0, self.gan_last, shared)
         both = None if cond is None else torch.cat([cond, cond])
         logits = self.logits(torch.cat([noisy_real, noisy_fake]), torch.cat([sigma, sigma_fake]), both)
         logits_real, logits_fake = zip(*(logit.chunk(2) for logit in logits), strict=True)  # one pass for both
@@ -300,7 +303,7 @@ class UniDAD(GenerativeModule):
             loss = loss + gan.r1 * losses.r1_penalty(logits_real, noisy_real)
         if gan.gradient_penalty:
             share = torch.rand(len(x), 1, 1, 1, device=x.device)
-            between, sigma = self.add_noise(share * real + (1 - share) * x, 0, self.gan_entries - 1)
+            between, sigma = self.noise.add(share * real + (1 - share) * x, 0, self.gan_last)
             between.requires_grad_(True)
             loss = loss + gan.gradient_penalty * losses.gradient_penalty(self.logits(between, sigma, cond), between)
         return loss
@@ -325,21 +328,10 @@ class UniDAD(GenerativeModule):
 
     def denoise(self, network: Denoiser, images: Tensor, cond: Tensor | None, low_share: float = 0.0) -> Tensor:
         """Denoising loss of ``network`` at sigmas of the table, a share of them up to twice ``sigma_data``."""
-        sigma, entries = None, len(self.sigmas)
-        if low_share:
-            low = torch.rand(len(images), device=images.device) < low_share
-            index = torch.rand(len(images), device=images.device) * torch.where(low, self.low_entries, entries)
-            sigma = self.sigmas[index.long()].to(images.dtype)
-        noisy, sigma = self.add_noise(images, 0, entries - 1, sigma)
+        sigma = self.noise.draw_low(images, low_share, self.low_entries) if low_share else None
+        noisy, sigma = self.noise.add(images, sigma=sigma)
         x0, how = network(noisy, sigma, cond), self.denoising
         return losses.denoising_loss(x0, images, sigma, how.weighting, how.sigma_data)
-
-    def add_noise(self, images: Tensor, first: int, last: int, sigma: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``images + sigma * eps`` with one table entry in [first, last] and one eps per image, or the given sigma."""
-        if sigma is None:
-            index = torch.randint(first, last + 1, (len(images),), device=images.device)
-            sigma = self.sigmas[index].to(images.dtype)
-        return images + sigma.view(-1, 1, 1, 1) * torch.randn_like(images), sigma
 
     def _log_loss(self, name: str, value: Tensor, prog_bar: bool = False) -> None:
         self.log(f"loss/{name}", value.detach(), prog_bar=prog_bar, rank_zero_only=True)

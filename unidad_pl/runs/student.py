@@ -59,7 +59,10 @@ class TrainedStudent:
         """The sampler for ``num_steps`` network evaluations; None: as trained."""
         if num_steps is None or num_steps == len(self.sampler):
             return self.sampler
-        return FewStepSampler(log_linear(num_steps, self.sampler.sigmas[0], self.sigma_min)).fitted_to(self.network)
+        sigmas, own = self.sampler.sigmas, self.network.own_sigmas(len(self.sampler))
+        standard = own is not None and torch.allclose(torch.tensor(own), torch.tensor(sigmas))
+        others = log_linear(num_steps, sigmas[0], self.sigma_min)
+        return FewStepSampler(others, standard=standard).fitted_to(self.network)
 
 
 def read_run(ckpt_path: str | Path) -> dict[str, Any]:
