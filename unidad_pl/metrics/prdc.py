@@ -16,9 +16,15 @@ NAMES = ("precision", "recall", "density", "coverage")
 CHUNK = 2048  # rows of a distance matrix at a time: 0.8 GB in float64 for 50 000 images
 
 
+def _squared(x: Tensor, y: Tensor) -> Tensor:
+    """Squared distances of all pairs: [n, D], [m, D] -> [n, m]; rows must be near 0, or rounding shows."""
+    return torch.addmm(y.square().sum(1), x, y.T, alpha=-2).add_(x.square().sum(1, keepdim=True)).clamp_min_(0)
+
+
 def _radii(x: Tensor, neighbours: int) -> Tensor:
-    """Distance of every row [n, D] to its ``neighbours``-th nearest other row: [n]."""
-    return torch.cat([torch.cdist(part, x).kthvalue(neighbours + 1, dim=1).values for part in x.split(CHUNK)])
+    """Squared distance of every row [n, D] to its ``neighbours``-th nearest other row: [n]."""
+    most = neighbours + 1  # a row is the nearest one to itself
+    return torch.cat([_squared(part, x).topk(most, dim=1, largest=False).values[:, -1] for part in x.split(CHUNK)])
 
 
 def prdc(x: Tensor, y: Tensor, neighbours: int = 5) -> dict[str, float]:
@@ -35,20 +41,22 @@ def prdc(x: Tensor, y: Tensor, neighbours: int = 5) -> dict[str, float]:
     check_whole(1, neighbours=neighbours)
     check_pair(x, y, f"PRDC with {neighbours} neighbours", least=neighbours + 1)
     x, y = double(x), double(y)
+    centre = y.mean(0)
+    x, y = x - centre, y - centre
     radii_x, radii_y = _radii(x, neighbours), _radii(y, neighbours)
-    inside, nearest, recalled = [], [], []
-    for part in x.split(CHUNK):
-        distances = torch.cdist(part, y)
+    inside, nearest = [], radii_y.new_full((len(y),), math.inf)
+    recalled = torch.zeros(len(y), dtype=torch.bool, device=y.device)
+    for part, radii in zip(x.split(CHUNK), radii_x.split(CHUNK), strict=True):
+        distances = _squared(part, y)
         inside.append((distances < radii_y).sum(1))
-        nearest.append(distances.amin(0))
-    for part in y.split(CHUNK):
-        recalled.append((torch.cdist(part, x) < radii_x).any(1))
+        nearest = torch.minimum(nearest, distances.amin(0))
+        recalled |= (distances < radii[:, None]).any(0)
     balls = torch.cat(inside).double()
     return {
         "precision": float((balls > 0).double().mean()),
-        "recall": float(torch.cat(recalled).double().mean()),
+        "recall": float(recalled.double().mean()),
         "density": float(balls.mean() / neighbours),
-        "coverage": float((torch.stack(nearest).amin(0) < radii_y).double().mean()),
+        "coverage": float((nearest < radii_y).double().mean()),
     }
 
 
