@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from tests.export.made import export, pixel_student
-from unidad_pl.cli import sample as module
+from unidad_pl.cli import drawing as module
 from unidad_pl.cli.sample import sample
 from unidad_pl.data.pictures import is_whole_png
 from unidad_pl.export import load_export

@@ -27,6 +27,7 @@ from unidad_pl.callbacks.preemption import Preemption, leaving_on_signals
 from unidad_pl.callbacks.records import run_folder
 from unidad_pl.callbacks.sound_checkpoint import SoundCheckpoint
 from unidad_pl.checks import check_at_least
+from unidad_pl.cli.description import DESCRIPTION
 from unidad_pl.cli.launch import check_launcher
 from unidad_pl.cli.parsing import ConfigFile, HelpFormatter, Parser, later_values_replace, read_nested_nulls
 from unidad_pl.cli.summary import fit_summary
@@ -34,25 +35,6 @@ from unidad_pl.runs.checkpoints import DurableCheckpointIO, is_remote, refuse_da
 from unidad_pl.runs.resume import WORDS, choose_folder, find_checkpoint
 from unidad_pl.training.module import GenerativeModule
 from unidad_pl.training.refusals import refuse_idle_options
-
-DESCRIPTION = """Few-step few-shot image generation: distil a diffusion model to 1-4 steps and adapt it to a new
-domain from about ten images, in one training run (Uni-DAD).
-
-  unidad fit --config configs/quickstart.yaml           ten cartoon portraits with sunglasses, on any laptop
-  unidad fit --config configs/quickstart.yaml --data.root FOLDER        your own images
-  unidad fit --help                                     every option of a subcommand
-  unidad fit --config FILE --print_config               the whole config a run would use
-  unidad export --ckpt_path RUN/checkpoints/last.ckpt --out FOLDER      the student as a diffusers pipeline
-  unidad sample --model FOLDER --num 64 --out IMAGES                    PNGs from it, or from a checkpoint
-  unidad study --config configs/study/stages.yaml       methods against each other, at equal compute
-  unidad report memory --config FILE                                    peak GiB of a run, without its weights
-  unidad report subjects --runs FOLDER                  CLIP-I, CLIP-T and DINO of many subjects' runs, one table
-  unidad import adm --checkpoint FILE --preset ffhq256 --out FOLDER     a guided-diffusion model as a source model
-  unidad restore adm --folder FOLDER --out FILE         such a folder as a guided-diffusion checkpoint again
-
-Options may also come from the environment (UNIDAD_FIT__TRAINER__MAX_STEPS=100; configs and the command line win). What
-cannot be done ends with one sentence, and 1 or, for a wrong command line, 2; --debug shows the traceback as well.
-"""
 
 THREADS_PER_CORE = 4
 LOGGER = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "runs", "name": None}}

@@ -13,6 +13,7 @@ from contextlib import suppress
 from inspect import signature
 from typing import TYPE_CHECKING
 
+from unidad_pl.cli.description import DESCRIPTION
 from unidad_pl.cli.errors import StrictParser, refuse, sentence_of
 
 if TYPE_CHECKING:
@@ -61,13 +62,16 @@ def main(args: Sequence[str] | None = None) -> None:
     Raises:
         Refused: the command ends with one sentence on stderr, and the code 1, or 2 for a wrong command line.
     """
-    wait_passively_where_busy()
     given = list(sys.argv[1:] if args is None else args)
-    if given == ["--version"]:  # answered before torch is imported
+    if given in ([], ["-h"], ["--help"]):  # answered before torch is imported
+        sys.stdout.write(f"usage: unidad COMMAND [options]\n\n{DESCRIPTION}")
+        return
+    if given == ["--version"]:
         from importlib.metadata import version
 
         sys.stdout.write(f"unidad {version('unidad_pl')}\n")
         return
+    wait_passively_where_busy()
     debug, given = "--debug" in given, [word for word in given if word != "--debug"]
     try:
         if given and given[0] in {command.split()[0] for command in TOOLS}:

@@ -1,0 +1,20 @@
+"""What ``unidad --help`` says."""
+
+DESCRIPTION = """Few-step few-shot image generation: distil a diffusion model to 1-4 steps and adapt it to a new
+domain from about ten images, in one training run (Uni-DAD).
+
+  unidad fit --config configs/quickstart.yaml           ten cartoon portraits with sunglasses, on any laptop
+  unidad fit --config configs/quickstart.yaml --data.root FOLDER        your own images
+  unidad fit --help                                     every option of a subcommand
+  unidad fit --config FILE --print_config               the whole config a run would use
+  unidad export --ckpt_path RUN/checkpoints/last.ckpt --out FOLDER      the student as a diffusers pipeline
+  unidad sample --model FOLDER --num 64 --out IMAGES                    PNGs from it, or from a checkpoint
+  unidad study --config configs/study/stages.yaml       methods against each other, at equal compute
+  unidad report memory --config FILE                                    peak GiB of a run, without its weights
+  unidad report subjects --runs FOLDER                  CLIP-I, CLIP-T and DINO of many subjects' runs, one table
+  unidad import adm --checkpoint FILE --preset ffhq256 --out FOLDER     a guided-diffusion model as a source model
+  unidad restore adm --folder FOLDER --out FILE         such a folder as a guided-diffusion checkpoint again
+
+Options may also come from the environment (UNIDAD_FIT__TRAINER__MAX_STEPS=100; configs and the command line win). What
+cannot be done ends with one sentence, and 1 or, for a wrong command line, 2; --debug shows the traceback as well.
+"""
