@@ -30,7 +30,7 @@ def judge() -> CartoonFeatures:
 
 @pytest.fixture(scope="module")
 def renders() -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
-    return {d: (world.render(HELD_OUT, d), world.factors(HELD_OUT, d)) for d in world.DOMAINS}
+    return {d: (world.render(HELD_OUT, d), world.factors(HELD_OUT, d)) for d in world.FLAT}
 
 
 def _tiny(**changes: object) -> FactorNetwork:
@@ -52,7 +52,7 @@ def test_asset_is_small_and_knows_the_cartoon_world(judge: CartoonFeatures) -> N
     assert {name: network.ranges[name] for name in world.RANGES} == world.RANGES
 
 
-@pytest.mark.parametrize("domain", world.DOMAINS)
+@pytest.mark.parametrize("domain", world.FLAT)
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_factors_of_held_out_renders(judge: CartoonFeatures, renders: dict, domain: str, noise: float) -> None:
     images, labels = renders[domain]
@@ -73,7 +73,7 @@ def _bar(name: str, noise: float) -> float:
     return 0.92 if noise else 0.95
 
 
-@pytest.mark.parametrize("domain", world.DOMAINS)
+@pytest.mark.parametrize("domain", world.FLAT)
 def test_continuous_factors_of_held_out_renders(judge: CartoonFeatures, renders: dict, domain: str) -> None:
     images, labels = renders[domain]
     network, shown = judge.load(), visible(labels)
@@ -86,7 +86,7 @@ def test_continuous_factors_of_held_out_renders(judge: CartoonFeatures, renders:
 
 @pytest.mark.parametrize("resolution", [48, 64])
 def test_other_resolutions_show_the_same(judge: CartoonFeatures, resolution: int) -> None:
-    for domain in world.DOMAINS:
+    for domain in world.FLAT:
         found = judge.predict(world.render(HELD_OUT[:60], domain, resolution))
         assert (found["glasses"] == int(domain == "sunglasses")).all()
         assert (found["species"] == int(domain == "cats")).all()
@@ -104,7 +104,7 @@ def test_frechet_distance_orders_noise_and_domains(judge: CartoonFeatures, rende
 
 def test_pooled_features_are_standardised_and_tell_how_bad_an_image_is(renders: dict) -> None:
     judge = CartoonFeatures(layer="pooled")
-    real = {d: judge(world.render(range(300), d)) for d in world.DOMAINS}
+    real = {d: judge(world.render(range(300), d)) for d in world.FLAT}
     everything = torch.cat(list(real.values()))
     assert everything.shape == (900, judge.num_features)
     torch.testing.assert_close(everything.mean(0), torch.zeros(judge.num_features), atol=0.2, rtol=0)

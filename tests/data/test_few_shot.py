@@ -95,7 +95,7 @@ def test_missing_empty_and_small_folders_are_named(tmp_path: Path, folder: Path)
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"root": "builtin:dogs"}, r"'dogs'.*faces, sunglasses, cats"), ({"shots": None}, "endless"),
+    ({"root": "builtin:dogs"}, r"'dogs'.*faces, sunglasses, cats, sketches"), ({"shots": None}, "endless"),
     ({"shots": 0}, "shots must be a whole number of at least 1"), ({"batch_size": 0}, "batch_size"),
     ({"evaluation__val_samples": 0}, "val_samples"),
 ])  # fmt: skip

@@ -174,8 +174,8 @@ def _rows(data: CartoonDataModule, count: int = 2) -> list[LabelledBatch]:
 def test_labels_belong_to_the_images() -> None:
     data = _data()
     batch = _rows(data)[0]
-    pools = {d: world.render(range(TRAIN_START, TRAIN_START + 24), d) for d in world.DOMAINS}
-    truth = {d: world.factors(range(TRAIN_START, TRAIN_START + 24), d) for d in world.DOMAINS}
+    pools = {d: world.render(range(TRAIN_START, TRAIN_START + 24), d) for d in world.FLAT}
+    truth = {d: world.factors(range(TRAIN_START, TRAIN_START + 24), d) for d in world.FLAT}
     for row, image in enumerate(batch.images):
         domain = world.DOMAINS[int(batch.domain[row])]
         index = int((pools[domain] - image).abs().flatten(1).mean(1).argmin())

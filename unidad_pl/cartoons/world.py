@@ -1,9 +1,10 @@
 """The cartoon world: procedural portraits that need no download.
 
-Three domains share one set of people, so that adaptation has a known answer:
+Four domains share one set of people, so that adaptation has a known answer:
 
 * ``faces``: the source domain. Skin, hair, head shape, pose, eyes, mouth, clothes and background vary independently.
 * ``sunglasses``: the near target. Person ``i`` is person ``i`` of ``faces``, now with dark glasses.
+* ``sketches``: the style target. Person ``i`` again, as a crayon drawing: every factor is there, every texture is new.
 * ``cats``: the far target. Cat ``i`` keeps pose, background and collar colour of person ``i``; the rest is a cat.
 
 Every image is a function of ``(domain, index)`` alone, at any resolution: shapes are signed distances, and coverage is
@@ -15,14 +16,17 @@ the distance in pixels clipped to one pixel, which is anti-aliasing without supe
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
 
-DOMAINS = ("faces", "sunglasses", "cats")
+from unidad_pl.cartoons import shapes
+
+FLAT = ("faces", "sunglasses", "cats")
+DOMAINS = (*FLAT, "sketches")
 
 CATEGORIES: dict[str, tuple[str, ...]] = {
     "species": ("person", "cat"),
@@ -66,6 +70,7 @@ _PALETTES: dict[str, tuple[str, ...]] = {
     "fur": ("e08a3c", "8d939b", "2e2c30", "f4efe6", "7b5236", "ead2a4"),
     "cat_eye": ("e0b93a", "5fb8e8", "7bc65a", "cfa03a"),
 }
+_INK, _LINE, _STROKE = (0.16, 0.13, 0.12), 0.02, 0.20  # outlines: colour and half width; distance of two strokes
 _ZOOM = 0.9  # half image width in drawing units: below 1 the head fills more of the frame
 _COLOURS = {
     name: torch.tensor([[int(h[i : i + 2], 16) / 255 for i in (0, 2, 4)] for h in hexes])
@@ -137,7 +142,7 @@ def visible(labels: dict[str, Tensor]) -> dict[str, Tensor]:
 class _Canvas:
     """Paints anti-aliased shapes, back to front, for a batch of images in head coordinates."""
 
-    def __init__(self, factor: dict[str, Tensor], resolution: int) -> None:
+    def __init__(self, factor: dict[str, Tensor], resolution: int, sketched: bool) -> None:
         self.pixel = 2.0 * _ZOOM / resolution
         axis = (torch.arange(resolution) + 0.5) * self.pixel - _ZOOM
         self.y, self.x = torch.meshgrid(axis, axis, indexing="ij")
@@ -146,43 +151,30 @@ class _Canvas:
         cos, sin = self.f["tilt"].cos(), self.f["tilt"].sin()
         dx, dy = self.x - self.f["shift_x"], self.y - self.f["shift_y"]
         self.hx, self.hy = cos * dx + sin * dy, -sin * dx + cos * dy  # head frame: moved and tilted
+        self.sketched = sketched
 
     def paint(self, colour: Tensor, distance: Tensor, when: Tensor | float = 1.0) -> None:
         """``colour`` [N, 3] or [3] over the pixels where the signed ``distance`` is negative."""
         alpha = ((0.5 - distance / self.pixel).clamp(0, 1) * when)[:, None]
-        self.rgb += alpha * (colour.reshape(-1, 3, 1, 1) - self.rgb)
+        self.rgb += alpha * (self.stroked(colour.reshape(-1, 3, 1, 1)) - self.rgb)
+        if self.sketched:
+            line = ((_LINE - distance.abs()) / self.pixel + 0.5).clamp(0, 1) * when
+            self.rgb += line[:, None] * (torch.tensor(_INK).view(3, 1, 1) - self.rgb)
 
+    @contextmanager
+    def solid(self) -> Iterator[None]:
+        """Shapes without strokes and outlines, in a sketch too: for what is smaller than either."""
+        sketched, self.sketched = self.sketched, False
+        yield
+        self.sketched = sketched
 
-def _ellipse(x: Tensor, y: Tensor, rx: Tensor | float, ry: Tensor | float) -> Tensor:
-    """Signed distance to an ellipse, first order: k0 (k0 - 1) / k1 with k0 = |p/r|, k1 = |p/r^2|."""
-    k0 = ((x / rx) ** 2 + (y / ry) ** 2).sqrt()
-    k1 = ((x / rx**2) ** 2 + (y / ry**2) ** 2).sqrt().clamp_min(1e-6)
-    return k0 * (k0 - 1) / k1
-
-
-def _box(x: Tensor, y: Tensor, hx: Tensor | float, hy: Tensor | float, radius: float) -> Tensor:
-    qx, qy = x.abs() - hx + radius, y.abs() - hy + radius
-    return (qx.clamp_min(0) ** 2 + qy.clamp_min(0) ** 2).sqrt() + torch.maximum(qx, qy).clamp_max(0) - radius
-
-
-def _segment(x: Tensor, y: Tensor, ax: float, ay: float, bx: float, by: float, radius: float) -> Tensor:
-    """A line from a to b with round ends."""
-    t = (((x - ax) * (bx - ax) + (y - ay) * (by - ay)) / ((bx - ax) ** 2 + (by - ay) ** 2)).clamp(0, 1)
-    return ((x - ax - t * (bx - ax)) ** 2 + (y - ay - t * (by - ay)) ** 2).sqrt() - radius
-
-
-def _arc(x: Tensor, y: Tensor, bend: Tensor, half: float, radius: float) -> Tensor:
-    """The parabola y = bend * (half - x^2/half), |x| <= half, as a line of the given radius."""
-    cx = x.clamp(-half, half)
-    slope = -2 * bend * cx / half
-    dy = (y - bend * (half - cx**2 / half)) / (1 + slope**2).sqrt()
-    return ((x - cx) ** 2 + dy**2).sqrt() - radius
-
-
-def _triangle(x: Tensor, y: Tensor, width: float, height: float) -> Tensor:
-    """Isosceles triangle, apex up at (0, -height), base from (-width, 0) to (width, 0)."""
-    side = (x.abs() * height + (y + height) * -width) / math.hypot(width, height)
-    return torch.maximum(side, y)
+    def stroked(self, colour: Tensor) -> Tensor:
+        """``colour`` as it is, or in a sketch as slanted strokes with paper between them."""
+        if not self.sketched:
+            return colour
+        place = ((self.x + 0.6 * self.y) / _STROKE) % 1.0
+        paper = ((0.25 - (place - 0.5).abs()) * _STROKE / self.pixel + 0.5).clamp(0, 1)
+        return colour + 0.75 * paper * (1 - colour)
 
 
 def _is(c: _Canvas, name: str, *values: str) -> Tensor:
@@ -198,27 +190,27 @@ def _backdrop(c: _Canvas) -> None:
     """Vertical gradient; ``shade`` sets how strong."""
     base = _colour(c, "background")[:, :, None, None]
     dark = 1 - (0.10 + 0.25 * c.f["shade"])[:, None] * (c.y + 1) / 2
-    c.rgb = base * dark
+    c.rgb = c.stroked(base * dark)
 
 
 def _shoulders(c: _Canvas, skin: Tensor) -> None:
     x, y = c.x - 0.6 * c.f["shift_x"], c.y - c.f["shift_y"]
-    c.paint(skin * 0.86, _box(x, y - 0.62, 0.17, 0.28, 0.05))
-    c.paint(_colour(c, "clothes"), _ellipse(x, y - 1.10, 0.80, 0.50))
-    c.paint(skin * 0.86, _ellipse(x, y - 0.63, 0.19, 0.12))
+    c.paint(skin * 0.86, shapes.box(x, y - 0.62, 0.17, 0.28, 0.05))
+    c.paint(_colour(c, "clothes"), shapes.ellipse(x, y - 1.10, 0.80, 0.50))
+    c.paint(skin * 0.86, shapes.ellipse(x, y - 0.63, 0.19, 0.12))
 
 
 def _hair_behind(c: _Canvas, hair: Tensor) -> None:
     w, h = c.f["head_width"], c.f["head_height"]
-    c.paint(hair * 0.8, _box(c.hx, c.hy - 0.12, w + 0.13, h + 0.10, 0.3), _is(c, "hair_style", "long"))
-    c.paint(hair * 0.9, _ellipse(c.hx, c.hy + 0.22, w + 0.24, h + 0.08), _is(c, "hair_style", "afro"))
-    c.paint(hair, _ellipse(c.hx, c.hy + h + 0.10, 0.19, 0.17), _is(c, "hair_style", "bun"))
+    c.paint(hair * 0.8, shapes.box(c.hx, c.hy - 0.12, w + 0.13, h + 0.10, 0.3), _is(c, "hair_style", "long"))
+    c.paint(hair * 0.9, shapes.ellipse(c.hx, c.hy + 0.22, w + 0.24, h + 0.08), _is(c, "hair_style", "afro"))
+    c.paint(hair, shapes.ellipse(c.hx, c.hy + h + 0.10, 0.19, 0.17), _is(c, "hair_style", "bun"))
 
 
 def _hair_front(c: _Canvas, hair: Tensor) -> None:
     """A cap over the skull, cut by a hairline that the style shapes."""
     w, h = c.f["head_width"], c.f["head_height"]
-    cap = _ellipse(c.hx, c.hy + 0.03, w + 0.045, h + 0.045)
+    cap = shapes.ellipse(c.hx, c.hy + 0.03, w + 0.045, h + 0.045)
     lines = {
         "short": c.hy + 0.30 - 0.25 * c.hx**2,
         "bun": c.hy + 0.33 - 0.45 * c.hx**2,
@@ -229,7 +221,7 @@ def _hair_front(c: _Canvas, hair: Tensor) -> None:
     }
     for style, line in lines.items():
         c.paint(hair, torch.maximum(cap, line), _is(c, "hair_style", style))
-    c.paint(hair, _box(c.hx, c.hy + h, 0.11, 0.20, 0.09), _is(c, "hair_style", "mohawk"))
+    c.paint(hair, shapes.box(c.hx, c.hy + h, 0.11, 0.20, 0.09), _is(c, "hair_style", "mohawk"))
 
 
 def _eyes(c: _Canvas, iris: Tensor, brow: Tensor, cat: bool) -> None:
@@ -238,38 +230,38 @@ def _eyes(c: _Canvas, iris: Tensor, brow: Tensor, cat: bool) -> None:
     for side in (-1, 1):
         x, y = c.hx - side * c.f["eye_spacing"] * (1.25 if cat else 1.0) - c.f["yaw"], c.hy + 0.04
         if cat:
-            c.paint(dark, _ellipse(x, y, 0.145, 0.125))
-            c.paint(white, _ellipse(x, y, 0.125, 0.105))
-            c.paint(dark, _ellipse(x, y, 0.045, 0.10))
+            c.paint(dark, shapes.ellipse(x, y, 0.145, 0.125))
+            c.paint(white, shapes.ellipse(x, y, 0.125, 0.105))
+            c.paint(dark, shapes.ellipse(x, y, 0.045, 0.10))
         else:
-            c.paint(white, _ellipse(x, y, 0.115, 0.085))
-            c.paint(iris, _ellipse(x - 0.3 * c.f["yaw"], y, 0.068, 0.075))
-            c.paint(dark, _ellipse(x - 0.3 * c.f["yaw"], y, 0.034, 0.04))
-            c.paint(brow, _segment(side * x, y + 0.155, -0.09, 0.0, 0.09, 0.015, 0.026))
+            c.paint(white, shapes.ellipse(x, y, 0.115, 0.085))
+            c.paint(iris, shapes.ellipse(x - 0.3 * c.f["yaw"], y, 0.068, 0.075))
+            c.paint(dark, shapes.ellipse(x - 0.3 * c.f["yaw"], y, 0.034, 0.04))
+            c.paint(brow, shapes.segment(side * x, y + 0.155, -0.09, 0.0, 0.09, 0.015, 0.026))
 
 
 def _mouth(c: _Canvas, skin: Tensor, hair: Tensor) -> None:
     x, y = c.hx - c.f["yaw"], c.hy - 0.31
     beard = _is(c, "facial_hair", "beard")
-    chin = torch.maximum(_ellipse(c.hx, c.hy, c.f["head_width"] + 0.01, c.f["head_height"] + 0.03), 0.16 - c.hy)
+    chin = torch.maximum(shapes.ellipse(c.hx, c.hy, c.f["head_width"] + 0.01, c.f["head_height"] + 0.03), 0.16 - c.hy)
     c.paint(hair * 0.9, chin, beard)
-    c.paint(skin, _ellipse(x, y, 0.19, 0.10), beard)
-    c.paint(skin * 0.72, _segment(x, c.hy - 0.12, 0.0, -0.05, 0.035, 0.05, 0.024))
+    c.paint(skin, shapes.ellipse(x, y, 0.19, 0.10), beard)
+    c.paint(skin * 0.72, shapes.segment(x, c.hy - 0.12, 0.0, -0.05, 0.035, 0.05, 0.024))
     lips = skin * 0.45 + torch.tensor([0.40, 0.10, 0.12])
-    c.paint(lips, _arc(x, y, c.f["smile"] * 0.5, 0.155, 0.034), _is(c, "mouth", "closed"))
-    c.paint(lips * 0.55, _ellipse(x, y, 0.13, 0.045 + 0.05 * c.f["smile"].abs()), _is(c, "mouth", "open"))
-    c.paint(hair * 0.9, _arc(x, y + 0.10, x.new_tensor(0.25), 0.17, 0.038), _is(c, "facial_hair", "moustache"))
+    c.paint(lips, shapes.arc(x, y, c.f["smile"] * 0.5, 0.155, 0.034), _is(c, "mouth", "closed"))
+    c.paint(lips * 0.55, shapes.ellipse(x, y, 0.13, 0.045 + 0.05 * c.f["smile"].abs()), _is(c, "mouth", "open"))
+    c.paint(hair * 0.9, shapes.arc(x, y + 0.10, x.new_tensor(0.25), 0.17, 0.038), _is(c, "facial_hair", "moustache"))
 
 
 def _sunglasses(c: _Canvas) -> None:
     frame, glint = torch.tensor([0.05, 0.05, 0.07]), torch.tensor([0.42, 0.44, 0.50])
     worn = (c.f["glasses"] == 1).float()
     x, y = c.hx - c.f["yaw"], c.hy + 0.03
-    c.paint(frame, _box(c.hx, y + 0.05, c.f["head_width"] * 0.98, 0.032, 0.02), worn)
+    c.paint(frame, shapes.box(c.hx, y + 0.05, c.f["head_width"] * 0.98, 0.032, 0.02), worn)
     for side in (-1, 1):
         lens = x - side * (c.f["eye_spacing"] + 0.02)
-        c.paint(frame, _box(lens, y, 0.185, 0.135, 0.09), worn)
-        c.paint(glint, _segment(lens, y, -0.08, -0.01, -0.02, -0.07, 0.022), worn)
+        c.paint(frame, shapes.box(lens, y, 0.185, 0.135, 0.09), worn)
+        c.paint(glint, shapes.segment(lens, y, -0.08, -0.01, -0.02, -0.07, 0.022), worn)
 
 
 def _person(c: _Canvas) -> None:
@@ -277,11 +269,13 @@ def _person(c: _Canvas) -> None:
     _hair_behind(c, hair)
     _shoulders(c, skin)
     for side in (-1, 1):
-        c.paint(skin * 0.9, _ellipse(c.hx - side * c.f["head_width"], c.hy - 0.02, 0.085, 0.12))
-    c.paint(skin, _ellipse(c.hx, c.hy, c.f["head_width"], c.f["head_height"]))
-    _mouth(c, skin, hair)
+        c.paint(skin * 0.9, shapes.ellipse(c.hx - side * c.f["head_width"], c.hy - 0.02, 0.085, 0.12))
+    c.paint(skin, shapes.ellipse(c.hx, c.hy, c.f["head_width"], c.f["head_height"]))
+    with c.solid():
+        _mouth(c, skin, hair)
     _hair_front(c, hair)
-    _eyes(c, _colour(c, "eye_colour"), hair * 0.8, cat=False)
+    with c.solid():
+        _eyes(c, _colour(c, "eye_colour"), hair * 0.8, cat=False)
     _sunglasses(c)
 
 
@@ -290,28 +284,31 @@ def _cat(c: _Canvas) -> None:
     w, h = c.f["head_width"] + 0.12, c.f["head_height"] - 0.08
     x, y = c.x - 0.6 * c.f["shift_x"], c.y - c.f["shift_y"]
     pale = fur * 0.35 + 0.62
-    c.paint(fur * 0.9, _ellipse(x, y - 1.05, 0.62, 0.62))
-    c.paint(_colour(c, "clothes"), torch.maximum(_ellipse(x, y - 0.52, 0.46, 0.16), -_ellipse(x, y - 0.36, 0.5, 0.16)))
+    c.paint(fur * 0.9, shapes.ellipse(x, y - 1.05, 0.62, 0.62))
+    c.paint(
+        _colour(c, "clothes"),
+        torch.maximum(shapes.ellipse(x, y - 0.52, 0.46, 0.16), -shapes.ellipse(x, y - 0.36, 0.5, 0.16)),
+    )
     for side in (-1, 1):
         ex, ey = side * c.hx - 0.36, c.hy + 0.30
         lean_x, lean_y = ex * 0.94 + ey * 0.34, ey * 0.94 - ex * 0.34
-        c.paint(fur, _triangle(lean_x, lean_y, 0.24, 0.48))
-        c.paint(pink, _triangle(lean_x, lean_y + 0.05, 0.13, 0.28))
-    head = _ellipse(c.hx, c.hy, w, h)
+        c.paint(fur, shapes.triangle(lean_x, lean_y, 0.24, 0.48))
+        c.paint(pink, shapes.triangle(lean_x, lean_y + 0.05, 0.13, 0.28))
+    head = shapes.ellipse(c.hx, c.hy, w, h)
     c.paint(fur, head)
-    c.paint(pale, torch.maximum(head, _ellipse(c.hx, c.hy - 0.42, 0.34, 0.62)), _is(c, "coat", "masked"))
+    c.paint(pale, torch.maximum(head, shapes.ellipse(c.hx, c.hy - 0.42, 0.34, 0.62)), _is(c, "coat", "masked"))
     for offset in (-0.17, 0.0, 0.17):
-        stripe = _segment(c.hx, c.hy + 0.33, offset, -0.16, offset * 0.8, 0.06, 0.032)
+        stripe = shapes.segment(c.hx, c.hy + 0.33, offset, -0.16, offset * 0.8, 0.06, 0.032)
         c.paint(fur * 0.55, torch.maximum(stripe, head), _is(c, "coat", "striped"))
     _eyes(c, _colour(c, "cat_eye", "eye_colour"), fur, cat=True)
     mx = c.hx - c.f["yaw"]
-    c.paint(pale, _ellipse(mx - 0.10, c.hy - 0.26, 0.14, 0.105))
-    c.paint(pale, _ellipse(mx + 0.10, c.hy - 0.26, 0.14, 0.105))
-    c.paint(pink * 0.85, _triangle(mx, -(c.hy - 0.14), 0.075, 0.09))
+    c.paint(pale, shapes.ellipse(mx - 0.10, c.hy - 0.26, 0.14, 0.105))
+    c.paint(pale, shapes.ellipse(mx + 0.10, c.hy - 0.26, 0.14, 0.105))
+    c.paint(pink * 0.85, shapes.triangle(mx, -(c.hy - 0.14), 0.075, 0.09))
     whisker = fur * 0.3 + torch.tensor([0.12, 0.12, 0.12])
     for side in (-1, 1):
         for slope in (-0.05, 0.07):
-            c.paint(whisker, _segment(side * mx, c.hy - 0.25, 0.20, 0.0, 0.52, slope, 0.014))
+            c.paint(whisker, shapes.segment(side * mx, c.hy - 0.25, 0.20, 0.0, 0.52, slope, 0.014))
 
 
 def render(indices: Sequence[int] | Tensor, domain: str, resolution: int = 32) -> Tensor:
@@ -330,7 +327,7 @@ def render(indices: Sequence[int] | Tensor, domain: str, resolution: int = 32) -
     """
     if resolution < 8:
         raise ValueError(f"cartoons need a resolution of at least 8 pixels, got {resolution}")
-    canvas = _Canvas(factors(indices, domain), resolution)
+    canvas = _Canvas(factors(indices, domain), resolution, domain == "sketches")
     _backdrop(canvas)
     (_cat if domain == "cats" else _person)(canvas)
     return canvas.rgb.clamp(0, 1) * 2 - 1

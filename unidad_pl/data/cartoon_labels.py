@@ -68,7 +68,7 @@ class CartoonDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        domains: Sequence[str] = world.DOMAINS,
+        domains: Sequence[str] = world.FLAT,
         pool_size: int = 60_000,
         val_size: int = 1000,
         batch_size: int = 128,

@@ -113,8 +113,8 @@ class FewShotDataModule(pl.LightningDataModule):
     Args:
         root: where the images are: a folder (with all folders in it, and linked from it) or a zip of picture files
             (:data:`~unidad_pl.data.images.FORMATS`), an LMDB of the released code, a dataset saved to disk,
-            ``hf:NAME[:SPLIT]``, one of the Hugging Face hub, or ``builtin:DOMAIN``: ``faces``, ``sunglasses`` or
-            ``cats`` of the embedded cartoon world.
+            ``hf:NAME[:SPLIT]``, one of the Hugging Face hub, or ``builtin:DOMAIN``: ``faces``, ``sunglasses``,
+            ``cats`` or ``sketches`` of the embedded cartoon world.
         shots: number of training images. A place with more gives a random choice by ``seed``, null takes all of it; a
             built-in domain gives renders that are as varied as the domain
             (:func:`~unidad_pl.cartoons.shots.choose_shots`).

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unidad_pl.cartoons.features import INPUT_SIZE, FactorNetwork, FactorOutput
-from unidad_pl.cartoons.world import CATEGORIES, DOMAINS, RANGES, render, visible
+from unidad_pl.cartoons.world import CATEGORIES, DOMAINS, FLAT, RANGES, render, visible
 from unidad_pl.checks import check_at_least, check_given, check_positive, check_whole
 from unidad_pl.data.cartoon_labels import LabelledBatch
 from unidad_pl.seeds import mix_seed
@@ -162,9 +162,7 @@ class FactorTraining(pl.LightningModule):
 
     def export(self, folder: str | Path) -> None:
         """Write the network (float16) and the curve into ``folder``; standardise its pooled features before."""
-        self.network.standardise(
-            torch.cat([render(STANDARD, domain, INPUT_SIZE) for domain in DOMAINS]).to(self.device)
-        )
+        self.network.standardise(torch.cat([render(STANDARD, domain, INPUT_SIZE) for domain in FLAT]).to(self.device))
         self.network.save_pretrained(folder, torch.float16)
         with (Path(folder) / CURVE_FILE).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
