@@ -21,6 +21,8 @@ from unidad_pl.cli.study_page import spread
 from unidad_pl.files import BrokenFile
 from unidad_pl.runs.config import build_module
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "study"
 SHIPPED = CONFIGS / "stages.yaml"
 SHAPE = {
