@@ -35,8 +35,11 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-LONGEST = ("test_fsdp", "test_faults", "test_cli", "test_resume", "test_failures", "test_report_memory")
-"""Files that take long and hold few tests: begun first, so that no worker is left with one at the end."""
+LONGEST = (
+    "test_fsdp", "test_cli", "test_unidad", "test_faults", "test_student", "test_report_memory", "test_text_to_image",
+    "test_lora", "test_failures", "test_resume", "test_study", "test_errors", "test_replay",
+)  # fmt: skip
+"""Files that take long: begun first, so that no worker is left with one at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -59,7 +59,7 @@ def flow_sigmas(u: Tensor, shift: float = 1.0) -> Tensor:
     ``sigma = t / (1 - t)``.
 
         >>> flow_sigmas(torch.tensor([0.5, 1.0]))
-        tensor([  1.0000, 999.0000])
+        tensor([  1., 999.])
 
     Args:
         u: times before the shift, in (0, 1]; any shape.

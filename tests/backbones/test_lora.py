@@ -28,6 +28,8 @@ from unidad_pl.runs.student import load_student
 from unidad_pl.sampling import seeded_noise
 from unidad_pl.training.networks import content_hash
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", params=[False, True], ids=["1.x", "xl"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -105,7 +105,7 @@ def test_too_few_references_are_said_before_training(tmp_path: Path) -> None:
 def test_a_diversity_that_the_reference_has_not_is_left_out(tmp_path: Path) -> None:
     same = REFERENCE[:1].expand(8, -1, -1, -1)
     found, seen = validate(tmp_path, IntraLPIPS(TinyFeatures(), relative=True, reference=same))
-    assert found.keys() == {"intra_lpips", "memorised", "empty_clusters"}
+    assert found.keys() == {"intra_lpips", "memorised", "empty_clusters", "nearest_relative"}
     assert len([text for text in seen if "intra_lpips_relative is left out: the reference images have an" in text]) == 1
 
 

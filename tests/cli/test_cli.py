@@ -176,6 +176,7 @@ def test_the_quickstart_on_the_users_own_photographs(photographs: Path, tmp_path
     assert list(tmp_path.rglob("samples/test_step00000002.png"))
 
 
+@pytest.mark.slow
 def test_kill_9_and_resume_equals_an_undisturbed_run(tmp_path: Path) -> None:
     """Killed hard as soon as iteration 2 is on disk; the resumed run ends with the bits of the one never killed."""
     config = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())

@@ -24,6 +24,8 @@ from unidad_pl.cli.report_memory import predict_memory, report_memory
 from unidad_pl.data.batch import Batch
 from unidad_pl.denoiser import Codec
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SOURCE = dict(resolution=32, channels=(32, 64), attention_levels=(1,), layers=1, head_channels=16, patch_size=1)
 FLAT = SOURCE | dict(channels=(32,), attention_levels=())  # storage-less operations are slow: fewer, with more bytes

@@ -27,6 +27,8 @@ from unidad_pl.export import load_export
 from unidad_pl.runs.config import build_module
 from unidad_pl.runs.student import load_student
 
+pytestmark = pytest.mark.slow
+
 ALONE = """
 import json, sys
 class Blocker:

@@ -29,6 +29,8 @@ from unidad_pl.runs.config import build_module, read_config
 from unidad_pl.runs.student import load_student
 from unidad_pl.training.networks import content_hash
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NO_METRICS = CONFIGS / "trainer" / "no_metrics.yaml"
 PROMPT = "a prt dog"

@@ -234,8 +234,8 @@ def test_noise_table_of_the_model() -> None:
     vp = tiny_unet(prediction="epsilon")
     module = unidad(vp, matching__noise_table="model")
     module.configure_model()
-    assert module.noise.sigmas.shape == (1000,)
-    assert float(module.noise.sigmas[999]) == pytest.approx(157.4, rel=1e-3)
+    assert module.sigmas.shape == (1000,)
+    assert float(module.sigmas[999]) == pytest.approx(157.4, rel=1e-3)
     assert train_sha(source=vp, matching__noise_table="model") != train_sha(source=vp)
     with pytest.raises(ValueError, match="karras"):
         unidad(matching__noise_table="model").configure_model()

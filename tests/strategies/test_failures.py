@@ -16,6 +16,8 @@ from tests.worlds import fit, tiny_unet
 from unidad_pl import UniDAD
 from unidad_pl.training.stepping import average_gradients
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_wrapping_strategy_is_refused() -> None:
     from lightning.pytorch.strategies import DDPStrategy

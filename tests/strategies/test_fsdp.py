@@ -22,6 +22,8 @@ from unidad_pl.denoiser import Denoiser
 from unidad_pl.runs.checkpoints import read_checkpoint
 from unidad_pl.strategies.fsdp import ShardedStrategy, _blocks, full, shard_like
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -135,7 +135,8 @@ class Diffusion(GenerativeModule):
             )
         self.source, self.optimizer_options, self.denoising = as_source(source), optimizer, denoising
         self.lognormal, self.sampling, self.export = lognormal, sampling, export
-        self.noise = NoiseTable(karras())
+        self.register_buffer("sigmas", karras(), persistent=False)
+        self.sigmas: Tensor
 
     def build_networks(self) -> None:
         self.denoiser = self.build(self.source)
@@ -164,7 +165,7 @@ class Diffusion(GenerativeModule):
         for part in self.micro_batches(batch):
             images, cond = part.images, part.cond
             sigma = None if self.lognormal is None else self.lognormal.draw(images)
-            noisy, sigma = self.noise.add(images, sigma=sigma)
+            noisy, sigma = NoiseTable(self.sigmas).add(images, sigma=sigma)
             x0 = self.denoiser(noisy, sigma, cond)
             loss = denoising_loss(x0, images, sigma, self.denoising.weighting, self.denoising.sigma_data)
             self.backward_into(loss, "denoiser")

@@ -97,6 +97,8 @@ class UniDAD(GenerativeModule):
 
     # -- networks and optimisers ---------------------------------------------------------------------------------
 
+    sigmas: Tensor
+
     def build_networks(self) -> None:
         source = self.build(self.source)
 
@@ -118,11 +120,16 @@ class UniDAD(GenerativeModule):
             self.student_options.refuse_sigmas()
         self.sampler = self.sampler.fitted_to(self.student)
         own_table = self.matching is not None and self.matching.noise_table == "model"
-        self.noise = NoiseTable(source.native_sigmas if own_table else karras())
+        self.register_buffer("sigmas", source.native_sigmas if own_table else karras(), persistent=False)
         self.low_entries = max(1, self.noise.up_to(2 * self.denoising.sigma_data))
         self.gan_last = self.noise.up_to(math.inf if self.gan is None else self.gan.sigma_max or math.inf) - 1
         if self.gan_last < 0:
-            raise ValueError(f"gan.sigma_max must reach the smallest sigma, {float(self.noise.sigmas[0]):g}")
+            raise ValueError(f"gan.sigma_max must reach the smallest sigma, {float(self.sigmas[0]):g}")
+
+    @property
+    def noise(self) -> NoiseTable:
+        """What all networks but the student are trained and asked at."""
+        return NoiseTable(self.sigmas)
 
     @property
     def sampled_source(self) -> DenoiserSource:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
-class NoiseTable(nn.Module):
-    """Sigmas [N], ascending; in no checkpoint, as they follow from the options.
+@dataclass(frozen=True)
+class NoiseTable:
+    """Sigmas [N], ascending.
 
     >>> noise = NoiseTable(torch.tensor([0.5, 1.0, 2.0]))
     >>> noisy, sigma = noise.add(torch.zeros(4, 3, 8, 8), last=1)  # sigma [4] out of 0.5 and 1
@@ -16,10 +19,6 @@ class NoiseTable(nn.Module):
     """
 
     sigmas: Tensor
-
-    def __init__(self, sigmas: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("sigmas", sigmas, persistent=False)
 
     def __len__(self) -> int:
         return len(self.sigmas)
