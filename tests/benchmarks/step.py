@@ -28,6 +28,7 @@ from unidad_pl.cli.report_memory import LiveBytes
 from unidad_pl.data.batch import Batch
 from unidad_pl.denoiser import Denoiser, DenoiserSource
 from unidad_pl.flops import Counting
+from unidad_pl.seeds import mix_seed
 
 REFERENCE = ADMConfig(
     image_size=64, num_channels=64, num_res_blocks=1, channel_mult="1,2,3,4", attention_resolutions="16,8",
@@ -48,7 +49,7 @@ class Plain:
 
     def __init__(self, module: Any) -> None:
         self.module = module
-        self.sigmas = module.noise.sigmas
+        self.sigmas = module.sigmas
         self.a, self.gan, self.matching = module.target_options.weight, module.gan, module.matching
 
     def noisy(self, images: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
@@ -125,10 +126,10 @@ class Plain:
         return self
 
 
-def made(dtype: torch.dtype = torch.float32) -> Any:
+def made(source: DenoiserSource, dtype: torch.dtype = torch.float32) -> Any:
     """A module at the reference setting, its networks built; it trains without a trainer."""
     torch.manual_seed(0)
-    module: Any = UniDAD(Reference())
+    module: Any = UniDAD(source)
     module.configure_model()
     with torch.no_grad():  # the three start alike, and diffusers' output layers at zero: gradients would vanish
         for network in (module.student, module.fake_score, module.target_teacher, module.source_teacher):
@@ -174,14 +175,14 @@ def gradients(module: Any) -> dict[str, Tensor]:
     return found
 
 
-def largest_difference() -> dict[str, float]:
-    """Group -> relative difference of both gradients in float64, the same draws in the same order."""
-    module = made(torch.float64)
-    real = torch.rand(2, 3, 64, 64, dtype=torch.float64) * 2 - 1
-    torch.manual_seed(1)
+def differences(source: DenoiserSource) -> dict[str, float]:
+    """Group -> relative difference of both gradients, the same draws in the same order; float64 should be the default
+    dtype, which is that of the draws too."""
+    module = made(source, torch.float64)
+    real = torch.rand(2, *module.student.image_shape) * 2 - 1
     ours(module, step=False)(real, True)
     own = gradients(module)
-    torch.manual_seed(1)
+    torch.manual_seed(mix_seed(module.seed, 0, 0))  # as the module does in iteration 0
     plain = Plain(module)
     for name, loss in plain.losses(real, True).items():
         loss.backward(inputs=[p for part in module.groups()[name] for p in part["params"]])
@@ -191,7 +192,7 @@ def largest_difference() -> dict[str, float]:
 
 def measured(repetitions: int) -> dict[str, Any]:
     """FLOPs, peak bytes beside the weights, CPU seconds, of both; and the ratios of the amortised ones."""
-    module = made()
+    module = made(Reference())
     real = torch.rand(2, 3, 64, 64) * 2 - 1
     kinds = {"ours": ours(module), "plain": Plain(module).prepare().iteration}
     found: dict[str, Any] = {name: {} for name in kinds}
@@ -224,7 +225,9 @@ def main() -> int:
     parser.add_argument("--out")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    keep(largest_difference() if given.check else measured(given.repetitions), given.out)
+    if given.check:
+        torch.set_default_dtype(torch.float64)
+    keep(differences(Reference()) if given.check else measured(given.repetitions), given.out)
     return 0
 
 
