@@ -43,7 +43,7 @@ def wait_passively_where_busy() -> None:
     """Where other processes keep the cores busy, OpenMP's threads shall sleep and not spin while they wait.
 
     Spinning threads keep each other from running: beside three busy processes on two cores an iteration of the
-    quickstart took longer than 6 s, asleep 2.4 s. Where the cores are free, spinning is a fifth faster. So this looks
+    quickstart took longer than 6 s, asleep 2.4 s. Where the cores are free, spinning is a third faster. So this looks
     for a twentieth of a second, in which this process sleeps, whether the others work on more than half of the cores;
     the system's load average would still count an installation that has just ended. It counts only before torch is
     loaded; a policy that is set stays.

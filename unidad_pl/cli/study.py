@@ -32,7 +32,7 @@ from unidad_pl.runs.checkpoints import newest_intact
 from unidad_pl.runs.config import build_module, merge_configs, read_config
 from unidad_pl.training.rehearsal import Plan
 
-RESULT_FILE = "result.json"
+RESULT_FILE, RUNS = "result.json", "runs"
 EXPORT = "unidad_pl.PretrainedUNet"
 _PLANNING = Lock()  # torch's random state and its counting of FLOPs are the whole process's
 ENTRIES = {"base", "tflops", "seeds", "validations", "domains", "methods", "quick"}
@@ -91,7 +91,7 @@ def study(
         only: cells to run, as METHOD/DOMAIN/SEED with * for any.
         cell: run this one alone, counted from 0: for the tasks of a SLURM array.
         quick: with the study's smaller numbers, to see that everything runs.
-        parallel: fits at a time; the cores are shared out.
+        parallel: fits at a time; the cores are shared out. On two hyperthreads one fit after the other is faster.
 
     Returns:
         The table of all cells that are done.
@@ -175,7 +175,7 @@ def _check_entries(path: Path, given: Any, known: set[str], needed: set[str]) ->
 def _run(out: Path, config: Any, starts: dict[str, Run], tflops: float, validations: int) -> Run:
     before = {option: run.folder.name for option, run in starts.items()}
     described = json.dumps([config, before, tflops, validations], sort_keys=True)
-    folder = out / "runs" / hashlib.sha256(described.encode()).hexdigest()[:12]
+    folder = out / RUNS / hashlib.sha256(described.encode()).hexdigest()[:12]
     return Run(folder, config, starts, tflops, validations)
 
 
@@ -284,6 +284,7 @@ def results(cells: list[Cell]) -> list[dict[str, Any]]:
     for cell in cells:
         path = cell.run.folder / RESULT_FILE
         if path.is_file():
-            own = {"method": cell.method, "domain": cell.domain, "seed": cell.seed, "run": str(cell.run.folder)}
+            run = f"{RUNS}/{cell.run.folder.name}"
+            own = {"method": cell.method, "domain": cell.domain, "seed": cell.seed, "run": run}
             rows.append(own | json.loads(path.read_text(encoding="utf-8")))
     return rows

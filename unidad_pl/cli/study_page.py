@@ -138,7 +138,7 @@ def pictures(folder: Path, rows: Rows) -> None:
 
     for (domain,), of_domain in grouped(rows, "domain").items():
         firsts = [same[0] for same in grouped(of_domain, "method").values() if same[0]["picture"]]
-        strips = [(row["method"], Image.open(Path(row["run"]) / row["picture"]).convert("RGB")) for row in firsts]
+        strips = [(row["method"], Image.open(folder / row["run"] / row["picture"]).convert("RGB")) for row in firsts]
         if not strips:
             continue
         label, height = 200, max(strip.height for _, strip in strips) + 4
