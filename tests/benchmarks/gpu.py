@@ -104,6 +104,8 @@ def quickstart(own: Machine) -> dict[str, Any]:
                   "--trainer.default_root_dir", folder, "--trainer.logger.save_dir", folder, "--summary", "false",
                   "--model.target_teacher.adaptation.pretrain", "1", "--checkpoint.every_n_train_steps", str(steps[0]),
                   "--trainer.val_check_interval", str(steps[0]), "--data.evaluation.val_samples", "20"]  # fmt: skip
+        if own.tiny:
+            common += ["--data.reference.root", "builtin:sunglasses:30", "--data.batch_size", "2", "--threads", "1"]
         began = time.perf_counter()
         first = run([*common, "--trainer.max_steps", str(steps[0])])
         took = time.perf_counter() - began
