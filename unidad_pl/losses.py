@@ -87,8 +87,9 @@ def dmd_gradient(
     """
     check_choices(normalizer=(normalizer, Normalizer))
     s = sigma.view(-1, 1, 1, 1)
-    scale = abar_from_sigma(s).sqrt() if input_scale is None else input_scale
-    seen = x if normalizer == "clean" else scale * noisy
+    seen = x
+    if normalizer == "noisy":
+        seen = (abar_from_sigma(s).sqrt() if input_scale is None else input_scale) * noisy
     distance = seen - noisy + s * teacher_eps
     size = distance.abs().mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-8)
     return s * (teacher_eps - fake_eps) / size

@@ -24,30 +24,19 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks.measuring import machine
+from tests.benchmarks.measuring import RandomWeights, machine
 from tests.worlds import Stream, fit, random_images, tiny_unet
 from unidad_pl import DenoiserSource, UniDAD
 from unidad_pl.backbones import ADMConfig
 from unidad_pl.backbones.adm import ADMSource
 from unidad_pl.cli.lightning import run
 from unidad_pl.cli.report_memory import GIB, predict_memory
-from unidad_pl.denoiser import Denoiser
 from unidad_pl.flops import TERA
 from unidad_pl.training.rehearsal import Plan
 
 ROOT = Path(__file__).resolve().parents[2]
 ITERATIONS, WARM_UP = 25, 10  # five student updates at r = 5
 SIZES = (1, 4, 8)
-
-
-class RandomWeights(DenoiserSource):
-    """The architecture of a source, its weights drawn."""
-
-    def __init__(self, of: DenoiserSource) -> None:
-        self.of = of
-
-    def build(self) -> Denoiser:
-        return self.of.architecture()
 
 
 class Machine:

@@ -13,6 +13,18 @@ from typing import Any
 
 import torch
 
+from unidad_pl.denoiser import Denoiser, DenoiserSource
+
+
+class RandomWeights(DenoiserSource):
+    """The architecture of a source, its weights drawn."""
+
+    def __init__(self, of: DenoiserSource) -> None:
+        self.of = of
+
+    def build(self) -> Denoiser:
+        return self.of.architecture()
+
 
 def interleaved(repetitions: int, **things: Callable[[], object]) -> dict[str, float]:
     """Median CPU seconds of each thing; they take turns, after one turn that does not count."""

@@ -20,28 +20,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.benchmarks.measuring import interleaved, keep
+from tests.benchmarks.measuring import RandomWeights, interleaved, keep
 from unidad_pl import UniDAD
 from unidad_pl.backbones import ADMConfig
 from unidad_pl.backbones.adm import ADMSource
 from unidad_pl.cli.report_memory import LiveBytes
 from unidad_pl.data.batch import Batch
-from unidad_pl.denoiser import Denoiser, DenoiserSource
+from unidad_pl.denoiser import DenoiserSource
 from unidad_pl.flops import Counting
 from unidad_pl.seeds import mix_seed
 
-REFERENCE = ADMConfig(
+ADM = ADMConfig(
     image_size=64, num_channels=64, num_res_blocks=1, channel_mult="1,2,3,4", attention_resolutions="16,8",
     num_head_channels=32, resblock_updown=True, learn_sigma=True,
 )  # fmt: skip
+REFERENCE = ADMSource("none", ADM)
 R = 5
-
-
-class Reference(DenoiserSource):
-    """The architecture of the reference setting, its weights drawn."""
-
-    def build(self) -> Denoiser:
-        return ADMSource("none", REFERENCE).architecture()
 
 
 class Plain:
@@ -192,7 +186,7 @@ def differences(source: DenoiserSource) -> dict[str, float]:
 
 def measured(repetitions: int) -> dict[str, Any]:
     """FLOPs, peak bytes beside the weights, CPU seconds, of both; and the ratios of the amortised ones."""
-    module = made(Reference())
+    module = made(RandomWeights(REFERENCE))
     real = torch.rand(2, 3, 64, 64) * 2 - 1
     kinds = {"ours": ours(module), "plain": Plain(module).prepare().iteration}
     found: dict[str, Any] = {name: {} for name in kinds}
@@ -227,7 +221,7 @@ def main() -> int:
     torch.set_num_threads(1)
     if given.check:
         torch.set_default_dtype(torch.float64)
-    keep(differences(Reference()) if given.check else measured(given.repetitions), given.out)
+    keep(differences(RandomWeights(REFERENCE)) if given.check else measured(given.repetitions), given.out)
     return 0
 
 

@@ -126,7 +126,10 @@ class DiffusersNetwork(Denoiser):
 
     @property
     def native_sigmas(self) -> Tensor:
-        return super().native_sigmas if self.spec.prediction == "edm" else self.spec.trained_levels()
+        if self.spec.prediction == "edm":
+            return super().native_sigmas
+        flow = self.spec.prediction == "flow"
+        return self.spec.flow_levels() if flow else sigma_from_abar(self.abar.double()).float()
 
     def own_sigmas(self, num_steps: int) -> list[float] | None:
         return self.spec.own_sigmas(num_steps)

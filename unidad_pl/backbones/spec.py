@@ -12,7 +12,7 @@ from torch import Tensor
 from unidad_pl.checks import check_at_least, check_given, check_options, check_positive, check_whole
 from unidad_pl.denoiser import PredictionType
 from unidad_pl.files import read_json, reading
-from unidad_pl.schedules import flow_sigmas, linear_abar, sigma_from_abar
+from unidad_pl.schedules import flow_sigmas, linear_abar
 
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 MOST_TIMESTEPS, MOST_PATCH, MOST_SIGMA_DATA, MOST_SHIFT = 100_000, 64, 1e6, 1000.0
@@ -98,10 +98,8 @@ class UNetSpec:
             return None
         return flow_sigmas(1 - torch.arange(num_steps) / num_steps, self.shift).tolist()
 
-    def trained_levels(self) -> Tensor:
-        """The sigmas of the trained timesteps, ascending; those of a ``flow`` end at sigma 999."""
-        if self.prediction != "flow":
-            return sigma_from_abar(self.abar().double()).float()
+    def flow_levels(self) -> Tensor:
+        """The sigmas of a ``flow`` network's timesteps, ascending up to 999."""
         levels = flow_sigmas(torch.arange(1, self.train_timesteps + 1) / self.train_timesteps, self.shift)
         return levels.unique()  # all beyond the last time are one
 

@@ -119,9 +119,6 @@ class StableDiffusionUNet(DiffusersNetwork):
         widths = list(self.unet.config["block_out_channels"])
         return {f"in{i}": width for i, width in enumerate(widths)} | {"mid": widths[-1]}
 
-    def own_sigmas(self, num_steps: int) -> list[float] | None:
-        return self.even_sigmas(num_steps) if self.spacing == "even" else None
-
     def trained_sigmas(self, sigmas: Sequence[float]) -> list[float]:
         if self.spacing == "even":
             return self.even_sigmas(len(sigmas))

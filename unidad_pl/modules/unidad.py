@@ -269,8 +269,9 @@ class UniDAD(GenerativeModule):
         torch.clear_autocast_cache()  # torch reuses casts made without a graph, and their weights get no gradient
         terms = {}
         for name, weight in self.teacher_weights.items():
-            how = self.matching.normalizer, teachers[name].input_scale(sigma)
-            g = losses.dmd_gradient(x.detach(), noisy, sigma, fake_eps, eps[name], *how)
+            how = self.matching.normalizer
+            scale_in = teachers[name].input_scale(sigma) if how == "noisy" else None
+            g = losses.dmd_gradient(x.detach(), noisy, sigma, fake_eps, eps[name], how, scale_in)
             loss = losses.dmd_loss(x, g)
             self._log_loss(f"dmd_{name}", loss)
             terms[f"dmd_{name}"] = weight * loss
