@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from unidad_pl.condition import Condition
 from unidad_pl.denoiser import Denoiser, Prediction
 from unidad_pl.sampling import (
     FewStepSampler,
@@ -34,7 +35,7 @@ class Gaussian(Denoiser):
         super().__init__()
         self.mean, self.std = mean, std
 
-    def predict(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Prediction:
+    def predict(self, x: Tensor, sigma: Tensor, cond: Condition | None = None) -> Prediction:
         s = sigma.view(-1, 1, 1, 1)
         x0 = (self.std**2 * x + s**2 * self.mean) / (self.std**2 + s**2)
         return Prediction(x0, (x - x0) / s)
@@ -43,7 +44,7 @@ class Gaussian(Denoiser):
         return self.mean + (x - self.mean) * self.std / math.sqrt(self.std**2 + sigma**2)
 
     def taps(
-        self, x: Tensor, sigma: Tensor, cond: Tensor | None = None, names: Collection[str] | None = None
+        self, x: Tensor, sigma: Tensor, cond: Condition | None = None, names: Collection[str] | None = None
     ) -> dict[str, Tensor]:
         raise NotImplementedError
 
@@ -60,7 +61,7 @@ class Stepwise(Gaussian):
         self.weights = nn.Parameter(torch.ones(steps))
         self.seen: list[tuple[Tensor, float]] = []
 
-    def predict(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Prediction:
+    def predict(self, x: Tensor, sigma: Tensor, cond: Condition | None = None) -> Prediction:
         assert (sigma == sigma[0]).all()
         assert sigma.shape == (len(x),)
         weight = self.weights[len(self.seen)]

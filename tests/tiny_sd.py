@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.worlds import unidad
 from unidad_pl import UniDAD
 from unidad_pl.backbones import LoRA, StableDiffusion
+from unidad_pl.condition import Condition
 from unidad_pl.data import SubjectDataModule
 
 BETAS: Any = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
@@ -70,15 +71,15 @@ def subject(photos: Path, **options: Any) -> SubjectDataModule:
 
 def listen(model: UniDAD, texts: list[str]) -> dict[str, list[list[str]]]:
     """What the networks of a built model will be told, call by call: ``{"student.predict": [["a dog", ""], ...]}``."""
-    known = {text: model.codec.embed([text])[0] for text in texts}
+    known = {text: model.codec.embed([text]).tokens[0] for text in texts}
     told: dict[str, list[list[str]]] = {}
 
     def spy(name: str, method: str) -> None:
         network: Any = getattr(model, name)
         original = getattr(network, method)
 
-        def called(x: Tensor, sigma: Tensor, cond: Tensor) -> Any:
-            named = [next(text for text, row in known.items() if torch.equal(row, given)) for given in cond]
+        def called(x: Tensor, sigma: Tensor, cond: Condition) -> Any:
+            named = [next(text for text, row in known.items() if torch.equal(row, given)) for given in cond.tokens]
             told.setdefault(f"{name}.{method}", []).append(named)
             return original(x, sigma, cond)
 

@@ -17,6 +17,7 @@ from torchvision.io import write_png
 
 import unidad_pl
 from unidad_pl import Denoiser, DenoiserSource, NewUNet, OptimizerOptions, UniDAD
+from unidad_pl.condition import Condition
 from unidad_pl.data.batch import Batch
 from unidad_pl.data.stream import ShotStream
 from unidad_pl.denoiser import Prediction
@@ -32,13 +33,13 @@ class GaussianDenoiser(Denoiser):
         self.image_shape = (1, size, size)
         self.mu = nn.Parameter(torch.tensor(float(mu)))
 
-    def predict(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Prediction:
+    def predict(self, x: Tensor, sigma: Tensor, cond: Condition | None = None) -> Prediction:
         s2 = sigma.view(-1, 1, 1, 1) ** 2
         x0 = (x + s2 * self.mu) / (1 + s2)
         return Prediction(x0, (x - self.mu) * s2.sqrt() / (1 + s2))
 
     def taps(
-        self, x: Tensor, sigma: Tensor, cond: Tensor | None = None, names: Collection[str] | None = None
+        self, x: Tensor, sigma: Tensor, cond: Condition | None = None, names: Collection[str] | None = None
     ) -> dict[str, Tensor]:
         return {"in0": x * self.mu}
 
@@ -50,7 +51,7 @@ class GaussianDenoiser(Denoiser):
 class AffineStudent(GaussianDenoiser):
     """``G(x, sigma) = x / sigma + mu``: one step from noise gives N(mu, 1) exactly."""
 
-    def predict(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Prediction:
+    def predict(self, x: Tensor, sigma: Tensor, cond: Condition | None = None) -> Prediction:
         z = x / sigma.view(-1, 1, 1, 1)
         return Prediction(z + self.mu, z)
 
@@ -67,12 +68,12 @@ class TwoLayers(Denoiser):
     def hidden(self, x: Tensor, sigma: Tensor) -> Tensor:
         return nn.functional.silu(self.first(x / (1 + sigma.view(-1, 1, 1, 1) ** 2).sqrt()))
 
-    def predict(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Prediction:
+    def predict(self, x: Tensor, sigma: Tensor, cond: Condition | None = None) -> Prediction:
         noise = self.last(self.hidden(x, sigma))
         return Prediction(x - sigma.view(-1, 1, 1, 1) * noise, noise)
 
     def taps(
-        self, x: Tensor, sigma: Tensor, cond: Tensor | None = None, names: Collection[str] | None = None
+        self, x: Tensor, sigma: Tensor, cond: Condition | None = None, names: Collection[str] | None = None
     ) -> dict[str, Tensor]:
         return {"in0": self.hidden(x, sigma)}
 

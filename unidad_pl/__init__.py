@@ -18,6 +18,7 @@ _ROOMS = {
         "Augmentation", "Evaluation", "FewShotDataModule", "Prior", "PromptOptions", "Reference", "SubjectDataModule",
         "SubjectEvaluation",
     ),
+    "condition": ("Condition",),
     "data.batch": ("Batch",),
     "denoiser": ("Denoiser", "DenoiserSource"),
     "export": ("export_student", "load_export"),

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from unidad_pl.arguments import given_arguments
+from unidad_pl.condition import Condition
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "edm", "flow"]
 
@@ -100,18 +101,17 @@ class Denoiser(nn.Module, ABC):
         >>> float(Noise()(torch.ones(1, 1, 8, 8), torch.tensor([1.0])).mean())
         0.5
 
-    A subclass implements :meth:`predict` and :meth:`taps` and sets :attr:`image_shape`. Conditions (class labels,
-    prompts) travel as one opaque ``cond`` tensor of B rows, or None.
+    A subclass implements :meth:`predict` and :meth:`taps` and sets :attr:`image_shape`.
     """
 
     image_shape: tuple[int, int, int]
     """(C, H, W) of one image or latent."""
 
     num_classes: int | None = None
-    """Number of class labels a class-conditional model needs in ``cond`` [B] int64; None: unconditional."""
+    """Number of classes of a class-conditional model, which needs ``cond.labels``; None: unconditional."""
 
-    condition_shape: tuple[int, int] | None = None
-    """Shape of the condition of one prompt, for text-to-image models; None: no prompts."""
+    takes_prompts: bool = False
+    """Whether it is a text-to-image model, whose :meth:`DenoiserSource.codec` embeds prompts."""
 
     shared_weights: frozenset[str] = frozenset()
     """Names in the state dict of weights that are never trained and that all copies of this network have in common: the
@@ -129,12 +129,12 @@ class Denoiser(nn.Module, ABC):
         return twin
 
     @abstractmethod
-    def predict(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Prediction:
+    def predict(self, x: Tensor, sigma: Tensor, cond: Condition | None = None) -> Prediction:
         """Denoise ``x`` [B, C, H, W] at ``sigma`` [B] and return both views of the answer, at least float32."""
 
     @abstractmethod
     def taps(
-        self, x: Tensor, sigma: Tensor, cond: Tensor | None = None, names: Collection[str] | None = None
+        self, x: Tensor, sigma: Tensor, cond: Condition | None = None, names: Collection[str] | None = None
     ) -> dict[str, Tensor]:
         """Outputs of the encoder blocks and of the middle block; the decoder is not evaluated.
 
@@ -196,6 +196,10 @@ class Denoiser(nn.Module, ABC):
         """Standard deviation of the noise that sampling starts from at the first ``sigma``."""
         return sigma
 
+    def blank_condition(self, rows: int) -> Condition | None:
+        """A condition that fits, of zeros: for questions about sizes and costs."""
+        return None if self.num_classes is None else Condition(labels=torch.zeros(rows, dtype=torch.int64))
+
     def checkpoint_blocks(self) -> None:
         """From now on compute the blocks again in the backward pass instead of keeping what they computed.
 
@@ -212,13 +216,13 @@ class Denoiser(nn.Module, ABC):
         """
         raise ValueError(f"{type(self).__name__} cannot be stored in bfloat16: use teacher_dtype: float32")
 
-    def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor, cond: Condition | None = None) -> Tensor:
         """``x0`` [B, C, H, W] of :meth:`predict`."""
         return self.predict(x, sigma, cond).x0
 
 
 def guided(
-    network: Denoiser, x: Tensor, sigma: Tensor, cond: Tensor | None, unconditional: Tensor | None, scale: float
+    network: Denoiser, x: Tensor, sigma: Tensor, cond: Condition | None, unconditional: Condition | None, scale: float
 ) -> Prediction:
     """Classifier-free guidance ``u + scale (c - u)`` (Ho and Salimans 2022), both in one pass.
 
@@ -227,7 +231,7 @@ def guided(
         x: [B, C, H, W] noisy latents.
         sigma: [B].
         cond: condition of the B rows.
-        unconditional: condition [1, ...] or [B, ...] of the empty or negative prompt; needed above a scale of 1.
+        unconditional: condition of the empty or negative prompt, 1 or B rows; needed above a scale of 1.
         scale: the guidance scale; 1 is no guidance and costs no second evaluation.
 
     Raises:
@@ -239,7 +243,7 @@ def guided(
         return network.predict(x, sigma, cond)
     if cond is None or unconditional is None:
         raise ValueError(f"a guidance scale of {scale} needs a condition and an unconditional one")
-    both = torch.cat([unconditional.expand_as(cond), cond])
+    both = Condition.cat([unconditional.expand(len(cond)), cond])
     answer = network.predict(torch.cat([x, x]), torch.cat([sigma, sigma]), both)
     parts = (part.chunk(2) for part in answer)
     return Prediction(*(u + scale * (c - u) for u, c in parts))
@@ -266,7 +270,7 @@ class Codec:
         """Images or latents [B, C, H, W] -> pictures [B, 3, R, R], about in [-1, 1]."""
         return images
 
-    def embed(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
+    def embed(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> Condition:
         """Condition of ``prompts``: one row for each.
 
         Raises:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from unidad_pl.checks import check_choices, check_whole
+from unidad_pl.condition import Condition
 from unidad_pl.denoiser import Denoiser
 from unidad_pl.schedules import MOST_STEPS, karras
 
@@ -88,7 +89,9 @@ class FewStepSampler:
         sigmas = torch.tensor(own or network.trained_sigmas(self.sigmas), dtype=torch.float64)
         return FewStepSampler(sigmas, self.gradient, self.checkpoint, self.standard)
 
-    def __call__(self, student: Denoiser, noise: Noise, cond: Tensor | None = None, stop: int | None = None) -> Tensor:
+    def __call__(
+        self, student: Denoiser, noise: Noise, cond: Condition | None = None, stop: int | None = None
+    ) -> Tensor:
         """Images [B, C, H, W], not clamped.
 
         Args:
@@ -109,7 +112,7 @@ class FewStepSampler:
                 torch.clear_autocast_cache()
         return x0
 
-    def _apply(self, student: Denoiser, x: Tensor, sigma: Tensor, cond: Tensor | None) -> Tensor:
+    def _apply(self, student: Denoiser, x: Tensor, sigma: Tensor, cond: Condition | None) -> Tensor:
         if not (self.checkpoint and torch.is_grad_enabled()):
             return student(x, sigma, cond)
         x0: Tensor = checkpoint(student, x, sigma, cond, use_reentrant=False)
@@ -126,7 +129,7 @@ def sampling_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float =
     return torch.cat([karras(num_steps, sigma_min, sigma_max, rho).flip(0), torch.zeros(1)])
 
 
-def heun(denoiser: Denoiser, noise: Noise, sigmas: Tensor, cond: Tensor | None = None) -> Tensor:
+def heun(denoiser: Denoiser, noise: Noise, sigmas: Tensor, cond: Condition | None = None) -> Tensor:
     """Heun's second-order sampler (Karras et al. 2022, algorithm 1), deterministic after the first draw.
 
     Args:
@@ -150,7 +153,7 @@ def heun(denoiser: Denoiser, noise: Noise, sigmas: Tensor, cond: Tensor | None =
     return x
 
 
-def ddim(denoiser: Denoiser, noise: Noise, sigmas: Tensor, cond: Tensor | None = None) -> Tensor:
+def ddim(denoiser: Denoiser, noise: Noise, sigmas: Tensor, cond: Condition | None = None) -> Tensor:
     """Deterministic DDIM (Song et al. 2021): in sigma space, ``x <- x0 + sigma_next * eps``.
 
     Arguments and result as :func:`heun`.

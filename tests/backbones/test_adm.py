@@ -18,6 +18,7 @@ from unidad_pl.backbones import ADMConfig, ADMSource, ADMStateDictAdapter
 from unidad_pl.backbones.adm import adm_denoiser
 from unidad_pl.backbones.adm_config import unet2d_config
 from unidad_pl.backbones.weights import read_weights
+from unidad_pl.condition import Condition
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "adm_tiny"
 CHECKPOINT, CONFIG = FOLDER / "adm_tiny.pt", FOLDER / "config.json"
@@ -152,7 +153,7 @@ def test_ffhq256_constructor_arguments() -> None:
 @pytest.mark.parametrize("adm", VARIANTS.values(), ids=VARIANTS)
 def test_every_variant_runs(adm: ADMConfig) -> None:
     denoiser = adm_denoiser(adm, ADMStateDictAdapter(adm).from_diffusers(random_state(adm)))
-    cond = torch.tensor([1, 4]) if adm.class_cond else None
+    cond = Condition(torch.tensor([1, 4])) if adm.class_cond else None
     x, sigma = torch.zeros(2, *denoiser.image_shape), torch.tensor([0.5, 80.0])
     with torch.no_grad():
         assert denoiser(x, sigma, cond).shape == x.shape

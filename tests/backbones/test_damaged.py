@@ -50,7 +50,7 @@ def use(folder: Path) -> None:
     """Everything a run asks of a text-to-image model."""
     source = StableDiffusion(str(folder))
     network = source.build()
-    x, cond = torch.zeros(1, *network.image_shape), torch.zeros(1, *network.condition_shape)
+    x, cond = torch.zeros(1, *network.image_shape), network.blank_condition(1)
     assert network.taps(x, torch.ones(1), cond).keys() == network.tap_channels.keys()
     assert network(x, torch.ones(1), cond).shape == x.shape
     codec = source.codec()
@@ -60,7 +60,7 @@ def use(folder: Path) -> None:
 
 def run(source: Any) -> None:
     network = source.build()
-    cond = None if network.num_classes is None else torch.zeros(1, dtype=torch.long)
+    cond = network.blank_condition(1)
     x = torch.zeros(1, *network.image_shape)
     taps = network.taps(x, torch.ones(1), cond)
     assert {name: tap.shape[1] for name, tap in taps.items()} == network.tap_channels

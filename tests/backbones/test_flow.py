@@ -16,6 +16,7 @@ from tests.backbones.test_scheduler import google
 from tests.modules.test_gaussian_world import STEADY, train
 from tests.worlds import GaussianDenoiser, fit, groups, tiny_unet, unidad
 from unidad_pl import Diffusion, PretrainedUNet
+from unidad_pl.condition import Condition
 from unidad_pl.denoiser import Parameterization, Prediction
 from unidad_pl.export.student import export_student, load_export
 from unidad_pl.losses import denoising_loss, dmd_gradient
@@ -51,7 +52,7 @@ def test_a_folder_is_read_as_diffusers_uses_it(shift: float, tmp_path: Path) -> 
 class GaussianFlow(GaussianDenoiser):
     """The exact velocity of data N(mu, 1), read through the parameterisation of flows."""
 
-    def predict(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Prediction:
+    def predict(self, x: Tensor, sigma: Tensor, cond: Condition | None = None) -> Prediction:
         how = Parameterization.of("flow", sigma, 0.5)
         t = (sigma / (1 + sigma)).view(-1, 1, 1, 1)
         seen = how.c_in * x

@@ -18,6 +18,7 @@ from tests.backbones.test_damaged import run, use
 from tests.metrics.toys import refused
 from tests.tiny_sd import save_ddpm, save_tiny
 from unidad_pl.backbones import ADMConfig, ADMSource, LoRA, NewUNet, PretrainedUNet, StableDiffusion, UNetSpec
+from unidad_pl.condition import Condition
 
 WEIGHTS = "diffusion_pytorch_model"
 
@@ -142,14 +143,15 @@ def test_networks_of_other_kinds_equal_diffusers(tmp_path: Path, own: dict[str, 
     run(PretrainedUNet(str(tmp_path)))
     denoiser = PretrainedUNet(str(tmp_path)).build()
     x, t = torch.randn(2, *denoiser.image_shape), torch.tensor([20, 700])
-    cond = torch.tensor([1, 2]) if "num_class_embeds" in own else None
+    labels = torch.tensor([1, 2]) if "num_class_embeds" in own else None
+    cond = None if labels is None else Condition(labels)
     seen: list[torch.Tensor] = []
     for block in denoiser.unet.down_blocks:
         block.register_forward_hook(lambda _, __, out: seen.extend(out[1]))
     sigma = denoiser.native_sigmas[t]
     with torch.no_grad():
         taps = denoiser.taps(x * (1 + sigma**2).sqrt().view(-1, 1, 1, 1), sigma, cond)
-        expected, hooked = unet(x, t, class_labels=cond).sample, list(seen)
+        expected, hooked = unet(x, t, class_labels=labels).sample, list(seen)
         seen.clear()
         ours = denoiser.predict(x * (1 + sigma**2).sqrt().view(-1, 1, 1, 1), sigma, cond).eps
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)

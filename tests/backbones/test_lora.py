@@ -20,6 +20,7 @@ from tests.tiny_sd import WIDTH, save_tiny, save_unet, subject, text_unidad
 from unidad_pl import MemoryOptions, OptimizerOptions, UniDAD
 from unidad_pl.backbones import LoRA, StableDiffusion, StableDiffusionUNet
 from unidad_pl.backbones.lora import merged
+from unidad_pl.condition import Condition
 from unidad_pl.data.pictures import as_uint8
 from unidad_pl.export.card import model_card
 from unidad_pl.export.student import export_student as export
@@ -54,7 +55,7 @@ def fit(model: UniDAD, photos: Path, steps: int, ckpt_path: Path | None = None, 
 def forward(network: StableDiffusionUNet, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     x, cond = (torch.randn(*shape, generator=generator) for shape in ((2, 4, 8, 8), (2, 5, WIDTH)))
-    answer: torch.Tensor = network(x, torch.tensor([1.0, 5.0]), cond)
+    answer: torch.Tensor = network(x, torch.tensor([1.0, 5.0]), Condition(tokens=cond))
     return answer
 
 

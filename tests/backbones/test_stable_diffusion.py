@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from tests.metrics.toys import refused
 from tests.tiny_sd import BETAS, POOLED, WIDTH, save_unet
 from unidad_pl.backbones import StableDiffusion, StableDiffusionUNet
-from unidad_pl.backbones.latents import pack_prompts
 from unidad_pl.backbones.spec import UNetSpec
+from unidad_pl.condition import Condition
 from unidad_pl.denoiser import guided
 
 
@@ -23,12 +24,12 @@ def network(request: pytest.FixtureRequest, tmp_path: Path) -> StableDiffusionUN
     return StableDiffusion(str(save_unet(tmp_path / "sd", xl=request.param == "xl"))).build()
 
 
-def conditions(network: StableDiffusionUNet, count: int) -> torch.Tensor:
+def conditions(network: StableDiffusionUNet, count: int) -> Condition:
     pooled = torch.randn(count, network.pooled) if network.pooled else None
-    return pack_prompts(torch.randn(count, 5, network.width), pooled)
+    return Condition(tokens=torch.randn(count, 5, network.width), pooled=pooled)
 
 
-def inputs(network: StableDiffusionUNet) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(network: StableDiffusionUNet) -> tuple[torch.Tensor, torch.Tensor, Condition]:
     """Two noisy images, their sigmas and conditions."""
     return torch.randn(2, *network.image_shape), torch.tensor([0.3, 9.0]), conditions(network, 2)
 
@@ -44,7 +45,7 @@ def test_x0_is_that_of_diffusers_ddim(tmp_path: Path, prediction: str, t: int) -
         out = network.unet(scaled, t, encoder_hidden_states=tokens).sample
         want = scheduler.step(out, t, scaled).pred_original_sample
         sigma = network.native_sigmas[t]
-        got = network(scaled * (1 + sigma**2).sqrt(), sigma.expand(2), tokens)
+        got = network(scaled * (1 + sigma**2).sqrt(), sigma.expand(2), Condition(tokens=tokens))
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
     assert len(network.native_sigmas) == 1000
 
@@ -83,17 +84,32 @@ def test_sdxl_gets_its_pooled_embedding_and_sizes(tmp_path: Path) -> None:
     with torch.no_grad():
         eps = network.unet(scale * x, network.time(sigma), encoder_hidden_states=tokens,
                            added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}).sample  # fmt: skip
-        got = network.predict(x, sigma, pack_prompts(tokens, pooled)).eps
-        small = StableDiffusion(str(folder), resolution=16).build().predict(x, sigma, pack_prompts(tokens, pooled)).eps
+        cond = Condition(tokens=tokens, pooled=pooled)
+        got = network.predict(x, sigma, cond).eps
+        small = StableDiffusion(str(folder), resolution=16).build().predict(x, sigma, cond).eps
     assert torch.equal(got, eps)
     assert not torch.allclose(small, eps)
+
+
+def test_prompts_of_different_lengths_are_guided_as_each_alone(network: StableDiffusionUNet) -> None:
+    x, sigma, cond = inputs(network)
+    assert cond.tokens is not None
+    short = Condition(tokens=torch.randn(1, 3, network.width), pooled=None if cond.pooled is None else cond.pooled[:1])
+    with torch.no_grad():
+        u, c = network.predict(x, sigma, short.expand(2)), network.predict(x, sigma, cond)
+        got = guided(network, x, sigma, cond, short, 3.0)
+        alone = network.taps(x, sigma, short.expand(2))
+        both = network.taps(torch.cat([x, x]), torch.cat([sigma, sigma]), Condition.cat([short.expand(2), cond]))
+    torch.testing.assert_close(got.eps, u.eps + 3.0 * (c.eps - u.eps), atol=1e-5, rtol=1e-4)
+    for name, tap in alone.items():
+        torch.testing.assert_close(both[name][:2], tap, atol=1e-5, rtol=1e-4)
 
 
 def test_guidance_is_diffusers_formula(network: StableDiffusionUNet) -> None:
     x, sigma, cond = inputs(network)
     empty = conditions(network, 1)
     with torch.no_grad():
-        u, c = network.predict(x, sigma, empty.expand_as(cond)), network.predict(x, sigma, cond)
+        u, c = network.predict(x, sigma, empty.expand(2)), network.predict(x, sigma, cond)
         got = guided(network, x, sigma, cond, empty, 7.5)
         assert torch.equal(guided(network, x, sigma, cond, empty, 1.0).eps, c.eps)
     torch.testing.assert_close(got.eps, u.eps + 7.5 * (c.eps - u.eps), atol=1e-5, rtol=1e-4)
@@ -104,9 +120,11 @@ def test_guidance_is_diffusers_formula(network: StableDiffusionUNet) -> None:
 def test_the_condition_matters_and_must_fit(network: StableDiffusionUNet) -> None:
     x, sigma, cond = inputs(network)
     with torch.no_grad():
-        assert not torch.allclose(network(x, sigma, cond), network(x, sigma, cond.flip(0)))
-    for wrong in (None, cond[:1], cond[..., :5], torch.zeros(2)):
-        refused("need conditions of shape", network, x, sigma, wrong)
+        assert not torch.allclose(network(x, sigma, cond), network(x, sigma, cond[torch.tensor([1, 0])]))
+    assert cond.tokens is not None
+    narrow, pooled = replace(cond, tokens=cond.tokens[..., :5]), torch.zeros(2, network.pooled + 1)
+    for wrong in (None, cond[:1], narrow, replace(cond, pooled=pooled), Condition(torch.zeros(2)), torch.zeros(2)):
+        refused("need a condition with tokens", network, x, sigma, wrong)
 
 
 def test_bfloat16_storage_keeps_the_output_layer(network: StableDiffusionUNet) -> None:

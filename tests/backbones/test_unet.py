@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tests.metrics.toys import refused
 from unidad_pl.backbones import NewUNet, PretrainedUNet, UNetDenoiser, UNetSpec
+from unidad_pl.condition import Condition
 from unidad_pl.denoiser import Parameterization, PredictionType
 from unidad_pl.schedules import sigma_from_abar
 
@@ -52,7 +53,7 @@ def wide(sigma: Tensor) -> Tensor:
 # -- taps ----------------------------------------------------------------------------------------------------------
 
 
-def hooked(denoiser: UNetDenoiser, x: Tensor, sigma: Tensor, cond: Tensor | None) -> list[Tensor]:
+def hooked(denoiser: UNetDenoiser, x: Tensor, sigma: Tensor, cond: Condition | None) -> list[Tensor]:
     """Outputs of conv_in, of every encoder block (after attention) and of the middle, in a whole forward pass."""
     unet, outputs = denoiser.unet, []
     modules = [unet.conv_in]
@@ -72,7 +73,7 @@ def hooked(denoiser: UNetDenoiser, x: Tensor, sigma: Tensor, cond: Tensor | None
 ])  # fmt: skip
 def test_taps_are_the_encoder_outputs_of_a_whole_pass(changes: dict[str, Any]) -> None:
     denoiser = small(**changes)
-    x, cond = images(denoiser), torch.tensor([0, 3, 1]) if "num_classes" in changes else None
+    x, cond = images(denoiser), Condition(torch.tensor([0, 3, 1])) if "num_classes" in changes else None
     with torch.no_grad():
         taps, expected = denoiser.taps(x, SIGMA, cond), hooked(denoiser, x, SIGMA, cond)
     assert list(taps) == [*[f"in{i}" for i in range(len(expected) - 1)], "mid"]
@@ -218,8 +219,9 @@ def test_class_labels_are_needed_and_used() -> None:
     sigma = torch.full((3,), 1.0)
     for call in (denoiser.predict, denoiser.taps):
         refused("class", call, x, sigma)
+        refused("class", call, x, sigma, torch.tensor([0, 0, 1]))
     with torch.no_grad():
-        first, same, other = denoiser(x, sigma, torch.tensor([0, 0, 1]))
+        first, same, other = denoiser(x, sigma, Condition(torch.tensor([0, 0, 1])))
     torch.testing.assert_close(first, same)
     assert not torch.allclose(first, other, atol=1e-3)
 

@@ -102,8 +102,8 @@ def test_labels_travel_with_their_images(make: Any, tmp_path: Path) -> None:
     batch = next(iter(data.train_dataloader()))
     kinds = {PIXELS[i].numpy().tobytes(): i % 3 for i in range(6)}
     seen = ((batch.images + 1) * 127.5).round().byte()
-    assert batch.cond.tolist() == [kinds[image.numpy().tobytes()] for image in seen]
-    assert next(iter(FewShotDataModule(root=str(place), shots=4, resolution=SIZE).train_dataloader())).cond is None
+    assert batch.labels.tolist() == [kinds[image.numpy().tobytes()] for image in seen]
+    assert next(iter(FewShotDataModule(root=str(place), shots=4, resolution=SIZE).train_dataloader())).labels is None
 
 
 def test_labels_that_are_not_there_are_refused(folder: Path) -> None:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from tests.modules.test_gaussian_world import EXACT, fixed_point
 from tests.worlds import GaussianDenoiser, fit, unidad
 from unidad_pl import UniDAD
+from unidad_pl.condition import Condition
 from unidad_pl.data.batch import Batch
 from unidad_pl.data.stream import SeedBatches
 from unidad_pl.denoiser import Codec, Denoiser, DenoiserSource, Prediction
@@ -36,25 +37,26 @@ class Texts(Codec):
     def __init__(self, shared_words: bool) -> None:
         self.shared_words = shared_words
 
-    def embed(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
+    def embed(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> Condition:
         known = WORDS if self.shared_words else [SUBJECT, CLASS, OTHER]
         rows = [[float(entry in (p.split() if self.shared_words else [p])) for entry in known] for p in prompts]
-        return torch.tensor(rows, device=device)
+        return Condition(pooled=torch.tensor(rows, device=device))
 
 
 class Conditional(Denoiser):
-    """The exact denoiser of N(mu, 1) with ``mu = cond @ means``."""
+    """The exact denoiser of N(mu, 1) with ``mu = cond.pooled @ means``."""
 
     def __init__(self, means: list[float]) -> None:
         super().__init__()
         self.image_shape = (1, 4, 4)
         self.means = nn.Parameter(torch.tensor(means))
 
-    def mu(self, cond: Tensor | None) -> Tensor:
+    def mu(self, cond: Condition | None) -> Tensor:
         assert cond is not None
-        return (cond @ self.means).view(-1, 1, 1, 1)
+        assert cond.pooled is not None
+        return (cond.pooled @ self.means).view(-1, 1, 1, 1)
 
-    def predict(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Prediction:
+    def predict(self, x: Tensor, sigma: Tensor, cond: Condition | None = None) -> Prediction:
         s2 = sigma.view(-1, 1, 1, 1) ** 2
         return Prediction((x + s2 * self.mu(cond)) / (1 + s2), (x - self.mu(cond)) * s2.sqrt() / (1 + s2))
 
@@ -65,7 +67,7 @@ class Conditional(Denoiser):
 class OneStep(Conditional):
     """``G(x, sigma) = x / sigma + mu``: one step from noise gives N(mu, 1) exactly."""
 
-    def predict(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Prediction:
+    def predict(self, x: Tensor, sigma: Tensor, cond: Condition | None = None) -> Prediction:
         z = x / sigma.view(-1, 1, 1, 1)
         return Prediction(z + self.mu(cond), z)
 

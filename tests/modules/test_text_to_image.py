@@ -105,7 +105,7 @@ def test_one_step_from_the_last_timestep_is_the_formula(folder: Path) -> None:
     model.configure_model()
     cond = model.codec.embed(["a dog"])
     noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(3))[None]
-    tokens, added = model.student._conditions(cond, 1)
+    tokens, _, added = model.student._conditions(cond, 1)
     abar = model.student.abar[999]
     with torch.no_grad():
         eps = model.student.unet(noise, 999, encoder_hidden_states=tokens, added_cond_kwargs=added).sample
@@ -128,7 +128,7 @@ def test_an_image_depends_on_its_seed_and_prompt_alone(folder: Path) -> None:
     for i, prompt in enumerate(prompts):
         torch.testing.assert_close(model.sample([4 + i], prompts=[prompt])[0], together[i], atol=1e-5, rtol=0)
     assert not torch.allclose(model.sample([4], prompts=["a cat"])[0], together[0])
-    with pytest.raises(ValueError, match="need conditions"):
+    with pytest.raises(ValueError, match="need a condition with tokens"):
         model.sample([4])
 
 
@@ -152,7 +152,8 @@ def test_each_picture_and_prompt_is_encoded_once(folder: Path, monkeypatch: pyte
     monkeypatch.setattr(codec.parts.vae, "encode", None)
     monkeypatch.setattr(codec.parts, "encode_prompt", None)
     assert not torch.equal(codec.encode(images.flip(0)), first.flip(0))  # drawn anew from the kept mean and std
-    assert torch.equal(codec.embed(["a cat"]), told[1:])
+    again = codec.embed(["a cat"])
+    assert all(torch.equal(part, told[1:].parts[name]) for name, part in again.parts.items())
 
 
 def test_loading_and_encoding_leave_the_random_state_alone(folder: Path) -> None:
@@ -166,8 +167,8 @@ def test_prompts_are_embedded_as_a_pipeline_does(tmp_path: Path) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(folder)
     want, empty = pipe.encode_prompt(["a prt dog"], "cpu", 1, True, [""])
     codec = LatentCodec(folder)
-    torch.testing.assert_close(codec.embed(["a prt dog"]), want)
-    torch.testing.assert_close(codec.embed([""]), empty)
+    torch.testing.assert_close(codec.embed(["a prt dog"]).tokens, want)
+    torch.testing.assert_close(codec.embed([""]).tokens, empty)
 
 
 def test_what_visits_a_device_goes_home_even_after_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +196,7 @@ def test_the_border_is_float32_under_autocast(folder: Path) -> None:
         torch.manual_seed(5)
         with torch.autocast("cpu", torch.bfloat16, enabled=on):
             latents = codec.encode(images)
-            answers.append((latents, codec.decode(latents), codec.embed(["a dog"])))
+            answers.append((latents, codec.decode(latents), *codec.embed(["a dog"]).parts.values()))
     for exact, mixed in zip(*answers, strict=True):
         assert mixed.dtype == torch.float32
         assert torch.equal(exact, mixed)
@@ -222,7 +223,7 @@ def test_v_prediction_trains_and_its_single_step_is_diffusers_ddim(photos: Path,
     scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
     scheduler.set_timesteps(1000)
     with torch.no_grad():
-        v = model.student.unet(noise, 999, encoder_hidden_states=cond).sample
+        v = model.student.unet(noise, 999, encoder_hidden_states=cond.tokens).sample
         want = model.codec.decode(scheduler.step(v, 999, noise).pred_original_sample).clamp(-1, 1)
     torch.testing.assert_close(model.sample([3], prompts=["a dog"]), want, atol=2e-5, rtol=1e-4)
 

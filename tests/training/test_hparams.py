@@ -15,6 +15,7 @@ from tests import worlds
 from tests.worlds import FAST, Stream, fit, random_images, tiny_unet
 from unidad_pl import Diffusion, LogNormal, MemoryOptions, OptimizerOptions, SamplingOptions, UniDAD
 from unidad_pl.arguments import differences
+from unidad_pl.condition import Condition
 from unidad_pl.training.module import RECORD
 
 FASTER, UNET = OptimizerOptions(lr=5e-3, warmup=0), tiny_unet()
@@ -81,7 +82,7 @@ def test_how_a_plain_model_is_sampled_may_change(tmp_path: Path) -> None:
 
 def test_the_row_of_skipped_steps_goes_on(tmp_path: Path) -> None:
     class Broken(UniDAD):
-        def student_loss(self, x: torch.Tensor, *cond: torch.Tensor | None) -> torch.Tensor:
+        def student_loss(self, x: torch.Tensor, *cond: Condition | None) -> torch.Tensor:
             return super().student_loss(x, *cond) * float("nan")
 
     broken = partial(unidad, kind=Broken, training__max_skipped=3)

@@ -11,6 +11,7 @@ import torch
 
 from tests.worlds import Gaussian, Stream, fit, groups, random_images, tiny_unet, unidad
 from unidad_pl import Diffusion, MemoryOptions, OptimizerOptions, UniDAD
+from unidad_pl.condition import Condition
 from unidad_pl.denoiser import Prediction
 from unidad_pl.training.networks import predict_on_own_device
 
@@ -95,7 +96,7 @@ def test_networks_with_a_place_of_their_own_stay_there(of_teacher_and_ema: str, 
 
 def test_arguments_travel_to_the_network_and_the_answer_back() -> None:
     class There(type(Gaussian(0.0).build())):  # type: ignore[misc]
-        def predict(self, x: torch.Tensor, sigma: torch.Tensor, cond: torch.Tensor | None = None) -> Prediction:
+        def predict(self, x: torch.Tensor, sigma: torch.Tensor, cond: Condition | None = None) -> Prediction:
             assert x.device == sigma.device == self.mu.device
             return super().predict(x, sigma, cond)
 

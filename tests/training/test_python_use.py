@@ -176,22 +176,21 @@ LABELS = torch.tensor([0, 1, 1, 0])
 
 
 @pytest.mark.parametrize(
-    ("batch", "cond"),
+    ("batch", "labels"),
     [
         (IMAGES, None),
         ([IMAGES], None),
         ((IMAGES, LABELS), LABELS),
         ([IMAGES, LABELS], LABELS),
         ({"images": IMAGES, "labels": LABELS}, LABELS),
-        ({"images": IMAGES, "cond": LABELS}, LABELS),
         (Batch(IMAGES, LABELS), LABELS),
     ],
 )
-def test_batches_of_plain_tensors_are_read(batch: Any, cond: Tensor | None) -> None:
+def test_batches_of_plain_tensors_are_read(batch: Any, labels: Tensor | None) -> None:
     read = as_batch(batch)
     assert torch.equal(read.images, IMAGES)
-    assert (read.cond is None) if cond is None else torch.equal(read.cond, cond)  # type: ignore[arg-type]
-    source = tiny_unet(num_classes=None if cond is None else 2)
+    assert (read.labels is None) if labels is None else torch.equal(read.labels, labels)  # type: ignore[arg-type]
+    source = tiny_unet(num_classes=None if labels is None else 2)
     quick(Diffusion(source, FAST), DataLoader([batch, batch], batch_size=None))  # type: ignore[arg-type, list-item]
 
 

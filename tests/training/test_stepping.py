@@ -13,6 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from tests import worlds
 from tests.worlds import FAST, fit, optimizers, tiny_unet, weights_sha
 from unidad_pl import Diffusion, OptimizerOptions, UniDAD
+from unidad_pl.condition import Condition
 from unidad_pl.training.stepping import spoil_gradients
 
 unidad = partial(worlds.unidad, student__update_every=1)
@@ -31,7 +32,7 @@ def steps(trainer: Any) -> list[int]:
 class InfiniteLoss(UniDAD):
     """The student's loss overflows in iteration 1, its gradient stays finite."""
 
-    def student_loss(self, x: torch.Tensor, *cond: torch.Tensor | None) -> torch.Tensor:
+    def student_loss(self, x: torch.Tensor, *cond: Condition | None) -> torch.Tensor:
         loss = super().student_loss(x, *cond)
         return loss + float("inf") if int(self.iteration) == 1 else loss
 

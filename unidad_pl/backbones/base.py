@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from unidad_pl.backbones.lora import store_in_bfloat16
 from unidad_pl.backbones.spec import UNetSpec
+from unidad_pl.condition import Condition
 from unidad_pl.denoiser import Denoiser, Parameterization, Prediction
 from unidad_pl.schedules import abar_from_sigma, sigma_from_abar
 
@@ -54,11 +55,11 @@ class DiffusersNetwork(Denoiser):
     """Whether taps are the outputs of the first convolution and of every layer behind it, not of the down blocks."""
 
     @abstractmethod
-    def _output(self, x: Tensor, c_in: Tensor, time: Tensor, cond: Tensor | None) -> Tensor:
+    def _output(self, x: Tensor, c_in: Tensor, time: Tensor, cond: Condition | None) -> Tensor:
         """The network's output [B, C, H, W] at ``c_in * x``."""
 
     @abstractmethod
-    def _conditioned(self, emb: Tensor, cond: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def _conditioned(self, emb: Tensor, cond: Condition | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The time embedding [B, E] with the condition's, and what blocks with cross-attention take besides."""
 
     def _folded(self, x: Tensor) -> Tensor:
@@ -86,12 +87,12 @@ class DiffusersNetwork(Denoiser):
         if self.spec.prediction != "edm" and not (self.native_sigmas.isfinite() & (self.native_sigmas > 0)).all():
             raise ValueError("the scheduler's betas give noise levels that are 0 or infinite")
 
-    def predict(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Prediction:
+    def predict(self, x: Tensor, sigma: Tensor, cond: Condition | None = None) -> Prediction:
         how = Parameterization.of(self.spec.prediction, sigma, self.spec.sigma_data)
         return how.prediction(x, self._output(x, how.c_in, self.time(sigma), cond))
 
     def taps(
-        self, x: Tensor, sigma: Tensor, cond: Tensor | None = None, names: Collection[str] | None = None
+        self, x: Tensor, sigma: Tensor, cond: Condition | None = None, names: Collection[str] | None = None
     ) -> dict[str, Tensor]:
         c_in = Parameterization.of(self.spec.prediction, sigma, self.spec.sigma_data).c_in
         skip = h = self._folded(c_in * x).to(self.dtype)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unidad_pl.backbones.folders import CONFIG_FILE, empty_network
@@ -29,24 +28,12 @@ from unidad_pl.backbones.sd_files import (
     text_parts,
 )
 from unidad_pl.backbones.weights import fill, read_folder
+from unidad_pl.condition import Condition
 from unidad_pl.denoiser import Codec
 from unidad_pl.files import BrokenFile, reading
 
 ZEROS = "force_zeros_for_empty_prompt"
 """A setting of SDXL pipelines that is none of their parts."""
-
-
-def pack_prompts(embeddings: Tensor, pooled: Tensor | None = None) -> Tensor:
-    """One condition tensor from token embeddings [B, L, D] and SDXL's pooled embedding [B, E].
-
-    Returns:
-        [B, L + ceil(E / D), D]; the pooled embedding fills the last rows, zeros after it.
-    """
-    if pooled is None:
-        return embeddings
-    width = embeddings.shape[-1]
-    rows = F.pad(pooled, (0, -pooled.shape[-1] % width)).view(len(pooled), -1, width)
-    return torch.cat([embeddings, rows.to(embeddings)], dim=1)
 
 
 def read_vae(folder: Path) -> Any:
@@ -111,7 +98,7 @@ class LatentCodec(Codec):
         self.folder, self.resolution = folder, resolution
         self._parts: Any = None
         self._moments: dict[str, tuple[Tensor, Tensor]] = {}
-        self._embeddings: dict[str, Tensor] = {}
+        self._embeddings: dict[str, Condition] = {}
 
     @property
     def parts(self) -> Any:
@@ -182,8 +169,8 @@ class LatentCodec(Codec):
         with self._visiting([vae], images.device):
             return torch.cat([vae.decode(one[None].float() / vae.config.scaling_factor).sample for one in images])
 
-    def embed(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
-        """Conditions [B, L + P, D] float32, see :func:`pack_prompts`.
+    def embed(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> Condition:
+        """Conditions with tokens [B, L, D], and SDXL's pooled embeddings [B, E], float32.
 
         Raises:
             ValueError: a prompt with more tokens than the text encoder reads.
@@ -193,22 +180,22 @@ class LatentCodec(Codec):
             encoders = [p for n, p in self.parts.components.items() if n.startswith("text_encoder") and p is not None]
             with self._visiting(encoders, torch.device(device)), torch.random.fork_rng(devices=[]):
                 self._embeddings |= {prompt: self._embedding_of(prompt, device) for prompt in missing}
-        return torch.stack([self._embeddings[prompt] for prompt in prompts]).to(device)
+        return Condition.cat([self._embeddings[prompt] for prompt in prompts]).to(device)
 
-    def _embedding_of(self, prompt: str, device: torch.device | str) -> Tensor:
+    def _embedding_of(self, prompt: str, device: torch.device | str) -> Condition:
         tokenizer = self.parts.tokenizer
         if tokenizer is None or self.parts.text_encoder is None:
             raise BrokenFile(f"{str(self.folder / INDEX_FILE)!r} names no text encoder or no tokenizer: get all of it")
-        tokens, most = len(tokenizer(prompt).input_ids), tokenizer.model_max_length
-        if tokens > most:
-            raise ValueError(f"the prompt {prompt!r} has {tokens} tokens, {most} can be read: make it shorter")
+        length, most = len(tokenizer(prompt).input_ids), tokenizer.model_max_length
+        if length > most:
+            raise ValueError(f"the prompt {prompt!r} has {length} tokens, {most} can be read: make it shorter")
         found = self.parts.encode_prompt(
             prompt=[prompt], device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
-        pooled = found[2] if len(found) > 2 else None
-        packed = pack_prompts(found[0].float(), None if pooled is None else pooled.float())[0].cpu()
-        empty = not prompt and self.parts.config.get(ZEROS)
-        return torch.zeros_like(packed) if empty else packed
+        tokens, pooled = found[0].float().cpu(), found[2].float().cpu() if len(found) > 2 else None
+        if not prompt and self.parts.config.get(ZEROS):
+            tokens, pooled = torch.zeros_like(tokens), None if pooled is None else torch.zeros_like(pooled)
+        return Condition(tokens=tokens, pooled=pooled)
 
     @contextmanager
     def _visiting(self, parts: Sequence[nn.Module], device: torch.device) -> Iterator[None]:

@@ -1,7 +1,6 @@
 """The UNet of Stable Diffusion 1.x, 2.x and XL as a :class:`~unidad_pl.denoiser.Denoiser` of VAE latents.
 
-A condition is one float tensor [B, L + P, D]: L token embeddings, then P rows that hold SDXL's pooled embedding, padded
-with zeros (P = 0 for 1.x and 2.x), see :func:`~unidad_pl.backbones.latents.pack_prompts`.
+Its condition has tokens [B, L, D], for XL a pooled embedding [B, E] too, and a mask where prompts differ in length.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 
 from unidad_pl.backbones.base import DiffusersNetwork
@@ -21,6 +21,7 @@ from unidad_pl.backbones.sd_files import find_pipeline
 from unidad_pl.backbones.spec import UNetSpec, find_scheduler, spec_of_scheduler
 from unidad_pl.backbones.weights import fill, read_folder, read_weights
 from unidad_pl.checks import check_choices, check_given, check_path, check_whole
+from unidad_pl.condition import Condition
 from unidad_pl.denoiser import Codec, DenoiserSource
 from unidad_pl.files import reading
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 Spacing = Literal["even", "log_linear"]
 TOKENS = 77
 """What CLIP's text encoders read of a prompt, padding included."""
+MASKED = -10000.0
+"""What diffusers adds to the attention scores of tokens that are not the prompt's."""
 TIME_IDS = 6
 """SDXL's size conditions: original height and width, crop top and left, target height and width."""
 
@@ -101,18 +104,21 @@ class StableDiffusionUNet(DiffusersNetwork):
         self.width: int = config["cross_attention_dim"]
         sizes = TIME_IDS * (config["addition_time_embed_dim"] or 0)
         self.pooled = config["projection_class_embeddings_input_dim"] - sizes if added else 0
-        self.condition_shape = (TOKENS - (-self.pooled // self.width), self.width)
 
-    def _output(self, x: Tensor, c_in: Tensor, time: Tensor, cond: Tensor | None) -> Tensor:
-        tokens, added = self._conditions(cond, len(x))
+    def _output(self, x: Tensor, c_in: Tensor, time: Tensor, cond: Condition | None) -> Tensor:
+        tokens, mask, added = self._conditions(cond, len(x))
         return self.unet(
-            (c_in * x).to(self.dtype), time, encoder_hidden_states=tokens, added_cond_kwargs=added
+            (c_in * x).to(self.dtype), time, encoder_hidden_states=tokens, encoder_attention_mask=mask,
+            added_cond_kwargs=added,
         ).sample  # fmt: skip
 
-    def _conditioned(self, emb: Tensor, cond: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        tokens, added = self._conditions(cond, len(emb))
+    def _conditioned(self, emb: Tensor, cond: Condition | None) -> tuple[Tensor, dict[str, Tensor]]:
+        tokens, mask, added = self._conditions(cond, len(emb))
         extra = self.unet.get_aug_embed(emb=emb, encoder_hidden_states=tokens, added_cond_kwargs=added)
-        return emb if extra is None else emb + extra, {"encoder_hidden_states": tokens}
+        crossed = {"encoder_hidden_states": tokens}
+        if mask is not None:  # blocks take what is added to the attention's scores, the whole network the mask itself
+            crossed["encoder_attention_mask"] = (1 - mask.to(tokens.dtype))[:, None] * MASKED
+        return emb if extra is None else emb + extra, crossed
 
     @property
     def tap_channels(self) -> dict[str, int]:
@@ -140,22 +146,28 @@ class StableDiffusionUNet(DiffusersNetwork):
     def init_noise_sigma(self, sigma: float) -> float:
         return math.sqrt(1 + sigma**2)  # the network sees unit variance, as in diffusers' pipelines
 
-    def _conditions(self, cond: Tensor | None, count: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Token embeddings [B, L, D] and SDXL's added conditions of a packed condition."""
-        rows = -(-self.pooled // self.width)
-        if cond is None or cond.ndim != 3 or len(cond) != count or cond.shape[2] != self.width or cond.shape[1] <= rows:
-            seen = "none" if cond is None else tuple(cond.shape)
-            raise ValueError(
-                f"{count} latents need conditions of shape ({count}, tokens + {rows}, {self.width}), got {seen}"
-            )
-        cond = cond.to(self.dtype)
-        if not self.pooled:
-            return cond, {}
+    takes_prompts = True
+
+    def blank_condition(self, rows: int) -> Condition:
+        pooled = torch.zeros(rows, self.pooled) if self.pooled else None
+        return Condition(tokens=torch.zeros(rows, TOKENS, self.width), pooled=pooled)
+
+    def _conditions(self, cond: Condition | None, count: int) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """Token embeddings [B, L, D], their mask, and SDXL's added conditions."""
+        seen = {name: tuple(part.shape) for name, part in getattr(cond, "parts", {}).items()}
+        length = seen.get("tokens", (0, TOKENS))[1]
+        wanted = {"tokens": (count, length, self.width)} | ({"pooled": (count, self.pooled)} if self.pooled else {})
+        if cond is None or cond.tokens is None or {name: seen[name] for name in seen if name != "mask"} != wanted:
+            shapes = ", ".join(f"{name} {shape}" for name, shape in wanted.items())
+            raise ValueError(f"{count} latents need a condition with {shapes}, got {seen or repr(cond)[:80]}")
+        tokens = cond.tokens.to(self.dtype)
+        if cond.pooled is None:
+            return tokens, cond.mask, {}
         sizes = (self.resolution, self.resolution, 0, 0, self.resolution, self.resolution)
-        pooled = cond[:, cond.shape[1] - rows :].flatten(1)[:, : self.pooled]
-        return cond[:, : cond.shape[1] - rows], {
-            "text_embeds": pooled, "time_ids": cond.new_tensor(sizes).expand(count, TIME_IDS)
+        added = {
+            "text_embeds": cond.pooled.to(self.dtype), "time_ids": tokens.new_tensor(sizes).expand(count, TIME_IDS)
         }  # fmt: skip
+        return tokens, cond.mask, added
 
 
 class StableDiffusion(DenoiserSource):

@@ -24,6 +24,7 @@ from unidad_pl.backbones.folders import (
 from unidad_pl.backbones.spec import SCHEDULER_FILE, UNetSpec, find_scheduler, spec_of_scheduler
 from unidad_pl.backbones.weights import fill, read_folder
 from unidad_pl.checks import check_at_least, check_given, check_path, check_whole
+from unidad_pl.condition import Condition
 from unidad_pl.denoiser import DenoiserSource, PredictionType
 from unidad_pl.files import read_json, reading
 
@@ -82,17 +83,21 @@ class UNetDenoiser(DiffusersNetwork):
     def _folded(self, x: Tensor) -> Tensor:
         return F.pixel_unshuffle(x, self.spec.patch_size)
 
-    def _output(self, x: Tensor, c_in: Tensor, time: Tensor, cond: Tensor | None) -> Tensor:
+    def _output(self, x: Tensor, c_in: Tensor, time: Tensor, cond: Condition | None) -> Tensor:
         folded = self._folded(c_in * x)
-        out = self.unet(folded.to(self.dtype), time, class_labels=cond).sample[:, : folded.shape[1]]
-        return F.pixel_shuffle(out, self.spec.patch_size)
+        out = self.unet(folded.to(self.dtype), time, class_labels=self._labels(cond, len(x))).sample
+        return F.pixel_shuffle(out[:, : folded.shape[1]], self.spec.patch_size)
 
-    def _conditioned(self, emb: Tensor, cond: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        if self.unet.class_embedding is not None:
-            if cond is None:
-                raise ValueError("this UNet is class-conditional: pass class labels as cond")
-            emb = emb + self.unet.class_embedding(cond).to(self.dtype)
-        return emb, {}
+    def _conditioned(self, emb: Tensor, cond: Condition | None) -> tuple[Tensor, dict[str, Tensor]]:
+        labels = self._labels(cond, len(emb))
+        return (emb if labels is None else emb + self.unet.class_embedding(labels).to(self.dtype)), {}
+
+    def _labels(self, cond: Condition | None, count: int) -> Tensor | None:
+        labels = getattr(cond, "labels", None)
+        if not (cond is None if self.num_classes is None else labels is not None and len(labels) == count):
+            wanted = "no condition" if self.num_classes is None else f"a condition with {count} class labels"
+            raise ValueError(f"this UNet takes {wanted}, got {cond!r:.80}")
+        return labels
 
     @property
     def tap_channels(self) -> dict[str, int]:

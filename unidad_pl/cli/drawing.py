@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from unidad_pl.backbones.stable_diffusion import StableDiffusionUNet
+from unidad_pl.condition import Condition
 from unidad_pl.data.pictures import as_uint8, grid, is_whole_png, write_png
 from unidad_pl.export.student import load_export
 from unidad_pl.files import read_json, write_first
@@ -54,7 +54,7 @@ class Drawing:
         prompts: list[str] | None,
     ) -> None:
         self.student = load_student(model, weights, config) if model.is_file() else load_export(model)
-        if bool(prompts) != isinstance(self.student.network, StableDiffusionUNet):
+        if bool(prompts) != self.student.network.takes_prompts:
             wanted = "no text-to-image model: leave prompts out" if prompts else "a text-to-image model: give --prompts"
             raise ValueError(f"{str(model)!r} is {wanted}")
         self.labels = ClassLabels(self.student.network.num_classes, class_labels or self.student.classes)
@@ -99,12 +99,14 @@ class Drawing:
 
     def _images(self, seeds: list[int], device: str) -> torch.Tensor:
         if self.prompts:
-            cond: Any = self.student.codec.embed([self.prompts[one % len(self.prompts)] for one in seeds], device)
+            prompts = [self.prompts[one % len(self.prompts)] for one in seeds]
+            cond: Condition | None = self.student.codec.embed(prompts, device)
         else:
-            cond = self.labels.of_seeds(torch.tensor(seeds))
+            labels = self.labels.of_seeds(torch.tensor(seeds, device=device))
+            cond = None if labels is None else Condition(labels)
         network = self.student.network
         noise = seeded_noise(seeds, network.image_shape, device)
-        images = self.student.codec.decode(self.sampler(network, noise, None if cond is None else cond.to(device)))
+        images = self.student.codec.decode(self.sampler(network, noise, cond))
         if not bool(images.isfinite().all()):
             raise ValueError(f"the model draws NaN or infinity at seeds {seeds[0]} to {seeds[-1]}: take another one")
         return images.clamp(-1, 1)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from unidad_pl.checks import check_at_least, check_given
+from unidad_pl.condition import Condition
 
 
 @dataclass
@@ -16,11 +17,11 @@ class Batch:
     """One iteration's real images on one rank.
 
         >>> import torch
-        >>> batch = Batch(torch.zeros(2, 3, 32, 32), cond=torch.tensor([0, 1]))
+        >>> batch = Batch(torch.zeros(2, 3, 32, 32), labels=torch.tensor([0, 1]))
 
     Attributes:
         images: [B, C, H, W] float32 in [-1, 1].
-        cond: condition of the B rows (class labels [B] int64), or None.
+        labels: class labels [B] int64, or None.
         prompts: B prompts instead, for a text-to-image model.
         source_prompts: the source teacher's in their place, e.g. without the subject's rare token; None: the same.
         prior: images of the subject's class and their prompts, as many as images, that the target teacher must not
@@ -29,7 +30,7 @@ class Batch:
     """
 
     images: Tensor
-    cond: Tensor | None = None
+    labels: Tensor | None = None
     prompts: list[str] | None = None
     source_prompts: list[str] | None = None
     prior: Batch | None = None
@@ -53,8 +54,8 @@ class EncodedBatch:
     """
 
     images: Tensor
-    cond: Tensor | None = None
-    source_cond: Tensor | None = None
+    cond: Condition | None = None
+    source_cond: Condition | None = None
     prior: EncodedBatch | None = None
     weight: float = 1.0
 
@@ -63,12 +64,12 @@ def as_batch(given: Any) -> Batch:
     """What a training loader yields, as a :class:`Batch`.
 
         >>> import torch
-        >>> as_batch((torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))).cond
+        >>> as_batch((torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))).labels
         tensor([0, 1])
 
     Args:
         given: a batch; images alone; images and their class labels, or their prompts, as a tuple or list; or a dict
-            with the names of a batch's attributes, in which ``labels`` may stand for ``cond``.
+            with the names of a batch's attributes.
 
     Raises:
         TypeError: something else, or images that are no float tensor [B, C, H, W]; says what was found.
@@ -80,9 +81,9 @@ def as_batch(given: Any) -> Batch:
         parts = {"images": given}
     elif isinstance(given, (list, tuple)) and len(given) in (1, 2):
         texts = len(given) == 2 and isinstance(given[1], (list, tuple))
-        parts = dict(zip(("images", "prompts" if texts else "cond"), given, strict=False))
+        parts = dict(zip(("images", "prompts" if texts else "labels"), given, strict=False))
     elif isinstance(given, Mapping):
-        parts = {"cond" if name == "labels" else str(name): value for name, value in given.items()}
+        parts = {str(name): value for name, value in given.items()}
     names = [field.name for field in fields(Batch)]
     images = parts.get("images")
     if not set(parts) <= set(names) or not isinstance(images, Tensor) or images.ndim != 4:

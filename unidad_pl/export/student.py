@@ -125,9 +125,7 @@ def _try_network(network: Denoiser, codec: Codec, record: dict[str, Any]) -> Non
         for name in ("prediction", "sigma_data", "patch_size", "timestep"):
             if record[name] != getattr(network.spec, name):
                 raise ValueError(f"{name} is {record[name]!r} in {INDEX}, {getattr(network.spec, name)!r} in unet/")
-    cond = torch.zeros(1, dtype=torch.int64) if network.num_classes else None
-    if network.condition_shape is not None:
-        cond = codec.embed([""])
+    cond = codec.embed([""]) if network.takes_prompts else network.blank_condition(1)
     # On the meta device a pass costs nothing, and still goes through every layer with its options and shapes.
     tensors = {name: value.to("meta") for name, value in (*network.named_parameters(), *network.named_buffers())}
     inputs = (torch.empty(1, *network.image_shape, device="meta"), torch.empty(1, device="meta"))

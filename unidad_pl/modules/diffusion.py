@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from unidad_pl.checks import check_at_least, check_given, check_options, check_path, check_positive, check_whole
+from unidad_pl.condition import Condition
 from unidad_pl.data.batch import Batch
 from unidad_pl.denoiser import Denoiser, DenoiserSource, as_source
 from unidad_pl.losses import denoising_loss
@@ -190,7 +191,7 @@ class Diffusion(GenerativeModule):
             alone.load_state_dict(weights)
             alone.save_pretrained(self.export.folder, torch.float16 if self.export.half else torch.float32)
 
-    def generate(self, network: Denoiser, seeds: Tensor, cond: Tensor | None) -> Tensor:
+    def generate(self, network: Denoiser, seeds: Tensor, cond: Condition | None) -> Tensor:
         noise = seeded_noise(seeds, network.image_shape, self.device)
         if self.sampling.sampler == "few_step":
             return self.few_step()[0].fitted_to(network)(network, noise, cond)

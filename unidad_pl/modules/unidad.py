@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unidad_pl import losses
+from unidad_pl.condition import Condition
 from unidad_pl.data.batch import Batch, EncodedBatch
 from unidad_pl.denoiser import Denoiser, DenoiserSource, as_source
 from unidad_pl.discriminator import MultiHeadDiscriminator, accuracy
@@ -223,18 +224,17 @@ class UniDAD(GenerativeModule):
             return 0
         return adaptation.updates if student_update or adaptation.update == "every" else 0
 
-    def draw_student_images(self, batch: int, cond: Tensor | None) -> Tensor:
+    def draw_student_images(self, batch: int, cond: Condition | None) -> Tensor:
         """``x = G-unroll(z)`` [B, C, H, W]; ``backward_simulation`` stops at a step all ranks draw alike."""
         z = random_noise(batch, self.student.image_shape, self.device)
         return self.sampler(self.student, z, cond, self._stop())
 
     def _stop(self) -> int | None:
-        simulated = self.sampler.gradient == "backward_simulation"
-        return self.shared_randint(len(self.sampler)) if simulated else None
+        return self.shared_randint(len(self.sampler)) if self.sampler.gradient == "backward_simulation" else None
 
     # -- the student's loss --------------------------------------------------------------------------------------
 
-    def student_loss(self, x: Tensor, cond: Tensor | None, source_cond: Tensor | None = None) -> Tensor:
+    def student_loss(self, x: Tensor, cond: Condition | None, source_cond: Condition | None = None) -> Tensor:
         """``L_G = (1 - a) L_S + a L_T + lambda_G L_adv`` on student images ``x`` with a graph to G.
 
         The gradient of the first two with respect to ``x`` is ``((1 - a) g_S + a g_T) / numel`` (eq. 5).
@@ -248,7 +248,7 @@ class UniDAD(GenerativeModule):
             self.image_gradients = {k: torch.autograd.grad(term, x, retain_graph=True)[0] for k, term in terms.items()}
         return torch.stack(list(terms.values())).sum()
 
-    def matching_losses(self, x: Tensor, cond: Tensor | None, source_cond: Tensor | None) -> dict[str, Tensor]:
+    def matching_losses(self, x: Tensor, cond: Condition | None, source_cond: Condition | None) -> dict[str, Tensor]:
         """The weighted losses of the teachers, which see F's noisy images (eq. 3-4).
 
         S gets ``source_cond`` where there is one: the prompt without the subject's token.
@@ -277,7 +277,7 @@ class UniDAD(GenerativeModule):
             terms[f"dmd_{name}"] = weight * loss
         return terms
 
-    def _frozen_logits(self, x: Tensor, cond: Tensor | None) -> list[Tensor]:
+    def _frozen_logits(self, x: Tensor, cond: Condition | None) -> list[Tensor]:
         # Checkpointed blocks are computed again in the backward pass, when the flags are back: the same flags then.
         # Gradient reaches the student alone either way, see backward_into.
         checkpointed = self.memory.checkpointing in ("blocks", "both")
@@ -287,7 +287,7 @@ class UniDAD(GenerativeModule):
 
     # -- the losses of F with its heads, and of T ----------------------------------------------------------------
 
-    def fake_loss(self, x: Tensor, real: Tensor, cond: Tensor | None) -> Tensor:
+    def fake_loss(self, x: Tensor, real: Tensor, cond: Condition | None) -> Tensor:
         """``L_F = L_denoise + lambda_D L_D`` on detached student images ``x`` and real images (eq. 6 and 8)."""
         loss = self.denoise(self.fake_score, x, cond)
         self._log_loss("fake", loss, prog_bar=True)
@@ -295,13 +295,13 @@ class UniDAD(GenerativeModule):
             loss = loss + self.gan.critic_weight * self.critic_loss(x, real, cond, self.gan)
         return loss
 
-    def critic_loss(self, x: Tensor, real: Tensor, cond: Tensor | None, gan: GANOptions) -> Tensor:
+    def critic_loss(self, x: Tensor, real: Tensor, cond: Condition | None, gan: GANOptions) -> Tensor:
         """The discriminator's loss with its penalties; gradient into the heads and F's encoder."""
         noisy_real, sigma = self.noise.add(real, 0, self.gan_last)
         noisy_real.requires_grad_(gan.r1 > 0)
         shared = sigma if gan.noise == "shared" else None
         noisy_fake, sigma_fake = self.noise.add(x, 0, self.gan_last, shared)
-        both = None if cond is None else torch.cat([cond, cond])
+        both = None if cond is None else Condition.cat([cond, cond])
         logits = self.logits(torch.cat([noisy_real, noisy_fake]), torch.cat([sigma, sigma_fake]), both)
         logits_real, logits_fake = zip(*(logit.chunk(2) for logit in logits), strict=True)  # one pass for both
         loss = losses.critic_loss(logits_real, logits_fake, gan.loss)
@@ -316,7 +316,7 @@ class UniDAD(GenerativeModule):
             loss = loss + gan.gradient_penalty * losses.gradient_penalty(self.logits(between, sigma, cond), between)
         return loss
 
-    def logits(self, noisy: Tensor, sigma: Tensor, cond: Tensor | None) -> list[Tensor]:
+    def logits(self, noisy: Tensor, sigma: Tensor, cond: Condition | None) -> list[Tensor]:
         """The heads' logits of noisy images; F is evaluated up to the deepest head, at most its middle block."""
         assert self.gan is not None
         some = () if self.gan.taps is None else (self.gan.taps,)
@@ -324,7 +324,7 @@ class UniDAD(GenerativeModule):
         with sdpa_kernel(SDPBackend.MATH) if self.gan.r1 or self.gan.gradient_penalty else nullcontext():
             return self.discriminator(self.fake_score.taps(noisy, sigma, cond, *some))
 
-    def target_loss(self, real: Tensor, cond: Tensor | None, prior: EncodedBatch | None = None) -> Tensor:
+    def target_loss(self, real: Tensor, cond: Condition | None, prior: EncodedBatch | None = None) -> Tensor:
         """T's denoising loss on the real images (eq. 7), and on ``prior``, pictures of the class, if there are some."""
         assert self.adaptation is not None
         share = self.adaptation.low_noise_share
@@ -334,7 +334,7 @@ class UniDAD(GenerativeModule):
         self._log_loss("target", loss, prog_bar=True)
         return loss
 
-    def denoise(self, network: Denoiser, images: Tensor, cond: Tensor | None, low_share: float = 0.0) -> Tensor:
+    def denoise(self, network: Denoiser, images: Tensor, cond: Condition | None, low_share: float = 0.0) -> Tensor:
         """Denoising loss of ``network`` at sigmas of the table, a share of them up to twice ``sigma_data``."""
         sigma = self.noise.draw_low(images, low_share, self.low_entries) if low_share else None
         noisy, sigma = self.noise.add(images, sigma=sigma)
@@ -346,5 +346,5 @@ class UniDAD(GenerativeModule):
 
     # -- sampling ------------------------------------------------------------------------------------------------
 
-    def generate(self, network: Denoiser, seeds: Tensor, cond: Tensor | None) -> Tensor:
+    def generate(self, network: Denoiser, seeds: Tensor, cond: Condition | None) -> Tensor:
         return self.sampler(network, seeded_noise(seeds, network.image_shape, self.device), cond)

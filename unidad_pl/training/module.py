@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from unidad_pl.arguments import describe, given_arguments, known_classes, rebuild
 from unidad_pl.backbones.weights import read_plain
 from unidad_pl.checks import check_choices
+from unidad_pl.condition import Condition
 from unidad_pl.data.batch import Batch, EncodedBatch, as_batch
 from unidad_pl.denoiser import Codec, Denoiser, DenoiserSource
 from unidad_pl.files import reading
@@ -99,8 +100,8 @@ class GenerativeModule(ManualOptimization, Networks):
         """What the sampled network started from: it has its architecture."""
         raise NotImplementedError
 
-    def generate(self, network: Denoiser, seeds: Tensor, cond: Tensor | None) -> Tensor:
-        """Images [B, C, H, W] for ``seeds`` [B]; row i depends on ``seeds[i]`` and ``cond[i]`` only."""
+    def generate(self, network: Denoiser, seeds: Tensor, cond: Condition | None) -> Tensor:
+        """Images [B, C, H, W] for ``seeds`` [B]; row i depends on seed and condition i only."""
         raise NotImplementedError
 
     def few_step(self) -> tuple[FewStepSampler, float]:
@@ -184,7 +185,7 @@ class GenerativeModule(ManualOptimization, Networks):
                 split evenly.
         """
         batch = as_batch(batch)
-        self.labels.check(batch.cond, len(batch.images))
+        self.labels.check(batch.labels, len(batch.images))
         pixels = tuple(self.sampled_network.image_shape) if type(self.codec) is Codec else None
         check_batch(batch, pixels, self.accumulate, self.takes_prior())
         size = len(batch.images) // self.accumulate
@@ -196,14 +197,14 @@ class GenerativeModule(ManualOptimization, Networks):
     def _encoded(self, batch: Batch, rows: slice) -> EncodedBatch:
         images = batch.images[rows]
         if batch.prompts is None:
-            labels = self.labels.draw(len(images), images.device) if batch.cond is None else batch.cond[rows]
-            return EncodedBatch(self.codec.encode(images), labels)
+            labels = self.labels.draw(len(images), images.device) if batch.labels is None else batch.labels[rows]
+            return EncodedBatch(self.codec.encode(images), None if labels is None else Condition(labels))
         cond, source = self.embed(batch.prompts[rows]), batch.source_prompts
         source_cond = None if source is None else self.embed(source[rows])
         latents = self.codec.encode(images)
         return EncodedBatch(latents, cond, source_cond, encode_prior(batch.prior, rows, self.codec))
 
-    def embed(self, prompts: Sequence[str]) -> Tensor:
+    def embed(self, prompts: Sequence[str]) -> Condition:
         """Condition of ``prompts``, on the module's device."""
         return self.codec.embed(prompts, self.device)
 
@@ -230,7 +231,7 @@ class GenerativeModule(ManualOptimization, Networks):
     def sample(
         self,
         seeds: Tensor | Sequence[int],
-        cond: Tensor | None = None,
+        labels: Tensor | None = None,
         weights: Literal["auto", "ema", "raw"] = "auto",
         prompts: Sequence[str] | None = None,
     ) -> Tensor:
@@ -238,7 +239,7 @@ class GenerativeModule(ManualOptimization, Networks):
 
         Args:
             seeds: B integers.
-            cond: B class labels; None: a class-conditional model's classes in turn, seed 0 the first.
+            labels: B class labels; None: a class-conditional model's classes in turn, seed 0 the first.
             weights: ``ema``, ``raw`` or ``auto`` (ema where it exists).
             prompts: B prompts, for a text-to-image model.
 
@@ -253,12 +254,10 @@ class GenerativeModule(ManualOptimization, Networks):
         if weights == "ema" and self.ema is None:
             raise ValueError("weights='ema' but this module keeps no average: set ema_decay above 0")
         seeds = torch.as_tensor(seeds, dtype=torch.long)
-        if prompts is not None:
-            cond = self.embed(prompts)
-        else:
-            self.labels.check(cond, len(seeds))
-            cond = self.labels.of_seeds(seeds) if cond is None else cond
-        cond = None if cond is None else cond.to(self.device)
+        self.labels.check(labels, len(seeds))
+        labels = self.labels.of_seeds(seeds) if labels is None else labels
+        cond = None if labels is None else Condition(labels).to(self.device)
+        cond = cond if prompts is None else self.embed(prompts)
         network: Any = self.ema.module if self.ema is not None and weights != "raw" else self.sampled_network
         if next(network.parameters()).device != self.device:  # an average kept elsewhere
             network = copy.deepcopy(network).to(self.device)
@@ -270,12 +269,12 @@ class GenerativeModule(ManualOptimization, Networks):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Draw the seeds of ``batch``: what every evaluation callback works on."""
-        seeds, cond, prompts = batch["seeds"], batch.get("cond"), batch.get("prompts")
-        cond = self.labels.of_seeds(seeds) if cond is None else cond
-        images = self.sample(seeds, cond, prompts=prompts)
+        seeds, labels, prompts = batch["seeds"], batch.get("labels"), batch.get("prompts")
+        labels = self.labels.of_seeds(seeds) if labels is None else labels
+        images = self.sample(seeds, labels, prompts=prompts)
         outputs = {"samples": images, "seeds": seeds, "weights": "raw" if self.ema is None else "ema"}
         outputs |= {} if prompts is None else {"prompts": prompts}
-        return outputs if cond is None else outputs | {"labels": cond}
+        return outputs if labels is None else outputs | {"labels": labels}
 
     test_step = predict_step = validation_step
     forward = sample

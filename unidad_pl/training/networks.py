@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from unidad_pl.checks import check_options
+from unidad_pl.condition import Condition
 from unidad_pl.denoiser import Denoiser, Prediction, guided
 from unidad_pl.strategies import fsdp
 
@@ -223,8 +224,8 @@ def predict_on_own_device(
     network: Denoiser,
     x: Tensor,
     sigma: Tensor,
-    cond: Tensor | None,
-    unconditional: Tensor | None = None,
+    cond: Condition | None,
+    unconditional: Condition | None = None,
     guidance_scale: float = 1.0,
 ) -> Prediction:
     """The :func:`~unidad_pl.denoiser.guided` prediction on the network's own device; arguments travel there, the answer

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unidad_pl.checks import check_positive
+from unidad_pl.condition import Condition
 from unidad_pl.data.batch import Batch
 from unidad_pl.denoiser import Codec, Denoiser, DenoiserSource
 from unidad_pl.flops import TERA, Counting
@@ -91,9 +92,9 @@ class Rehearsal:
         """A training batch as the networks see it: latents for a text-to-image model."""
         network, size = self.module.sampled_network, self.batch_size
         images = torch.zeros(size, *network.image_shape)
-        if network.condition_shape is None:
+        if not network.takes_prompts:
             return Batch(images, self.module.labels.draw(size, torch.device("cpu")))
-        self.module.codec = _Prompts(network.condition_shape)
+        self.module.codec = _Prompts(network)
         return Batch(images, prompts=["a prt dog"] * size, source_prompts=["a dog"] * size)
 
 
@@ -153,11 +154,13 @@ def without_weights(source: DenoiserSource, mode: Any) -> Denoiser:
 class _Prompts(Codec):
     """Stands in for VAE and text encoders, which are not on the device while networks train."""
 
-    def __init__(self, shape: tuple[int, int]) -> None:
-        self.shape = shape
+    def __init__(self, network: Denoiser) -> None:
+        self.blank = network.blank_condition
 
-    def embed(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
-        return torch.zeros(len(prompts), *self.shape)
+    def embed(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> Condition:
+        found = self.blank(len(prompts))
+        assert found is not None
+        return found
 
 
 def bytes_of(tensors: Sequence[Tensor]) -> int:
