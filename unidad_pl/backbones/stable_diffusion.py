@@ -157,7 +157,11 @@ class StableDiffusionUNet(DiffusersNetwork):
         seen = {name: tuple(part.shape) for name, part in getattr(cond, "parts", {}).items()}
         length = seen.get("tokens", (0, TOKENS))[1]
         wanted = {"tokens": (count, length, self.width)} | ({"pooled": (count, self.pooled)} if self.pooled else {})
-        if cond is None or cond.tokens is None or {name: seen[name] for name in seen if name != "mask"} != wanted:
+        if (
+            not isinstance(cond, Condition)
+            or cond.tokens is None
+            or {n: seen[n] for n in seen if n != "mask"} != wanted
+        ):
             shapes = ", ".join(f"{name} {shape}" for name, shape in wanted.items())
             raise ValueError(f"{count} latents need a condition with {shapes}, got {seen or repr(cond)[:80]}")
         tokens = cond.tokens.to(self.dtype)
