@@ -21,6 +21,7 @@ from unidad_pl import AdaptationOptions, Diffusion, MemoryOptions, OptimizerOpti
 from unidad_pl.backbones import ADMSource, LoRA, NewUNet, StableDiffusion
 from unidad_pl.cli.main import main
 from unidad_pl.cli.report_memory import predict_memory, report_memory
+from unidad_pl.condition import Condition
 from unidad_pl.data.batch import Batch
 from unidad_pl.denoiser import Codec
 
@@ -57,8 +58,8 @@ class Latents(Codec):
     def encode(self, images: Tensor) -> Tensor:
         return torch.cat([images, images[:, :1]], dim=1)
 
-    def embed(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
-        return torch.ones(len(prompts), 77, WIDTH, device=device)
+    def embed(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> Condition:
+        return Condition(tokens=torch.ones(len(prompts), 77, WIDTH, device=device))
 
 
 class Text(StableDiffusion):
