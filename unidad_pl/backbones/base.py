@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from unidad_pl.backbones.lean import lean
 from unidad_pl.backbones.lora import store_in_bfloat16
 from unidad_pl.backbones.spec import UNetSpec
 from unidad_pl.condition import Condition
@@ -36,7 +37,7 @@ class DiffusersNetwork(Denoiser):
 
     Args:
         unet: the network; its parameters live under ``unet.`` in the state dict. Its output layer computes in float32
-            from now on.
+            from now on, its blocks as :mod:`~unidad_pl.backbones.lean` has it.
         spec: how to read it.
     """
 
@@ -44,6 +45,7 @@ class DiffusersNetwork(Denoiser):
         super().__init__()
         self.spec = spec
         self.unet = unet
+        lean(unet)
         self.unet.conv_out = _Float32Conv2d.of(unet.conv_out)
         self.register_buffer("abar", spec.abar(), persistent=False)
         self.abar: Tensor

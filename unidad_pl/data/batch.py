@@ -51,6 +51,7 @@ class EncodedBatch:
         source_cond: the source teacher's condition, where it is another one; None: ``cond``.
         prior: the same rows of the batch's ``prior``.
         weight: of the loss on these images, where they are a ``prior``.
+        last: whether it is the batch's last part: gradients are complete with it.
     """
 
     images: Tensor
@@ -58,6 +59,7 @@ class EncodedBatch:
     source_cond: Condition | None = None
     prior: EncodedBatch | None = None
     weight: float = 1.0
+    last: bool = True
 
 
 def as_batch(given: Any) -> Batch:

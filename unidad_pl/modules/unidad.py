@@ -187,17 +187,19 @@ class UniDAD(GenerativeModule):
             self._start_from_target()
         update = self.iteration % self.student_options.update_every == 0
         target_updates = self._target_updates(update)
+        stepped = False
         for part in self.micro_batches(batch):
             real, cond = part.images, part.cond
             with torch.set_grad_enabled(update):
                 x = self.draw_student_images(len(real), cond)  # K steps of G
             if update:
                 self.backward_into(self.student_loss(x, cond, part.source_cond), "student")
+                stepped = part.last and self.step("student")  # now, so that its gradient makes room for F's
             self.backward_into(self.fake_loss(x.detach(), real, cond), "fake")
+            if part.last:
+                self.step("fake")
             if target_updates:
                 self.backward_into(self.target_loss(real, cond, part.prior), "target")
-        stepped = update and self.step("student")
-        self.step("fake")
         for number in range(target_updates):
             if number:
                 self.backward_into(self.target_loss(real, cond, part.prior), "target")
@@ -242,8 +244,7 @@ class UniDAD(GenerativeModule):
         terms = self.matching_losses(x, cond, source_cond)
         if self.gan is not None and self.gan.student_weight:
             adversarial = losses.generator_loss(self._frozen_logits(x, cond), self.gan.loss)
-            self._log_loss("student_adversarial", adversarial)
-            terms["adversarial"] = self.gan.student_weight * adversarial
+            terms["adversarial"] = self.gan.student_weight * self._logged("student_adversarial", adversarial)
         if self.keep_image_gradients:
             self.image_gradients = {k: torch.autograd.grad(term, x, retain_graph=True)[0] for k, term in terms.items()}
         return torch.stack(list(terms.values())).sum()
@@ -272,9 +273,7 @@ class UniDAD(GenerativeModule):
             how = self.matching.normalizer
             scale_in = teachers[name].input_scale(sigma) if how == "noisy" else None
             g = losses.dmd_gradient(x.detach(), noisy, sigma, fake_eps, eps[name], how, scale_in)
-            loss = losses.dmd_loss(x, g)
-            self._log_loss(f"dmd_{name}", loss)
-            terms[f"dmd_{name}"] = weight * loss
+            terms[f"dmd_{name}"] = weight * self._logged(f"dmd_{name}", losses.dmd_loss(x, g))
         return terms
 
     def _frozen_logits(self, x: Tensor, cond: Condition | None) -> list[Tensor]:
@@ -289,8 +288,7 @@ class UniDAD(GenerativeModule):
 
     def fake_loss(self, x: Tensor, real: Tensor, cond: Condition | None) -> Tensor:
         """``L_F = L_denoise + lambda_D L_D`` on detached student images ``x`` and real images (eq. 6 and 8)."""
-        loss = self.denoise(self.fake_score, x, cond)
-        self._log_loss("fake", loss, prog_bar=True)
+        loss = self._logged("fake", self.denoise(self.fake_score, x, cond), prog_bar=True)
         if self.gan is not None:
             loss = loss + self.gan.critic_weight * self.critic_loss(x, real, cond, self.gan)
         return loss
@@ -304,8 +302,7 @@ class UniDAD(GenerativeModule):
         both = None if cond is None else Condition.cat([cond, cond])
         logits = self.logits(torch.cat([noisy_real, noisy_fake]), torch.cat([sigma, sigma_fake]), both)
         logits_real, logits_fake = zip(*(logit.chunk(2) for logit in logits), strict=True)  # one pass for both
-        loss = losses.critic_loss(logits_real, logits_fake, gan.loss)
-        self._log_loss("critic", loss)
+        loss = self._logged("critic", losses.critic_loss(logits_real, logits_fake, gan.loss))
         self.log("critic/accuracy", accuracy(logits_real, logits_fake), rank_zero_only=True)
         if gan.r1:
             loss = loss + gan.r1 * losses.r1_penalty(logits_real, noisy_real)
@@ -331,8 +328,7 @@ class UniDAD(GenerativeModule):
         loss = self.denoise(self.target_teacher, real, cond, share)
         if prior:
             loss = loss + prior.weight * self.denoise(self.target_teacher, prior.images, prior.cond, share)
-        self._log_loss("target", loss, prog_bar=True)
-        return loss
+        return self._logged("target", loss, prog_bar=True)
 
     def denoise(self, network: Denoiser, images: Tensor, cond: Condition | None, low_share: float = 0.0) -> Tensor:
         """Denoising loss of ``network`` at sigmas of the table, a share of them up to twice ``sigma_data``."""
@@ -341,8 +337,9 @@ class UniDAD(GenerativeModule):
         x0, how = network(noisy, sigma, cond), self.denoising
         return losses.denoising_loss(x0, images, sigma, how.weighting, how.sigma_data)
 
-    def _log_loss(self, name: str, value: Tensor, prog_bar: bool = False) -> None:
+    def _logged(self, name: str, value: Tensor, prog_bar: bool = False) -> Tensor:
         self.log(f"loss/{name}", value.detach(), prog_bar=prog_bar, rank_zero_only=True)
+        return value
 
     # -- sampling ------------------------------------------------------------------------------------------------
 

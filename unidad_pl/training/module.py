@@ -190,9 +190,10 @@ class GenerativeModule(ManualOptimization, Networks):
         check_batch(batch, pixels, self.accumulate, self.takes_prior())
         size = len(batch.images) // self.accumulate
         for part in range(self.accumulate):
-            number = self.global_rank * self.accumulate + part
-            torch.manual_seed(mix_seed(self.seed, self.iteration, number))
-            yield self._encoded(batch, slice(part * size, (part + 1) * size))
+            torch.manual_seed(mix_seed(self.seed, self.iteration, self.global_rank * self.accumulate + part))
+            encoded = self._encoded(batch, slice(part * size, (part + 1) * size))
+            encoded.last = part == self.accumulate - 1
+            yield encoded
 
     def _encoded(self, batch: Batch, rows: slice) -> EncodedBatch:
         images = batch.images[rows]
