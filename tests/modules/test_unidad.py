@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.worlds import Stream, fit, groups, random_images, tiny_unet, unidad, weights_sha
-from unidad_pl import MemoryOptions, OptimizerOptions, UniDAD
+from unidad_pl import Condition, MemoryOptions, OptimizerOptions, UniDAD
 from unidad_pl.training.networks import frozen
 
 NETWORKS = ("source_teacher", "target_teacher", "fake_score", "student", "discriminator")
@@ -413,7 +413,7 @@ def test_class_conditional_models_take_labels() -> None:
     module = UniDAD(tiny_unet(attention_levels=(), num_classes=3))
     module.configure_model()
     labels = torch.tensor([0, 2])
-    assert module.draw_student_images(2, labels).shape == (2, 3, 16, 16)
+    assert module.draw_student_images(2, Condition(labels)).shape == (2, 3, 16, 16)
     assert not torch.equal(module.sample([4], torch.tensor([0])), module.sample([4], torch.tensor([1])))
     every = module.sample([3, 4, 5])  # without labels: the classes in turn
     torch.testing.assert_close(every, module.sample([3, 4, 5], torch.tensor([0, 1, 2])))

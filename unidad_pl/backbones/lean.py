@@ -64,7 +64,10 @@ def _is_plain(attention: Any) -> bool:
 class SelfAttention:
     """Attention of maps [B, C, H, W] with themselves, as a processor of a diffusers ``Attention``."""
 
-    def __call__(self, attn: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None, temb: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         rows, channels, height, width = hidden_states.shape
         tokens = attn.group_norm(hidden_states.flatten(2)).transpose(1, 2).contiguous()
         query, key, value = (

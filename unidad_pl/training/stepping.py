@@ -92,7 +92,7 @@ class ManualOptimization(pl.LightningModule):
 
     def backward_into(self, loss: Tensor, group: str) -> None:
         """Add the gradient of ``loss / accumulate`` to the parameters of ``group``, and to nothing else."""
-        parameters = [p for settings in self._optimizer(group)[0].param_groups for p in settings["params"]]
+        parameters = [p for settings in self.groups()[group] for p in settings["params"]]
         if is_sharded(parameters[0]):
             self._backward_into_shards(loss / self.accumulate, group)
         else:
