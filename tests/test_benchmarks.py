@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.benchmarks import gpu, step
+from tests.benchmarks import gpu, page, sampling, scaling, step
 from tests.benchmarks.measuring import interleaved
 from tests.worlds import tiny_unet
 
@@ -54,3 +54,25 @@ def test_the_command_for_a_gpu_tried_without_one(tmp_path: Path, monkeypatch: py
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit):
             gpu.main(["--out", str(tmp_path)])
+
+
+def test_the_page_shows_what_was_measured_and_says_what_was_not(tmp_path: Path) -> None:
+    found = {"ours": {"small": {"GFLOP": 1.23456, "CPU s": 2}, "large": {"GFLOP": 10.0}}, "ratio": 1.5}
+    (tmp_path / "scaling.json").write_text(json.dumps(found | {"machine": {"processor": "a slow one", "gpu": None}}))
+    text = page.page(tmp_path)
+    assert "Measured with processor a slow one." in text
+    assert "| ours | GFLOP | CPU s |\n|---|---|---|\n| small | 1.235 | 2 |\n| large | 10 |  |" in text
+    assert "| ratio | 1.5 |" in text
+    assert text.count("Not measured yet") == len(page.NAMES) - 1
+
+
+def test_the_law_is_the_slope_in_logarithms() -> None:
+    points = [{"GFLOP": x, "CPU s": 0.3 * x**0.8} for x in (1.0, 2.0, 8.0, 50.0)]
+    assert scaling.exponent(points) == pytest.approx(0.8)
+
+
+@pytest.mark.slow
+def test_sampling_is_compared_with_a_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = sampling.measured(sampling.exported(tmp_path), images=4, batch_size=2, repetitions=1)
+    assert found["ratio, wall"] == found["unidad sample, wall s"] / found["bare loop, wall s"] > 0

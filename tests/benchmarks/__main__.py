@@ -1,11 +1,11 @@
-"""Benchmarks, each a command: ``python -m tests.benchmarks {step,evaluation,startup,gpu,soak} [options]``."""
+"""Benchmarks, each a command: ``python -m tests.benchmarks NAME [options]``."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-NAMES = ("step", "evaluation", "startup", "gpu", "soak")
+NAMES = ("step", "evaluation", "sampling", "startup", "scaling", "gpu", "soak", "page")
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in NAMES:

@@ -120,10 +120,10 @@ class Plain:
         return self
 
 
-def made(source: DenoiserSource, dtype: torch.dtype = torch.float32) -> Any:
-    """A module at the reference setting, its networks built; it trains without a trainer."""
+def made(source: DenoiserSource, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A module at the reference setting but for ``options``, its networks built; it trains without a trainer."""
     torch.manual_seed(0)
-    module: Any = UniDAD(source)
+    module: Any = UniDAD(source, **options)
     module.configure_model()
     with torch.no_grad():  # the three start alike, and diffusers' output layers at zero: gradients would vanish
         for network in (module.student, module.fake_score, module.target_teacher, module.source_teacher):
