@@ -29,6 +29,12 @@ TRAINING = [p for p in TRAINING if not p.name.startswith("sdp") and p.parent.nam
 FSIG = [p for p in TRAINING if p.name.startswith("fsig_")]
 DIFFERENT = [p for p in TRAINING if p not in FSIG[1:] and p.name != "quickstart.yaml"]
 """Those that are run. The FSIG ones are one method, and the quickstart runs in tests of its own."""
+PLACES = {
+    ("models/ffhq.pt", "--model.source.init_args.checkpoint"),
+    ("google/ddpm-celebahq-256", "--model.source.init_args.path"),
+}
+REAL = [p for p in DIFFERENT if any(place in p.read_text() for place, _ in PLACES)]
+"""Those that need files which do not ship with the package."""
 
 
 @pytest.fixture
@@ -64,9 +70,11 @@ ADM = ROOT / "tests" / "fixtures" / "adm_tiny"
 
 
 def stand_in_for_the_real_files(folder: Path, config: Path, unidad: Any) -> list[str]:
-    """The places a config names, filled with a tiny ADM model and small pictures; the options that fit them."""
+    """The places a config names, filled with a tiny model and small pictures; the options that fit them."""
     (folder / "models").mkdir()
     shutil.copy(ADM / "adm_tiny.pt", folder / "models" / "ffhq.pt")
+    if config.name == "celebahq.yaml":
+        save_ddpm(folder / "google" / "ddpm-celebahq-256")
     for name in ("student", "adapted") if config.name == "adapt_distilled.yaml" else ():
         unidad("import", "adm", "--checkpoint", str(ADM / "adm_tiny.pt"), "--config", str(ADM / "config.json"), "--out",
                f"models/{name}")  # fmt: skip
@@ -77,6 +85,7 @@ def stand_in_for_the_real_files(folder: Path, config: Path, unidad: Any) -> list
             pixels = torch.randint(0, 256, (9, 9, 3), generator=torch.Generator().manual_seed(i)).to(torch.uint8)
             Image.fromarray(pixels.numpy()).save(folder / place / f"{i}.png")
     fitting = ["--model.source.init_args.config", str(ADM / "config.json"), "--data.resolution", "32"]
+    fitting = ["--data.resolution", "16"] if config.name == "celebahq.yaml" else fitting
     fitting += ["--trainer.precision", "32-true"]  # half precision is slow on a CPU, and tried elsewhere
     return [*BARE, *fitting]
 
@@ -93,7 +102,7 @@ def test_every_config_runs_two_iterations(config: Path, tmp_path: Path, unidad: 
             options += ["--data.reference.root", f"builtin:{domain}:30"]  # in place of a thousand
     if "pretrain:" in config.read_text():
         options += BOTH
-    if "models/ffhq.pt" in config.read_text():
+    if config in REAL:
         options += stand_in_for_the_real_files(tmp_path, config, unidad)
     unidad("fit", "--config", str(config), *options)
     assert list(tmp_path.rglob("metrics.jsonl")) or list(tmp_path.rglob("*.ckpt")) or list(tmp_path.rglob("curve.csv"))
@@ -119,16 +128,13 @@ def named_places(config: Path) -> list[str]:
     return [line for line in config.read_text().splitlines() if line.startswith("#   ") and "--" in line[40:]]
 
 
-REAL = [p for p in DIFFERENT if "models/ffhq.pt" in p.read_text()]
-
-
 @pytest.mark.parametrize("config", REAL, ids=lambda p: p.name)
 def test_a_config_without_its_files_says_which_go_where(config: Path, unidad: Any) -> None:
     printed = unidad("fit", "--config", str(config), *BARE, fails=True)
     named = ((line.split()[1], line.split()[-1]) for line in named_places(config))
     place, option = next((place, option) for place, option in named if place in printed)
     assert option in printed
-    assert (place, option) in {("models/ffhq.pt", "--model.source.init_args.checkpoint"), (place, "--data.root")}
+    assert (place, option) in PLACES | {(place, "--data.root")}
 
 
 @pytest.fixture(scope="module")

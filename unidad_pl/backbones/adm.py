@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from unidad_pl.backbones.adm_config import PUBLISHED, ADMConfig, unet2d_config
+from unidad_pl.backbones.hub import find_file
 from unidad_pl.backbones.unet import UNetDenoiser
 from unidad_pl.backbones.weights import State, check_finite, read_weights
 from unidad_pl.checks import check_given, check_path
@@ -209,27 +210,30 @@ class ADMSource(DenoiserSource):
 
     Args:
         checkpoint: a file written by ``torch.save`` or as ``.safetensors``, see
-            :func:`~unidad_pl.backbones.weights.read_weights`.
+            :func:`~unidad_pl.backbones.weights.read_weights`; or OWNER/NAME/FILE of Hugging Face, which :meth:`build`
+            downloads unless its cache has it.
         config: what the checkpoint's flags were: the path of a JSON file of guided-diffusion flags, a preset
             (``ffhq256``), or the flags themselves.
+        local_files_only: download nothing.
     """
 
-    def __init__(self, checkpoint: str, config: str | ADMConfig) -> None:
+    def __init__(self, checkpoint: str, config: str | ADMConfig, local_files_only: bool = False) -> None:
         check_given(checkpoint=checkpoint, config=config)
         check_path(checkpoint=checkpoint)
         if not isinstance(config, ADMConfig):
             check_path(config=config)
-        self.checkpoint, self.config = checkpoint, config
+        self.checkpoint, self.config, self._local_only = checkpoint, config, local_files_only
 
     def build(self) -> UNetDenoiser:
         """Load strictly, as float32.
 
         Raises:
             FileNotFoundError: checkpoint or config is missing.
+            OSError: it must be downloaded and cannot; says why.
             ValueError: they cannot be read, or do not fit each other; names keys and shapes.
         """
         adm = self._adm()
-        checkpoint = Path(self.checkpoint).expanduser()
+        checkpoint = find_file(self.checkpoint, self._local_only)
         if not checkpoint.is_file() and self.config in PUBLISHED:
             raise FileNotFoundError(
                 f"no ADM checkpoint at {self.checkpoint!r}: put {PUBLISHED[str(self.config)]} there, or give its path "

@@ -1,4 +1,4 @@
-"""Where the files of a model lie: a folder, or Hugging Face's cache; and what its config may say."""
+"""What the config of a network may say, and the network it describes."""
 
 from __future__ import annotations
 
@@ -25,28 +25,6 @@ CHOICES = {
 MOST_SIDE = 8192
 MOST_BLOCKS = 500
 """Above any number of levels times layers of a level times transformers of a layer."""
-
-
-def find_folder(path: str) -> Path:
-    """The folder ``path`` (``~`` is the home folder), or where Hugging Face's cache keeps the model of that id.
-
-    Raises:
-        FileNotFoundError: there is none, and what to download; nothing is downloaded here.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    folder = Path(path).expanduser()
-    if folder.exists():
-        return folder
-    try:
-        return Path(snapshot_download(path, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError) as error:
-        raise FileNotFoundError(
-            f"source model {path!r} is neither a folder nor in Hugging Face's cache (--model.source.init_args.path): "
-            f"put the model's diffusers folder there, as 'hf download OWNER/NAME --local-dir {path}' does, or give an "
-            f"OWNER/NAME that 'hf download OWNER/NAME' has put into the cache"
-        ) from error
 
 
 def empty_network(kind: Any, folder: Path) -> Any:

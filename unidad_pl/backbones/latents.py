@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -82,6 +82,7 @@ class LatentCodec(Codec):
     Args:
         folder: the pipeline's folder.
         resolution: side of the pictures in pixels; None: what the model was made for.
+        fetch: gives the folder once its weights are there, before they are read; None: they are.
 
     Raises:
         ModuleNotFoundError: transformers is not installed; names the extra.
@@ -89,13 +90,13 @@ class LatentCodec(Codec):
         ValueError: the index cannot be read, or names parts of other classes.
     """
 
-    def __init__(self, folder: Path, resolution: int | None = None) -> None:
+    def __init__(self, folder: Path, resolution: int | None = None, fetch: Callable[[], Path] | None = None) -> None:
         if find_spec("transformers") is None:
             raise ModuleNotFoundError(
                 "Stable Diffusion's text encoders need transformers: pip install 'unidad_pl[sdp]'"
             )
         text_parts(folder)
-        self.folder, self.resolution = folder, resolution
+        self.folder, self.resolution, self._fetch = folder, resolution, fetch
         self._parts: Any = None
         self._moments: dict[str, tuple[Tensor, Tensor]] = {}
         self._embeddings: dict[str, Condition] = {}
@@ -120,6 +121,8 @@ class LatentCodec(Codec):
     def _read(self) -> Any:
         import diffusers
 
+        if self._fetch is not None:
+            self.folder = self._fetch()
         kinds = diffusers.StableDiffusionPipeline, diffusers.StableDiffusionXLPipeline
         index = read_index(self.folder)
         kind: Any = kinds[PIPELINES.index(index["_class_name"])]

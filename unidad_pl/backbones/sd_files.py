@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from unidad_pl.backbones.folders import CONFIG_FILE, MOST, check_depth, find_folder
+from unidad_pl.backbones.folders import CONFIG_FILE, MOST, check_depth
+from unidad_pl.backbones.hub import find_folder
 from unidad_pl.backbones.spec import SCHEDULER_FILE, SUPPORTED
-from unidad_pl.backbones.weights import check_finite, read_folder
+from unidad_pl.backbones.weights import NETWORK, Stems, check_finite, read_folder
 from unidad_pl.checks import check_at_least
 from unidad_pl.files import BrokenFile, mistaken, read_json, reading
 
 INDEX_FILE = "model_index.json"
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 LIBRARIES = ("diffusers", "transformers")
+TEXT: Stems = ("model", "pytorch_model")
+"""Names of the weights of transformers, without suffix."""
+CODEC = ("vae", "text_encoder", "text_encoder_2")
+"""Parts with weights beside the UNet."""
 PARTS = ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
 CLASSES = {
     "unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL",), "scheduler": SUPPORTED,
@@ -26,14 +32,38 @@ CLASSES = {
 """What an index may name; the classes are taken from here, never by a name in a file."""
 
 
-def find_pipeline(path: str) -> Path:
-    """The folder of the pipeline ``path``: itself, or where Hugging Face's cache keeps the model of that id.
+def find_pipeline(path: str, weights: Collection[str] = (), local_files_only: bool = False) -> Path:
+    """The folder of the pipeline ``path``, or of the model of that id, see
+    :func:`~unidad_pl.backbones.hub.find_folder`.
+
+    Args:
+        path: a folder or id.
+        weights: the parts that weights are needed of; of the text encoders, those that there are.
+        local_files_only: nothing is downloaded.
 
     Raises:
         FileNotFoundError: there is none, and what to download; or a part of it is missing, and which.
+        OSError: a download that is not possible, and why.
         ValueError: another kind of pipeline, names its class; or no index that can be read.
     """
-    folder = find_folder(path)
+
+    def needed(folder: Path) -> dict[str, Stems]:
+        check_pipeline(folder, path)
+        present = {"unet", "vae", *text_parts(folder)}
+        return {name: TEXT if name.startswith("text_") else NETWORK for name in weights if name in present}
+
+    folder = find_folder(path, ("", *CLASSES), needed, local_files_only)
+    check_pipeline(folder, path)
+    return folder
+
+
+def check_pipeline(folder: Path, path: str) -> None:
+    """Refuse a folder that is no whole pipeline's, but for its weights and text parts.
+
+    Raises:
+        FileNotFoundError: a part is missing, and which.
+        ValueError: another kind of pipeline.
+    """
     if not (folder / INDEX_FILE).is_file():
         raise FileNotFoundError(
             f"source model {path!r} has no {INDEX_FILE}: give the folder of a Stable Diffusion 1.x, 2.x or XL "
@@ -43,7 +73,6 @@ def find_pipeline(path: str) -> Path:
     for part in PARTS:
         if not (folder / part).is_file():
             raise FileNotFoundError(f"source model {path!r} has no {part}: the download is incomplete")
-    return folder
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -77,8 +106,9 @@ def text_parts(folder: Path) -> list[str]:
     index = read_index(folder)
     names = [name for name in CLASSES if name.startswith(("text_", "token")) and index.get(name, [None])[0]]
     for name in names:
-        if not (folder / name).is_dir():
-            raise FileNotFoundError(f"source model {str(folder)!r} has no {name}/: the download is incomplete")
+        file = CONFIG_FILE if name.startswith("text_") else ""
+        if not (folder / name / file).exists():
+            raise FileNotFoundError(f"source model {str(folder)!r} has no {name}/{file}: the download is incomplete")
         present = {file.name for file in (folder / name).glob("*")}
         if name.startswith("tokenizer") and present.isdisjoint({"vocab.json", "tokenizer.json"}):
             raise FileNotFoundError(
@@ -106,7 +136,7 @@ def read_text_encoder(folder: Path, projected: bool) -> nn.Module:
         config = transformers.CLIPTextConfig.from_dict(entries)
         with torch.device("meta"):
             described = sum(weight.numel() for weight in kind(config).parameters())
-    state = read_folder(folder, ("model", "pytorch_model"))
+    state = read_folder(folder, TEXT)
     state = {name: value for name, value in state.items() if not name.endswith("position_ids")}  # of older versions
     check_finite(state, f"weights in {folder}")
     with reading(folder, "text encoder"):

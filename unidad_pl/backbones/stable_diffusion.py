@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from unidad_pl.backbones.base import DiffusersNetwork
 from unidad_pl.backbones.folders import CONFIG_FILE, MOST_SIDE, checked_config, empty_network
+from unidad_pl.backbones.hub import find_file
 from unidad_pl.backbones.latents import LatentCodec
 from unidad_pl.backbones.lora import LoRA, add_adapters, base_names
-from unidad_pl.backbones.sd_files import find_pipeline
+from unidad_pl.backbones.sd_files import CODEC, find_pipeline
 from unidad_pl.backbones.spec import UNetSpec, find_scheduler, spec_of_scheduler
 from unidad_pl.backbones.weights import fill, read_folder, read_weights
 from unidad_pl.checks import check_choices, check_given, check_path, check_whole
@@ -181,7 +183,7 @@ class StableDiffusion(DenoiserSource):
 
     Args:
         path: the pipeline's folder, with ``unet/``, ``vae/``, ``scheduler/`` and the text encoders; or the id of a
-            model on Hugging Face that was downloaded before (nothing is downloaded here).
+            model on Hugging Face, which :meth:`build` downloads unless its cache has it.
         resolution: side of the images in pixels; null: what the model was made for.
         spacing: where a few-step student's steps lie: at ``even`` timesteps from the last one down, as diffusers'
             ``LCMScheduler`` runs an exported student, whatever sigma_max and sigma_end are; or ``log_linear``, at the
@@ -190,7 +192,9 @@ class StableDiffusion(DenoiserSource):
         lora: train adapters over the frozen UNet instead of all its weights; null: all weights. All networks of a run
             that start from this source share one UNet.
         unet_weights: file with the UNet's weights in place of the folder's, written by torch.save or as safetensors
-            under diffusers' names, e.g. DMD2's ``pytorch_model.bin``; null: the folder's.
+            under diffusers' names, e.g. DMD2's ``pytorch_model.bin``, or OWNER/NAME/FILE of Hugging Face; null: the
+            folder's.
+        local_files_only: download nothing: what is neither a folder nor in the cache is an error.
 
     Raises:
         ValueError: an unknown spacing, or a resolution that no image has.
@@ -203,6 +207,7 @@ class StableDiffusion(DenoiserSource):
         spacing: Spacing = "even",
         lora: LoRA | None = None,
         unet_weights: str | None = None,
+        local_files_only: bool = False,
     ) -> None:
         check_given(path=path)
         check_path(path=path, unet_weights=unet_weights)
@@ -212,33 +217,38 @@ class StableDiffusion(DenoiserSource):
             raise ValueError(f"lora must be a LoRA or null, got {lora!r}")
         self.path, self.resolution, self.spacing = path, resolution, spacing
         self.lora, self.unet_weights = lora, unet_weights
+        self._local_only = local_files_only
 
     def build(self) -> StableDiffusionUNet:
         """Load strictly.
 
         Raises:
             FileNotFoundError: a part is missing; names it.
+            OSError: it must be downloaded and cannot; says why.
             ValueError: another kind of pipeline, a scheduler that is not supported, a file that is not what it should
                 be, or weights that do not fit or are not finite.
             ModuleNotFoundError: adapters without peft.
         """
         from diffusers import UNet2DConditionModel
 
-        folder = find_pipeline(self.path)
+        own = [] if self.unet_weights else ["unet"]
+        folder = find_pipeline(self.path, [*own, *CODEC], self._local_only)
         unet = empty_network(UNet2DConditionModel, folder / "unet")
         with reading(folder / "unet" / CONFIG_FILE, "config of a UNet2DConditionModel"):
             self._network(unet, folder).check()
-        state = read_folder(folder / "unet") if self.unet_weights is None else read_weights(self.unet_weights)
+        given = self.unet_weights
+        state = read_folder(folder / "unet") if given is None else read_weights(find_file(given, self._local_only))
         fill(unet, state, str(self.unet_weights or folder / "unet"))
         return self._denoiser(unet, folder)
 
     def codec(self) -> Codec:
-        return LatentCodec(find_pipeline(self.path), self.resolution)
+        folder = find_pipeline(self.path, local_files_only=self._local_only)
+        return LatentCodec(folder, self.resolution, partial(find_pipeline, self.path, CODEC, self._local_only))
 
     def architecture(self) -> StableDiffusionUNet:
         from diffusers import UNet2DConditionModel
 
-        folder = find_pipeline(self.path)
+        folder = find_pipeline(self.path, local_files_only=self._local_only)
         config = checked_config(UNet2DConditionModel, folder / "unet")
         return self._denoiser(UNet2DConditionModel.from_config(config), folder)
 

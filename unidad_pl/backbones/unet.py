@@ -19,10 +19,10 @@ from unidad_pl.backbones.folders import (
     MOST_SIDE,
     checked_config,
     empty_network,
-    find_folder,
 )
+from unidad_pl.backbones.hub import find_folder
 from unidad_pl.backbones.spec import SCHEDULER_FILE, UNetSpec, find_scheduler, spec_of_scheduler
-from unidad_pl.backbones.weights import fill, read_folder
+from unidad_pl.backbones.weights import NETWORK, Stems, fill, read_folder
 from unidad_pl.checks import check_at_least, check_given, check_path, check_whole
 from unidad_pl.condition import Condition
 from unidad_pl.denoiser import DenoiserSource, PredictionType
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 BUILTIN = "builtin:"
 DENOISER_FILE = "denoiser.json"
+FOLDERS = ("", "unet", "scheduler")
+"""Where a model's folder has what is read of it."""
 
 
 class UNetDenoiser(DiffusersNetwork):
@@ -127,26 +129,28 @@ class PretrainedUNet(DenoiserSource):
             or its ``unet``), with ``scheduler_config.json`` beside it or in ``scheduler/``, which says what the network
             predicts and at which noise levels; or one written by :meth:`UNetDenoiser.save_pretrained`, where
             ``denoiser.json`` says so; or ``builtin:NAME`` for a model that ships with the package
-            (``builtin:cartoon_teacher``); or the id of a model on Hugging Face that was downloaded before, such as
-            ``google/ddpm-celebahq-256`` (nothing is downloaded here).
+            (``builtin:cartoon_teacher``); or the id of a model on Hugging Face, such as ``google/ddpm-celebahq-256``,
+            which :meth:`build` downloads unless its cache has it.
+        local_files_only: download nothing: what is neither a folder nor in the cache is an error.
     """
 
-    def __init__(self, path: str = "builtin:cartoon_teacher") -> None:
+    def __init__(self, path: str = "builtin:cartoon_teacher", local_files_only: bool = False) -> None:
         check_given(path=path)
         check_path(path=path)
-        self.path = path
+        self.path, self._local_only = path, local_files_only
 
     def build(self) -> UNetDenoiser:
         """Load strictly.
 
         Raises:
             FileNotFoundError: a file is missing; names it and what to put there.
+            OSError: it must be downloaded and cannot; says why.
             ValueError: a file that is not what it should be, a network that is not supported, or weights that are
                 missing, unexpected or not finite.
         """
         from diffusers import UNet2DModel
 
-        folder = self._unet_folder()
+        folder = self._unet_folder(weights=True)
         spec, unet = self._spec(folder), empty_network(UNet2DModel, folder)
         with reading(folder / CONFIG_FILE, "config of a UNet2DModel"):
             UNetDenoiser(unet, spec).check()
@@ -159,9 +163,19 @@ class PretrainedUNet(DenoiserSource):
         folder = self._unet_folder()
         return UNetDenoiser(UNet2DModel.from_config(checked_config(UNet2DModel, folder)), self._spec(folder)).eval()
 
-    def _unet_folder(self) -> Path:
-        builtin = self.path.startswith(BUILTIN)
-        top = ASSETS / self.path.removeprefix(BUILTIN) if builtin else find_folder(self.path)
+    def _unet_folder(self, weights: bool = False) -> Path:
+        """The network's folder, in it its config, and its weights where they are asked for."""
+
+        def needed(top: Path) -> dict[str, Stems]:
+            folder = self._folder_in(top)
+            self._spec(folder)
+            return {folder.relative_to(top).as_posix().strip("."): NETWORK} if weights else {}
+
+        if self.path.startswith(BUILTIN):
+            return self._folder_in(ASSETS / self.path.removeprefix(BUILTIN))
+        return self._folder_in(find_folder(self.path, FOLDERS, needed, self._local_only))
+
+    def _folder_in(self, top: Path) -> Path:
         for folder in (top, top / "unet"):
             if (folder / CONFIG_FILE).is_file():
                 return folder

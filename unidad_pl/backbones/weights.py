@@ -8,7 +8,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +20,10 @@ from unidad_pl.files import BrokenFile, mistaken, read_json, reading
 log = logging.getLogger(__name__)
 
 State = dict[str, Tensor]
+Stems = tuple[str, str]
+"""Names of a network's weights without suffix: of safetensors, and of ``.bin`` files."""
+NETWORK: Stems = ("diffusion_pytorch_model", "diffusion_pytorch_model")
+"""Those of diffusers."""
 
 WRAPPERS = ("ema", "model", "state_dict")
 PREFIXES = ("module.", "unet.")
@@ -129,10 +133,25 @@ def _is_weight(name: object, value: object) -> bool:
     return plain and isinstance(name, str)
 
 
-def find_weights(folder: Path, stems: tuple[str, ...]) -> Path:
-    """The file of weights in a model's folder, or the index of its parts (``*.index.json``).
+def choose_weights(names: Collection[str], stems: Stems) -> str | None:
+    """The file of weights among the ``names`` in a model's folder, or the index of its parts (``*.index.json``).
 
-    Files without a precision in their name come first, then :data:`VARIANTS`, with a warning in the log.
+    Files without a precision in their name come first, then :data:`VARIANTS`; safetensors before others.
+
+        >>> choose_weights({"model.fp16.safetensors", "model.safetensors", "model.bin"}, ("model", "model"))
+        'model.safetensors'
+    """
+    for variant in ("", *VARIANTS):
+        dot = f".{variant}" if variant else ""
+        for stem, suffix in zip(stems, ("safetensors", "bin"), strict=True):
+            for name in (f"{stem}{dot}.{suffix}", f"{stem}.{suffix}.index{dot}.json"):
+                if name in names:
+                    return name
+    return None
+
+
+def find_weights(folder: Path, stems: Stems = NETWORK) -> Path:
+    """The file of weights in a model's folder, see :func:`choose_weights`.
 
     Args:
         folder: the model's folder.
@@ -141,37 +160,56 @@ def find_weights(folder: Path, stems: tuple[str, ...]) -> Path:
     Raises:
         FileNotFoundError: there is none; names what is there.
     """
-    for variant in ("", *VARIANTS):
-        dot = f".{variant}" if variant else ""
-        for stem, suffix in zip(stems, ("safetensors", "bin"), strict=True):
-            for name in (f"{stem}{dot}.{suffix}", f"{stem}.{suffix}.index{dot}.json"):
-                if (folder / name).is_file():
-                    if variant:
-                        log.warning("%s has its weights in %s only: read as float32", folder, variant)
-                    return folder / name
-    there = sorted(file.name for file in folder.glob("*") if file.suffix in (".safetensors", ".bin", ".msgpack", ".h5"))
+    there = {file.name for file in folder.glob("*") if file.is_file()}
+    if (name := choose_weights(there, stems)) is not None:
+        return folder / name
+    others = sorted(name for name in there if name.endswith((".safetensors", ".bin", ".msgpack", ".h5")))
     raise FileNotFoundError(
         f"weights are missing in {str(folder)!r}: there is no {stems[0]}.safetensors (or .{VARIANTS[0]}.safetensors, "
-        f"or {stems[1]}.bin){f', only {there}' if there else ''}: the download is incomplete, get all of the model"
+        f"or {stems[1]}.bin){f', only {others}' if others else ''}: the download is incomplete, get all of the model"
     )
 
 
-def read_folder(folder: Path, stems: tuple[str, ...] = ("diffusion_pytorch_model",) * 2) -> State:
+def parts_of(weights: Path, there: Collection[str] | None = None) -> list[str]:
+    """The names of the files of weights: ``weights`` itself, or the parts that it is the index of.
+
+    Args:
+        weights: as of :func:`find_weights`.
+        there: names of the files beside it; None: those of its folder.
+
+    Raises:
+        FileNotFoundError: a part is missing.
+        BrokenFile: an index that cannot be read, or names files elsewhere.
+    """
+    if weights.suffix != ".json":
+        return [weights.name]
+    with reading(weights, "index of weights"):
+        parts = sorted(set(read_json(weights, "index of weights")["weight_map"].values()))
+        if outside := [part for part in parts if Path(part).name != part]:
+            raise ValueError(f"it names the file {outside[0]!r}, which is not in this folder")
+    for part in parts:
+        if not ((weights.parent / part).is_file() if there is None else part in there):
+            raise FileNotFoundError(
+                f"no weights file at {str(weights.parent / part)!r}, of which {weights.name} tells: the download is "
+                f"incomplete, get all of the model"
+            )
+    return parts
+
+
+def read_folder(folder: Path, stems: Stems = NETWORK) -> State:
     """The weights in a model's folder, see :func:`find_weights`; of several parts, all of them.
+
+    Those of a lower precision are read as float32, with a warning in the log.
 
     Raises:
         FileNotFoundError: they are missing, or a part of them.
         BrokenFile: a file that cannot be read, or an index that names files elsewhere.
     """
     found = find_weights(folder, stems)
-    if found.suffix != ".json":
-        return read_weights(found)
-    with reading(found, "index of weights"):
-        parts = sorted(set(read_json(found, "index of weights")["weight_map"].values()))
-        if outside := [part for part in parts if Path(part).name != part]:
-            raise ValueError(f"it names the file {outside[0]!r}, which is not in this folder")
+    if low := [variant for variant in VARIANTS if f".{variant}." in found.name]:
+        log.warning("%s has its weights in %s only: read as float32", folder, low[0])
     state: State = {}
-    for part in parts:
+    for part in parts_of(found):
         state |= read_weights(folder / part)
     return state
 
