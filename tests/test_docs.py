@@ -24,13 +24,20 @@ MODULES = [p for p in sorted((ROOT / "unidad_pl").rglob("*.py")) if ">>> " in p.
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
 def test_links_lead_to_what_they_name(document: Path) -> None:
-    """A link to a line, ``[`name`](file.py#L7)``, leads to the line that defines the name."""
+    """A link to a line, ``[`name`](file.py#L7)``, leads to the line that defines the name, and one to a part of a page,
+    ``[text](page.md#part)``, to a heading."""
     for name, target in re.findall(r"\[([^\]]*)\]\(([^)]+)\)", document.read_text()):
         if "://" in target:
             continue
-        path, _, line = target.partition("#L")
-        file = document.parent / path
+        path, _, part = target.partition("#")
+        file = document.parent / path if path else document
         assert file.exists(), f"{document.name} links to {target}, which is not there"
+        if part and file.suffix == ".md":
+            headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+            known = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert part in known, f"{document.name}: {file.name} has no part {part!r}, only {', '.join(known)}"
+            continue
+        line = part.removeprefix("L")
         if line:
             wanted = re.compile(rf"\s*(def|class) {re.escape(name.strip('`'))}\b")
             lines = file.read_text().splitlines()

@@ -43,7 +43,7 @@ def seeded_noise(seeds: Tensor | Sequence[int], shape: Sequence[int], device: to
 
 
 def random_noise(batch: int, shape: Sequence[int], device: torch.device | str) -> Noise:
-    """Noise [batch, *shape] from torch's global random state on ``device``."""
+    """Noise ``[batch, *shape]`` from torch's global random state on ``device``."""
     return lambda: torch.randn(batch, *shape, device=device)
 
 
