@@ -1,9 +1,10 @@
-"""The end of a fit: the last validation is not computed again, nothing is named that is not there."""
+"""The words of a fit: its networks; the last validation is not computed again, nothing is named that is not there."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +12,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import torch
 from torch import Tensor
 
 from tests.runs.test_resume import fit
-from unidad_pl.cli.summary import fit_summary
+from tests.worlds import unidad
+from unidad_pl import Diffusion, PretrainedUNet
+from unidad_pl.cli.summary import NetworkTable, fit_summary
 
 VALIDATING = ("--trainer.limit_val_batches", "1", "--trainer.check_val_every_n_epoch", "null")
 
@@ -75,6 +79,57 @@ def test_commands_are_quoted_for_a_shell(here: Path, capsys: pytest.CaptureFixtu
     assert words[words.index("--config") + 1] == str(here / "runs/tiny/version_0/config.yaml")
     assert Path(words[words.index("--ckpt_path") + 1]).is_file()
     assert shlex.split(lines["hand"])[-1] == str(here / "runs/tiny/version_0/export")
+
+
+def test_paths_are_quoted_too(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(2)
+    lines = {line[:13].strip(): line[14:] for line in capsys.readouterr().out.splitlines()}
+    (folder,), (checkpoint,) = (shlex.split(lines[name]) for name in ("run folder", "checkpoint"))
+    assert Path(folder, "config.yaml").is_file()
+    assert Path(checkpoint).is_file()
+    assert shlex.split(lines["look"])[1:] == ["demo", "--model", checkpoint]
+    assert shlex.split(lines["measure"])[-1] == checkpoint
+
+
+def rows(module: pl.LightningModule, capsys: pytest.CaptureFixture[str], **trainer: Any) -> dict[str, list[str]]:
+    """Network -> its other cells, of the table that a fit begins with; and the caption's words."""
+    settings: dict[str, Any] = dict(is_global_zero=True, precision="32-true", world_size=1, ckpt_path=None)
+    NetworkTable().on_fit_start(SimpleNamespace(**settings | trainer), module)  # type: ignore[arg-type]
+    cells = [re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    return {row[0]: row[1:] for row in cells}
+
+
+def test_the_networks_of_unidad(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = unidad(
+        target_teacher__adaptation__pretrain=3, target_teacher__adaptation__until=5, memory__teacher_dtype="bfloat16"
+    )
+    module.configure_model()
+    found = rows(module, capsys, ckpt_path="runs/last.ckpt", world_size=2)
+    count = f"{sum(p.numel() for p in module.student.parameters()) / 1000:.2f} K"
+    heads = str(sum(p.numel() for p in module.discriminator.parameters()))
+    origin = type(module.source).__name__
+    assert found["source teacher S"][1] == "no"
+    assert found["source teacher S"][2].startswith("bfloat16")
+    assert found["target teacher T"] == [count, "yes, until 5", "float32", "cpu", origin]
+    assert found["fake score F"] == [count, "yes", "float32", "cpu", "T at 3"] == found["student G"]
+    assert found["heads on F"] == [heads, "yes", "float32", "cpu", "random weights"]
+    assert found["average"] == [count, "no", "float32", "cpu", "student G"]
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    caption = next(name for name in found if "parameters trained" in name)
+    assert caption.startswith(f"{trained / 1000:.2f} K of ")
+    assert caption.endswith("precision 32-true, 2 processes, trained weights from runs/last.ckpt")
+
+
+def test_the_networks_of_others(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = Diffusion(PretrainedUNet("builtin:cartoon_teacher"))
+    plain.configure_model()
+    assert rows(plain, capsys)["denoiser"] == ["2.23 M", "yes", "float32", "cpu", "builtin:cartoon_teacher"]
+    other = pl.LightningModule()
+    other.net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1).requires_grad_(False))
+    other.loss = torch.nn.MSELoss()
+    found = rows(other, capsys)
+    assert found["net"] == ["13", "9", "float32", "cpu"]
+    assert "loss" not in found
 
 
 def test_a_fast_dev_run_writes_nothing_and_names_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,13 @@ import torch
 import yaml
 from jsonargparse.typing import PositiveInt
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    ModelCheckpoint,
+    ModelSummary,
+    RichModelSummary,
+    RichProgressBar,
+    TQDMProgressBar,
+)
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -30,13 +36,18 @@ from unidad_pl.checks import check_at_least
 from unidad_pl.cli.description import DESCRIPTION
 from unidad_pl.cli.launch import check_launcher
 from unidad_pl.cli.parsing import ConfigFile, HelpFormatter, Parser, later_values_replace, read_nested_nulls
-from unidad_pl.cli.summary import fit_summary
+from unidad_pl.cli.progress import PhaseBar
+from unidad_pl.cli.summary import NetworkTable, fit_summary
 from unidad_pl.runs.checkpoints import DurableCheckpointIO, is_remote, refuse_damaged
 from unidad_pl.runs.resume import WORDS, choose_folder, find_checkpoint
 from unidad_pl.training.module import GenerativeModule
 from unidad_pl.training.refusals import refuse_idle_options
 
 THREADS_PER_CORE = 4
+IN_PLACE_OF: dict[type[pl.Callback], type[pl.Callback]] = {
+    ModelSummary: NetworkTable, RichModelSummary: NetworkTable, RichProgressBar: PhaseBar, TQDMProgressBar: PhaseBar,
+}  # fmt: skip
+"""What Lightning adds by itself -> ours."""
 LOGGER = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "runs", "name": None}}
 """A name of null is that of the first config."""
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -149,9 +160,10 @@ class UnidadCLI(LightningCLI):
             refuse_damaged(path)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """With checkpoints that survive and an end in good order on signals, unless the config brings its own."""
+        """With checkpoints that survive, an end in good order on signals, and our own words about what goes on, unless
+        the config brings its own."""
         init = self._get(self.config_init, "trainer")
-        own = init.callbacks if isinstance(init.callbacks, list) else [init.callbacks]
+        own = [*init.callbacks] if isinstance(init.callbacks, list) else [init.callbacks]
         if init.enable_checkpointing is False or any(isinstance(one, ModelCheckpoint) for one in own):
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
         self._dump_config()  # done, unless model and data are plain objects
@@ -160,6 +172,9 @@ class UnidadCLI(LightningCLI):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = DurableCheckpointIO()
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        ours = {place: IN_PLACE_OF[type(one)]() for place, one in enumerate(callbacks)
+                if type(one) in IN_PLACE_OF and one not in own}  # fmt: skip
+        callbacks[:] = [ours.get(place, one) for place, one in enumerate(callbacks)]
         if not any(isinstance(callback, Preemption) for callback in callbacks):
             callbacks.append(Preemption())  # last: what it saves is what all others have made of the iteration
         self.validated = LastValidation()

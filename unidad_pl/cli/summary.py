@@ -1,17 +1,109 @@
-"""What a run prints when training ends: numbers before and after, where the files lie, what to run next."""
+"""What a fit prints: its networks when it begins; numbers before and after, files and next commands when it ends."""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelSummary
+from torch import nn
 
 from unidad_pl.callbacks.environment import unidad_command
+from unidad_pl.denoiser import DenoiserSource
 from unidad_pl.modules.unidad import UniDAD
 from unidad_pl.runs.checkpoints import is_remote
+from unidad_pl.training.module import GenerativeModule
+from unidad_pl.training.networks import trained
 
-if TYPE_CHECKING:
-    import lightning.pytorch as pl
+ROLES = {
+    "source_teacher": "source teacher S", "target_teacher": "target teacher T", "fake_score": "fake score F",
+    "discriminator": "heads on F", "student": "student G", "denoiser": "denoiser", "ema": "average",
+}  # fmt: skip
+"""Attribute of a module -> what a reader of the paper calls the network, in the order of the table."""
+
+
+class NetworkTable(ModelSummary):
+    """Prints the networks of a fit when it begins, a row for each: role, size, whether it learns, and where from.
+
+    >>> NetworkTable()._max_depth
+    1
+    """
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            _print_networks(trainer, pl_module)
+
+
+def _print_networks(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    found = {name: child for name, child in module.named_children() if any(True for _ in child.parameters())}
+    networks = {name: found[name] for name in sorted(found, key=[*ROLES, *found].index)}
+    origins = _origins(module)
+    weights = {id(p): p for network in networks.values() for p in network.parameters()}.values()  # shared ones once
+    size = sum(p.numel() * p.element_size() for p in weights) / 2**20
+    caption = f"{_count(trained(module))} of {_count(weights)} parameters trained, weights {size:,.1f} MiB"
+    caption += f", precision {trainer.precision}"
+    caption += f", {trainer.world_size} processes" if trainer.world_size > 1 else ""
+    if trainer.ckpt_path:
+        caption += f", trained weights from {trainer.ckpt_path}"
+    table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("network", "parameters", "trained", "dtype", "device", "from"):
+        table.add_column(heading, justify="right" if heading == "parameters" else "left", overflow="fold")
+    for name, network in networks.items():
+        own = list(network.parameters())
+        dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in own}))
+        devices = ", ".join(sorted({str(p.device) for p in own}))
+        learns = _learns(name, network, module)
+        table.add_row(ROLES.get(name, name), _count(own), learns, dtypes, devices, origins.get(name, ""))
+    console = Console()
+    console.print(table, highlight=False)
+    console.print(caption, soft_wrap=True, highlight=False)
+
+
+def _learns(name: str, network: nn.Module, module: pl.LightningModule) -> str:
+    """Whether its weights are trained: all, some (adapters), for how long."""
+    learning = trained(network)
+    if not learning:
+        return "no"
+    whole = len(learning) == len(list(network.parameters()))
+    answer = "yes" if whole else _count(learning)  # adapters
+    until = module.adaptation.until if isinstance(module, UniDAD) and module.adaptation else None
+    return f"{answer}, until {until}" if name == "target_teacher" and until else answer
+
+
+def _origins(module: pl.LightningModule) -> dict[str, str]:
+    """Attribute -> where the network's weights are from when training begins."""
+    if not isinstance(module, GenerativeModule):
+        return {}
+    origins = {module.sampled_name: _origin(module.sampled_source)}
+    if isinstance(module, UniDAD):
+        own = {"student": module.student_options, "fake_score": module.fake_options,
+               "target_teacher": module.target_options, "source_teacher": None}  # fmt: skip
+        origins = {name: _origin(getattr(options, "init_from", None) or module.source) for name, options in own.items()}
+        origins["discriminator"] = "random weights"
+        if module.pretrain:
+            origins |= dict.fromkeys(("student", "fake_score"), f"T at {module.pretrain}")
+    return origins | {"ema": ROLES[module.sampled_name]}
+
+
+def _origin(source: DenoiserSource) -> str:
+    """The paths that a source is given, or what it is."""
+    given: dict[str, Any] = getattr(source, "_given", {})
+    places = [str(given[name]) for name in ("path", "checkpoint", "unet_weights") if given.get(name)]
+    return " with ".join(places) or type(source).__name__
+
+
+def _count(weights: Iterable[nn.Parameter]) -> str:
+    """How many numbers ``weights`` have, in three digits."""
+    number = sum(p.numel() for p in weights)
+    power = min(3, max(0, (len(str(number)) - 1) // 3))
+    return f"{number / 1000**power:.{2 if power else 0}f}{('', ' K', ' M', ' B')[power]}"
 
 
 def fit_summary(
@@ -49,15 +141,17 @@ def _places(trainer: pl.Trainer, folder: Path) -> dict[str, str]:
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return {"run folder": "none: a fast_dev_run writes nothing"}
     places = {"run folder": folder, "pictures": folder / "samples", "numbers": folder / "metrics.jsonl"}
-    lines = {label: str(path) for label, path in places.items() if label == "run folder" or path.exists()}
+    lines = {label: shlex.quote(str(path)) for label, path in places.items() if label == "run folder" or path.exists()}
     checkpoint, config = _last_checkpoint(trainer), folder / "config.yaml"
     if checkpoint is not None:
-        lines["checkpoint"] = checkpoint
         unidad, quoted = unidad_command(), shlex.quote(checkpoint)
+        lines["checkpoint"] = quoted
         if config.is_file():
-            lines["next"] = f"{unidad} predict --config {shlex.quote(str(config))} --ckpt_path {quoted}"
+            options = f"--config {shlex.quote(str(config))} --ckpt_path {quoted}"
+            lines |= {"next": f"{unidad} predict {options}", "measure": f"{unidad} test {options}"}
         if isinstance(trainer.lightning_module, UniDAD):
             out = shlex.quote(str(folder / "export"))
+            lines |= {"look": f"{unidad} demo --model {quoted}"} if Path(checkpoint).is_file() else {}
             lines["hand on"] = f"{unidad} export --ckpt_path {quoted} --out {out}"
     return lines
 
