@@ -35,7 +35,8 @@ class Brightness(pl.Callback):
         self.values.append(outputs["samples"].mean())
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        Brightness.seen.append(pl_module.iteration)
+        if not trainer.sanity_checking:
+            Brightness.seen.append(pl_module.iteration)
         pl_module.log("val/brightness", sum(self.values) / len(self.values))
 
 
@@ -49,14 +50,17 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return place
 
 
-@pytest.mark.parametrize(("interval", "steps"), [(2, [0, 2, 4]), (3, [0, 3, 4])])
-def test_the_last_validation_is_computed_once(
-    interval: int, steps: list[int], here: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("interval", "steps"), [(2, [2, 4]), (3, [3, 4])])
+@pytest.mark.parametrize("before", [True, False])
+def test_the_last_validation_is_computed_once_and_the_first_on_request(
+    interval: int, steps: list[int], before: bool, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = ("--trainer.callbacks+", "tests.cli.test_summary.Brightness")
+    own = ("--trainer.callbacks+", "tests.cli.test_summary.Brightness", "--evaluate_before", str(before).lower())
     cli = fit(4, *VALIDATING, "--trainer.val_check_interval", str(interval), *own)
-    assert Brightness.seen == steps
-    row = next(line for line in capsys.readouterr().out.splitlines() if "val/brightness" in line)
+    assert Brightness.seen == ([0, *steps] if before else steps)
+    printed = capsys.readouterr().out
+    assert ("before" in printed) == before
+    row = next(line for line in printed.splitlines() if "val/brightness" in line)
     again = cli.trainer.validate(cli.model, cli.datamodule, verbose=False)[0]["val/brightness"]
     assert f"{again:.4g}" in row
 

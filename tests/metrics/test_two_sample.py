@@ -80,16 +80,53 @@ def test_precision_and_recall_equal_torch_fidelity() -> None:
             assert found[name] == pytest.approx(expected[name], abs=1e-6)
 
 
-def test_density_and_coverage_equal_their_definition(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, y, k = features(40, 3, 1), features(30, 3, 2), 4
-    distances = (x.double()[:, None] - y.double()[None]).norm(dim=2)
-    among = (y.double()[:, None] - y.double()[None]).norm(dim=2)
-    radii = among.sort(1).values[:, k]
-    inside = distances < radii
-    monkeypatch.setitem(prdc.__globals__, "CHUNK", 7)
-    found = prdc(x, y, k)
-    assert found["density"] == pytest.approx(float(inside.sum(1).double().mean()) / k)
-    assert found["coverage"] == pytest.approx(float(inside.any(0).double().mean()))
+def plain_prdc(x: torch.Tensor, y: torch.Tensor, k: int) -> dict[str, float]:
+    """By all differences in float64; equal distances are outside, however they are rounded."""
+    x, y = x.double(), y.double()
+    between, among_x, among_y = ((a[:, None] - b[None]).norm(dim=2) for a, b in ((x, y), (x, x), (y, y)))
+    radii_x, radii_y = ((1 - 1e-9) ** 0.5 * among.sort(1).values[:, k] for among in (among_x, among_y))
+    inside = between < radii_y
+    return {
+        "precision": float(inside.any(1).double().mean()), "density": float(inside.double().sum(1).mean() / k),
+        "recall": float((between < radii_x[:, None]).any(0).double().mean()),
+        "coverage": float(inside.any(0).double().mean()),
+    }  # fmt: skip
+
+
+def far_off(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x, x.new_full((1, x.shape[1]), 1e6)])
+
+
+@pytest.mark.parametrize("rows", [7, 512])
+@pytest.mark.parametrize("kind", ["plain", "copies", "collapsed", "all alike", "near", "far off", "huge", "tiny"])
+def test_prdc_equals_its_definition(kind: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where float32 cannot tell distances apart, too."""
+    monkeypatch.setitem(prdc.__globals__, "ROWS", rows)
+    x, y = features(40, 3, 1), features(30, 3, 2)
+    x, y = {
+        "plain": (x, y), "copies": (torch.cat([y[:20], x]), y), "collapsed": (x[:1] + 1e-9 * x.double(), y),
+        "all alike": (x[:1].expand(9, 3), x[:1].expand(8, 3)), "near": (1e-6 * x + 1, 1e-6 * y + 1),
+        "far off": (far_off(x), far_off(y)), "huge": (1e25 * x, 1e25 * y), "tiny": (1e-25 * x, 1e-25 * y),
+    }[kind]  # fmt: skip
+    for k in (1, 4):
+        assert prdc(x, y, k) == pytest.approx(plain_prdc(x, y, k), abs=1e-12)
+
+
+def test_prdc_does_not_depend_on_what_torch_takes_for_float32() -> None:
+    x, y = features(60, 64, 1), features(50, 64, 2)
+    expected = prdc(x, y, 3)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert prdc(x, y, 3) == expected
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_no_distance_is_on_the_wrong_side_of_a_radius() -> None:
+    """Of two rows whose distances float32 rounds to the same, in 300 dimensions."""
+    base = features(50, 300, 1).double()
+    x, y = base + 1e-6 * features(50, 300, 2), base
+    assert prdc(x, y, 2) == pytest.approx(plain_prdc(x, y, 2), abs=1e-12)
 
 
 def test_metric_classes_use_the_pure_functions_and_their_arguments() -> None:

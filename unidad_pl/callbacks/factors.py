@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unidad_pl.callbacks.base import EvaluationCallback, Report, feature_name
-from unidad_pl.callbacks.given_images import GivenImages, Images
+from unidad_pl.callbacks.given_images import GivenImages, Images, share
 from unidad_pl.metrics.features import check_network, evaluating
 from unidad_pl.metrics.gather import NumberedRows
 from unidad_pl.metrics.wasserstein import wasserstein
@@ -83,7 +83,7 @@ class FactorDistance(EvaluationCallback):
         samples = self._rows()
         if self._known is None or self.reference.are_new(trainer, self._size):
             self.metric.reset()
-            for images, numbers in self.reference.share(trainer, self._size, self.metric.device, 64):
+            for images, numbers in share(trainer, self.reference.load(trainer, self._size), self.metric.device, 64):
                 self.metric.update(self._read(images), numbers)
             self._known = self._rows()
         known = self._known

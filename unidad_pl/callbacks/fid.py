@@ -9,9 +9,10 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 
 from unidad_pl.callbacks.base import EvaluationCallback, Report, feature_name
-from unidad_pl.callbacks.given_images import GivenImages, Images
+from unidad_pl.callbacks.given_images import GivenImages, Images, own_share, share
 from unidad_pl.callbacks.outputs import Samples
 from unidad_pl.checks import check_whole
+from unidad_pl.metrics.cache import ReferenceCache
 from unidad_pl.metrics.features import InceptionFeatures, check_network, extract
 from unidad_pl.metrics.frechet import frechet_distance
 from unidad_pl.metrics.kernel import kid
@@ -46,6 +47,9 @@ class FID(EvaluationCallback):
         name: what the distance is logged as. With another name than ``fid`` the others are called ``<name>_kid`` and so
             on, so that several of these callbacks can be used together.
         batch_size: images per pass of the extractor.
+        cache: whether what was found of reference images is kept for other runs, by their content and the extractor's;
+            or a folder to keep it in. Default: ``$XDG_CACHE_HOME/unidad_pl/references``. Extractors without a
+            ``fingerprint`` keep nothing.
         common: see :class:`~unidad_pl.callbacks.base.EvaluationCallback`.
 
     Raises:
@@ -64,6 +68,7 @@ class FID(EvaluationCallback):
         reference: Images = None,
         name: str = "fid",
         batch_size: int = 50,
+        cache: bool | str = True,
         **common: Any,
     ) -> None:
         super().__init__(name=name, **common)
@@ -71,7 +76,8 @@ class FID(EvaluationCallback):
         self.features: nn.Module = InceptionFeatures() if features is None else features
         check_network(features=self.features)
         self.kid, self.prdc, self.swd, self.batch_size = kid, prdc, swd, batch_size
-        self.reference = GivenImages("FID", "reference", reference)
+        self.reference, self.cache = GivenImages("FID", "reference", reference), ReferenceCache(cache)
+        self._new: str | None = None
         self.metric: TwoSample = TwoSample(keep_reference=True)
         self._ready = False
 
@@ -100,8 +106,15 @@ class FID(EvaluationCallback):
     def _add_reference(self, trainer: pl.Trainer) -> None:
         if self.reference.are_new(trainer, self._size):
             self.metric.forget_reference()
-            for images, numbers in self.reference.share(trainer, self._size, self.metric.device, self.batch_size):
-                self.metric.update(extract(self.features, images, self.batch_size), real=True, indices=numbers)
+            every, device = self.reference.load(trainer, self._size), self.metric.device
+            key = self.cache.key(every, self.features, device, "features")
+            if (known := self.cache.read(key)) is not None:
+                own = own_share(trainer, len(every))
+                self.metric.update(known["features"][own], real=True, indices=own)
+            else:
+                self._new = key
+                for images, numbers in share(trainer, every, device, self.batch_size):
+                    self.metric.update(extract(self.features, images, self.batch_size), real=True, indices=numbers)
         self._ready = True
 
     def _warn_of_prdc(self, there: str) -> None:
@@ -115,6 +128,9 @@ class FID(EvaluationCallback):
         if not self._ready:
             self._add_reference(trainer)
         x, y = (self.metric.compute()[kind] for kind in ("generated", "reference"))
+        if trainer.is_global_zero:
+            self.cache.write(self._new, {"features": y})
+        self._new = None
         details: dict[str, Any] = {"reference": len(y), "extractor": feature_name(self.features)}
         if self.reference.are_shots(trainer):
             details["reference_is_shots"] = True

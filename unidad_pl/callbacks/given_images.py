@@ -172,15 +172,16 @@ class GivenImages:
         changed_in_place = before[0].data_ptr() == images.data_ptr() and before[1] != self._seen[1]
         return changed_in_place or before[0].dtype != images.dtype or not torch.equal(before[0], images)
 
-    def share(
-        self, trainer: pl.Trainer, size: tuple[int, int] | None, device: torch.device, batch_size: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's share of the images: batches [B, 3, H, W] float in [-1, 1] on ``device``, and their numbers [B].
 
-        Raises:
-            ValueError: they have another size than the samples.
-        """
-        images = self.load(trainer, size)
-        own = torch.arange(trainer.global_rank, len(images), trainer.world_size)
-        for numbers in own.split(batch_size):
-            yield model_range(images[numbers].to(device)), numbers
+def own_share(trainer: pl.Trainer, count: int) -> Tensor:
+    """The numbers of this rank's share of ``count`` images."""
+    return torch.arange(trainer.global_rank, count, trainer.world_size)
+
+
+def share(
+    trainer: pl.Trainer, images: Tensor, device: torch.device, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's share of images [N, 3, H, W]: batches [B, 3, H, W] float in [-1, 1] on ``device``, and their numbers
+    [B]."""
+    for numbers in own_share(trainer, len(images)).split(batch_size):
+        yield model_range(images[numbers].to(device)), numbers

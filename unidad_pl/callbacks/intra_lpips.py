@@ -6,11 +6,14 @@ import math
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from unidad_pl.callbacks.base import EvaluationCallback, Report, feature_name
-from unidad_pl.callbacks.given_images import GivenImages, Images, model_range
+from unidad_pl.callbacks.given_images import GivenImages, Images, model_range, share
 from unidad_pl.callbacks.outputs import Samples
+from unidad_pl.metrics.cache import ReferenceCache
 from unidad_pl.metrics.features import LPIPSFeatures
 from unidad_pl.metrics.intra_lpips import IntraClusterLPIPS, IntraClusterResult, Protocol
 
@@ -39,6 +42,9 @@ class IntraLPIPS(EvaluationCallback):
         name: what the value is logged as. With another name than ``intra_lpips`` the others are called
             ``<name>_memorised`` and so on, so that several of these callbacks can be used together.
         batch_size: images per pass of the extractor.
+        cache: whether what was found of reference images is kept for other runs, by their content and the extractor's;
+            or a folder to keep it in. Default: ``$XDG_CACHE_HOME/unidad_pl/references``. Extractors without a
+            ``fingerprint`` keep nothing.
         common: see :class:`~unidad_pl.callbacks.base.EvaluationCallback`.
 
     Raises:
@@ -59,6 +65,7 @@ class IntraLPIPS(EvaluationCallback):
         reference: Images = None,
         name: str = "intra_lpips",
         batch_size: int = 8,
+        cache: bool | str = True,
         **common: Any,
     ) -> None:
         super().__init__(name=name, **common)
@@ -67,7 +74,7 @@ class IntraLPIPS(EvaluationCallback):
         self.shots = GivenImages("IntraLPIPS", "shots", shots)
         self.relative = relative
         self.reference = GivenImages("IntraLPIPS(relative=True)", "reference", reference)
-
+        self.cache = ReferenceCache(cache)
         self._ready = False
         self._of_reference: IntraClusterResult | None = None
 
@@ -138,10 +145,19 @@ class IntraLPIPS(EvaluationCallback):
         return Report(values, details)
 
     def _measure_reference(self, trainer: pl.Trainer) -> IntraClusterResult:
-        """The same of the reference images, shared out over ranks."""
+        """The same of the reference images, shared out over ranks, or known from an earlier run."""
+        every, shots = (given.load(trainer, self._size) for given in (self.reference, self.shots))
+        device = self.metric.device
+        how = self.metric.protocol, self.metric.cap, self.metric.threshold
+        key = self.cache.key(every, self.features, device, "intra", shots, how)
+        known = self.cache.read(key)
+        if trainer.strategy.reduce_boolean_decision(known is not None, all=True) and known is not None:
+            return IntraClusterResult(**{name: value.tolist() for name, value in known.items()})
         self.metric.reset()
-        for images, numbers in self.reference.share(trainer, self._size, self.metric.device, batch_size=64):
+        for images, numbers in share(trainer, every, device, batch_size=64):
             self.metric.update(images, numbers)
         result = self.metric.result()
         self.metric.reset()
+        if trainer.is_global_zero:
+            self.cache.write(key, {name: torch.from_numpy(np.array(value)) for name, value in vars(result).items()})
         return result

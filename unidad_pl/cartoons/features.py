@@ -293,6 +293,11 @@ class CartoonFeatures(nn.Module):
                 self._loaded.append(FactorNetwork.from_pretrained(self.folder).requires_grad_(False).eval())
         return self._loaded[0]
 
+    def fingerprint(self) -> tuple[object, ...]:
+        """What the features follow from, besides this code."""
+        network = self.load()
+        return self.layer, network.channels, network
+
     def forward(self, images: Tensor) -> Tensor:
         """Features [N, D] float32 of ``images`` [N, 3, H, W] in [-1, 1]; gradients pass to the images."""
         with torch.autocast(images.device.type, enabled=False):

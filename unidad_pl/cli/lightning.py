@@ -50,8 +50,9 @@ IN_PLACE_OF: dict[type[pl.Callback], type[pl.Callback]] = {
 """What Lightning adds by itself -> ours."""
 LOGGER = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "runs", "name": None}}
 """A name of null is that of the first config."""
+# A sanity step finds what cannot be evaluated before hours of training; it runs nothing else.
 TRAINER_DEFAULTS: dict[str, Any] = {
-    "check_val_every_n_epoch": None, "num_sanity_val_steps": 0, "log_every_n_steps": 50, "devices": 1,
+    "check_val_every_n_epoch": None, "num_sanity_val_steps": 1, "log_every_n_steps": 50, "devices": 1,
     "logger": LOGGER,
 }  # fmt: skip
 
@@ -97,7 +98,11 @@ class UnidadCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--summary", type=bool, default=True,
-            help="evaluate before and after fit, and end with a table of both (one more validation before training)",
+            help="end fit with a table of the metrics of its weights, and say where the files lie",
+        )  # fmt: skip
+        parser.add_argument(
+            "--evaluate_before", type=bool, default=False,
+            help="validate before the first iteration too, for a column of the untrained weights in that table",
         )  # fmt: skip
         parser.add_argument(
             "--threads", type=PositiveInt | None, default=None,
@@ -182,7 +187,7 @@ class UnidadCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        """The checkpoint to resume from, or the untrained weights' metrics for the summary.
+        """The checkpoint to resume from, or the untrained weights' metrics if the summary is to have them.
 
         Raises:
             FileNotFoundError: ``--ckpt_path`` leads to no file; Lightning would train from the start after a warning.
@@ -192,7 +197,8 @@ class UnidadCLI(LightningCLI):
         wanted = self._get(self.config, "ckpt_path")
         path = self._find_checkpoint()
         choose_folder(self.trainer, path if wanted in WORDS else None)
-        self.metrics_before = self._validate() if path is None else None
+        before = path is None and self._get(self.config, "evaluate_before")
+        self.metrics_before = self._validate() if before else None
 
     def before_validate(self) -> None:
         """``--ckpt_path last`` is the newest intact checkpoint."""

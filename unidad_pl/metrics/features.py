@@ -42,6 +42,9 @@ class FeatureModule(nn.Module):
 
     Attributes:
         name: identifies extractor and weights.
+
+    A class with a method ``fingerprint``, which gives a tuple of all that its features follow from besides its code
+    (settings, weights), has its features of reference images kept on disk: see :mod:`unidad_pl.metrics.cache`.
     """
 
     name: str = "features"
@@ -103,6 +106,10 @@ class InceptionFeatures(FeatureModule):
             raise missing_weights(
                 "InceptionFeatures", INCEPTION_FILE, "96 MB", INCEPTION_URL, self.weights_path, error
             ) from error
+
+    def fingerprint(self) -> tuple[object, ...]:
+        self.load()
+        return (self,)
 
     def forward(self, images: Tensor) -> Tensor:
         if self.network is None:
@@ -232,6 +239,10 @@ class LPIPSFeatures(FeatureModule):
                 "LPIPSFeatures", known.file, known.size, known.url, self.weights_path, error
             ) from error
         return network
+
+    def fingerprint(self) -> tuple[object, ...]:
+        self.load()
+        return self.net, self
 
     def forward(self, images: Tensor) -> Tensor:
         if self.backbone is None:
