@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1] / "unidad_pl"
 ROOMS = (
     "arguments", "checks", "files", "flops", "seeds", "store", "schedules", "condition", "denoiser", "losses",
     "discriminator", "sampling", "cartoons", "data", "metrics", "callbacks", "backbones", "strategies", "training",
-    "modules", "runs", "export", "cli",
+    "modules", "runs", "export", "report", "cli",
 )  # fmt: skip
 """From the ground up; a folder is one room."""
 LIGHT = {"lightning", "diffusers", "torchvision", "lpips", "torch_fidelity", "rich", "PIL", "transformers", "peft"}

@@ -12,6 +12,7 @@ _ROOMS = {
     "callbacks": (
         "FID", "AttributeShare", "Cost", "FactorDistance", "IntraLPIPS", "LossBalance", "PredictionWriter",
         "Preemption", "PromptDiversity", "PromptGrid", "SampleGrid", "SoundCheckpoint", "SubjectSimilarity",
+        "TeacherGrid",
     ),
     "cartoons": ("CartoonFeatures",),
     "data": (

@@ -14,9 +14,10 @@ from unidad_pl.callbacks.records import read_records
 from unidad_pl.callbacks.sample_grid import SampleGrid
 from unidad_pl.callbacks.similarity import PromptDiversity, SubjectSimilarity
 from unidad_pl.callbacks.sound_checkpoint import SoundCheckpoint
+from unidad_pl.callbacks.teacher_grid import TeacherGrid
 
 __all__ = [
     "FID", "AttributeShare", "Cost", "EvaluationCallback", "FactorDistance", "IntraLPIPS", "LossBalance",
     "PredictionWriter", "Preemption", "PromptDiversity", "PromptGrid", "Report", "SampleGrid", "SoundCheckpoint",
-    "SubjectSimilarity", "read_records",
+    "SubjectSimilarity", "TeacherGrid", "read_records",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -94,10 +95,21 @@ def environment(trainer: pl.Trainer) -> dict[str, Any]:
         "packages": {name: found for name in PACKAGES if (found := _version(name)) is not None},
         "cuda": torch.version.cuda,
         "gpus": devices,
+        "processor": processor(),
+        "cores": os.cpu_count(),
         "git": git_commit(Path(__file__).parent),
         "processes": trainer.world_size,
         "precision": trainer.precision,
     }
+
+
+def processor() -> str | None:
+    """The processor's name as the system calls it; None where it does not tell."""
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:  # Linux, where platform tells little
+        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+        if names:
+            return names[0]
+    return platform.processor() or None
 
 
 def _version(name: str) -> str | None:

@@ -11,8 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from unidad_pl.callbacks.base import EvaluationCallback, Report, feature_name
+from unidad_pl.callbacks.cluster_pictures import FOLDER, ClusterPictures
 from unidad_pl.callbacks.given_images import GivenImages, Images, model_range, share
 from unidad_pl.callbacks.outputs import Samples
+from unidad_pl.callbacks.records import on_rank_zero, run_folder, trained_iterations
+from unidad_pl.checks import check_whole
+from unidad_pl.data.pictures import as_uint8, grid, write_png
 from unidad_pl.metrics.cache import ReferenceCache
 from unidad_pl.metrics.features import LPIPSFeatures
 from unidad_pl.metrics.intra_lpips import IntraClusterLPIPS, IntraClusterResult, Protocol
@@ -34,6 +38,9 @@ class IntraLPIPS(EvaluationCallback):
         threshold: distance to a shot below which a sample counts as memorised.
         shots: folder or tensor [k, 3, H, W] (uint8, or float in [-1, 1]), or a list of images. Default:
             ``trainer.datamodule.shots``.
+        pictures: of each cluster, how many of the samples nearest to its shot and as many of those most different from
+            it are drawn in ``<run folder>/samples/clusters/<stage>_step<step>.png``, a row for each shot: memorisation
+            at a glance. Their seeds and distances are in the record. 0: none.
         relative: also log ``intra_lpips_relative``: the value over that of the reference images, the share of the
             target domain's diversity that was kept; left out, with a warning, where that has none. And
             ``nearest_relative``: the samples' mean distance to their nearest shot over that of the reference images. 1:
@@ -61,6 +68,7 @@ class IntraLPIPS(EvaluationCallback):
         cap: int | None = None,
         threshold: float = 0.1,
         shots: Images = None,
+        pictures: int = 3,
         relative: bool = False,
         reference: Images = None,
         name: str = "intra_lpips",
@@ -71,7 +79,9 @@ class IntraLPIPS(EvaluationCallback):
         super().__init__(name=name, **common)
         self.features: nn.Module = LPIPSFeatures("vgg") if features is None else features
         self.metric: IntraClusterLPIPS = IntraClusterLPIPS(self.features, protocol, cap, threshold, batch_size)
+        check_whole(0, pictures=pictures)
         self.shots = GivenImages("IntraLPIPS", "shots", shots)
+        self.pictures = ClusterPictures(pictures)
         self.relative = relative
         self.reference = GivenImages("IntraLPIPS(relative=True)", "reference", reference)
         self.cache = ReferenceCache(cache)
@@ -98,6 +108,12 @@ class IntraLPIPS(EvaluationCallback):
     def update(self, trainer: pl.Trainer, pl_module: pl.LightningModule, images: Tensor, seeds: Tensor) -> None:
         self._set_shots(trainer)
         self.metric.update(images, seeds)
+        if self.pictures.wanted:
+            self.pictures.update(as_uint8(images), seeds, self.metric.rows("distances")[-len(images) :])
+
+    def begin(self, pl_module: pl.LightningModule) -> None:
+        super().begin(pl_module)
+        self.pictures.to(pl_module.device).reset()
 
     def _set_shots(self, trainer: pl.Trainer) -> None:
         if self._ready:
@@ -127,6 +143,8 @@ class IntraLPIPS(EvaluationCallback):
             "shots": len(result.cluster_sizes),
             **{name: value for name, value in vars(result).items() if name not in ("mean", "memorised")},
         }
+        if self.pictures.wanted:
+            details |= self._draw(trainer, stage)
         if self.relative:
             known = self._of_reference = self._of_reference or self._measure_reference(trainer)
             details |= {"intra_lpips_of_reference": known.mean, "nearest_of_reference": known.nearest_mean,
@@ -143,6 +161,17 @@ class IntraLPIPS(EvaluationCallback):
             if known.nearest_mean > 0:  # else they are the shots
                 values["nearest_relative"] = result.nearest_mean / known.nearest_mean
         return Report(values, details)
+
+    def _draw(self, trainer: pl.Trainer, stage: str) -> dict[str, Any]:
+        """Write the picture; where it is, and whose samples it shows, for the record."""
+        images, listed = self.pictures.of_clusters(len(self.metric.shot_features))
+        shots = as_uint8(self.shots.load(trainer, self._size))
+        name = stage if self.name in (None, self.main) else f"{self.name}_{stage}"
+        place = f"{FOLDER}/{name}_step{trained_iterations(trainer):08d}.png"
+        path = run_folder(trainer) / place
+        rows = torch.cat([shots[:, None], images.to(shots.device)], 1).flatten(0, 1)
+        on_rank_zero(trainer, path, lambda: write_png(grid(rows, None, 1 + images.shape[1], 1), path))
+        return {"picture": place, "clusters": listed}
 
     def _measure_reference(self, trainer: pl.Trainer) -> IntraClusterResult:
         """The same of the reference images, shared out over ranks, or known from an earlier run."""

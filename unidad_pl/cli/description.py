@@ -10,6 +10,7 @@ domain from about ten images, in one training run (Uni-DAD).
   unidad export --ckpt_path RUN/checkpoints/last.ckpt --out FOLDER      the student as a diffusers pipeline
   unidad sample --model FOLDER --num 64 --out IMAGES                    PNGs from it, or from a checkpoint
   unidad study --config configs/study/stages.yaml       methods against each other, at equal compute
+  unidad report RUN [RUN ...]                           one HTML page about a run, or several side by side
   unidad report memory --config FILE                                    peak GiB of a run, without its weights
   unidad report subjects --runs FOLDER                  CLIP-I, CLIP-T and DINO of many subjects' runs, one table
   unidad import adm --checkpoint FILE --preset ffhq256 --out FOLDER     a guided-diffusion model as a source model

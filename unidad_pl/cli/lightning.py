@@ -39,6 +39,7 @@ from unidad_pl.cli.parsing import ConfigFile, HelpFormatter, Parser, later_value
 from unidad_pl.cli.progress import PhaseBar
 from unidad_pl.cli.summary import NetworkTable, fit_summary
 from unidad_pl.runs.checkpoints import DurableCheckpointIO, is_remote, refuse_damaged
+from unidad_pl.runs.config import CHECKPOINT_DEFAULTS, LOGGER, TRAINER_DEFAULTS
 from unidad_pl.runs.resume import WORDS, choose_folder, find_checkpoint
 from unidad_pl.training.module import GenerativeModule
 from unidad_pl.training.refusals import refuse_idle_options
@@ -48,13 +49,6 @@ IN_PLACE_OF: dict[type[pl.Callback], type[pl.Callback]] = {
     ModelSummary: NetworkTable, RichModelSummary: NetworkTable, RichProgressBar: PhaseBar, TQDMProgressBar: PhaseBar,
 }  # fmt: skip
 """What Lightning adds by itself -> ours."""
-LOGGER = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "runs", "name": None}}
-"""A name of null is that of the first config."""
-# A sanity step finds what cannot be evaluated before hours of training; it runs nothing else.
-TRAINER_DEFAULTS: dict[str, Any] = {
-    "check_val_every_n_epoch": None, "num_sanity_val_steps": 1, "log_every_n_steps": 50, "devices": 1,
-    "logger": LOGGER,
-}  # fmt: skip
 
 
 class LastValidation(pl.Callback):
@@ -113,7 +107,7 @@ class UnidadCLI(LightningCLI):
             help="where predict writes its PNGs, named by seed; null: predictions/ in the run folder",
         )  # fmt: skip
         parser.add_lightning_class_args(SoundCheckpoint, "checkpoint", required=False)
-        parser.set_defaults({"checkpoint.every_n_train_steps": 1000, "checkpoint.save_last": True})
+        parser.set_defaults({f"checkpoint.{name}": value for name, value in CHECKPOINT_DEFAULTS.items()})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """``args`` are always given: Lightning would warn that there is a command line too."""

@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import suppress
 from inspect import signature
+from os.path import exists
 from typing import TYPE_CHECKING
 
 from unidad_pl.cli.description import DESCRIPTION
@@ -26,6 +27,7 @@ TOOLS = {
     "export": "unidad_pl.export.student:export_student",
     "sample": "unidad_pl.cli.sample:sample",
     "study": "unidad_pl.cli.study:study",
+    "report": "unidad_pl.report.page:report",
     "report memory": "unidad_pl.cli.report_memory:report_memory",
     "report subjects": "unidad_pl.cli.report_subjects:report_subjects",
 }
@@ -101,15 +103,21 @@ def _run_tool(given: Sequence[str]) -> None:
         """A tool's options."""
 
     name = _named(given)
-    if name not in TOOLS:
-        same = [f"unidad {command}" for command in TOOLS if command.split()[0] == given[0]]
+    same = [f"unidad {command}" for command in TOOLS if command.split()[0] == given[0]]
+    mistyped = len(same) > 1 and name == given[0] and given[1:] and given[1].isidentifier() and not exists(given[1])
+    if name not in TOOLS or mistyped:
         refuse(f"unidad {given[0]}: use one of: " + ", ".join(same), 2)
     module, _, function_name = TOOLS[name].partition(":")
     function: Callable[..., Path | str] = getattr(import_module(module), function_name)
     parser = Parser(prog=f"unidad {name}", description=(function.__doc__ or "").partition("\n\n")[0])
+    words = [one.name for one in signature(function).parameters.values() if one.kind == one.VAR_POSITIONAL]
+    for word in words:
+        parser.add_argument(word, nargs="+", type=str, help="one or more")
     parser.add_function_arguments(function, as_group=False)
     options = [_spelled_out(option, function) for option in given[len(name.split()) :]]
-    made = function(**parser.instantiate_classes(parser.parse_args(options)))
+    values = dict(parser.instantiate_classes(parser.parse_args(options)))
+    operands = [value for word in words for value in values.pop(word)]
+    made = function(*operands, **values)
     sys.stdout.write(made if isinstance(made, str) else f"written: {made}\n")
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from unidad_pl.callbacks.environment import unidad_command
 from unidad_pl.denoiser import DenoiserSource
 from unidad_pl.modules.unidad import UniDAD
+from unidad_pl.report.page import FILE, can_write, write_page
 from unidad_pl.runs.checkpoints import is_remote
 from unidad_pl.training.module import GenerativeModule
 from unidad_pl.training.networks import trained
@@ -134,6 +135,19 @@ def fit_summary(
         console.print(table)
     for label, text in _places(trainer, folder).items():
         console.print(f"{label:<13} {text}", soft_wrap=True, highlight=False)
+    if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        console.print(f"{'report':<13} {_report(folder)}", soft_wrap=True, highlight=False)
+
+
+def _report(folder: Path) -> str:
+    """The page about the run, which is written now: that takes two or three seconds. Or the command that writes it."""
+    command = f"{unidad_command()} report {shlex.quote(str(folder))}"
+    if not can_write():
+        return f"pip install 'unidad_pl[report]' && {command}"
+    try:
+        return shlex.quote(str(write_page([folder], folder / FILE)))
+    except Exception as error:  # noqa: BLE001 (the training is done and well, whatever a page of it lacks)
+        return f"could not be written ({error}); to try again: {command} --debug"
 
 
 def _places(trainer: pl.Trainer, folder: Path) -> dict[str, str]:

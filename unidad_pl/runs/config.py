@@ -8,6 +8,15 @@ from typing import Any
 from unidad_pl.files import BrokenFile, reading
 
 CONFIG_FILE = "config.yaml"
+LOGGER = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "runs", "name": None}}
+"""A name of null is that of the first config."""
+# A sanity step finds what cannot be evaluated before hours of training; it runs nothing else.
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "check_val_every_n_epoch": None, "num_sanity_val_steps": 1, "log_every_n_steps": 50, "devices": 1,
+    "logger": LOGGER,
+}  # fmt: skip
+CHECKPOINT_DEFAULTS: dict[str, Any] = {"every_n_train_steps": 1000, "save_last": True}
+"""What ``unidad`` sets otherwise than Lightning does."""
 MOST, MOST_BYTES = 100_000, 10_000_000  # the largest of configs/ has about 150 values
 
 

@@ -30,6 +30,7 @@ from unidad_pl.seeds import mix_seed
 from unidad_pl.strategies.agreement import check_agreement
 from unidad_pl.training.conditions import ClassLabels, check_batch, check_prompts, encode_prior
 from unidad_pl.training.hparams import TrainingOptions, complete, defaults, flatten, log_changes, refuse_changes
+from unidad_pl.training.many_steps import in_many_steps
 from unidad_pl.training.networks import MemoryOptions, Networks, averaged
 from unidad_pl.training.stepping import ManualOptimization
 
@@ -268,6 +269,10 @@ class GenerativeModule(ManualOptimization, Networks):
         network.train(training)
         return images
 
+    def sample_network(self, name: str, seeds: Any, num_steps: int = 8) -> Tensor:
+        """Pictures [B, C, H, W] of one of :meth:`denoisers`, a teacher or another: see :func:`in_many_steps`."""
+        return in_many_steps(self, name, torch.as_tensor(seeds, dtype=torch.long), num_steps)
+
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Draw the seeds of ``batch``: what every evaluation callback works on."""
         seeds, labels, prompts = batch["seeds"], batch.get("labels"), batch.get("prompts")
@@ -282,11 +287,6 @@ class GenerativeModule(ManualOptimization, Networks):
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
-    def _trainer_options(self) -> dict[str, Any]:
-        """What of the trainer a checkpoint remembers; these may change."""
-        trainer = self.trainer
-        return {"devices": trainer.world_size, "precision": trainer.precision, "max_steps": trainer.max_steps}
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.refuse_diverged()
         for key in self.unsaved_weights():
@@ -296,7 +296,7 @@ class GenerativeModule(ManualOptimization, Networks):
             "iteration": self.iteration,
             "options": dict(flatten(self._given)),
             "module": describe(self),
-            "trainer": self._trainer_options(),
+            "trainer": self.trainer_options(),
             "image_shape": list(self.sampled_network.image_shape),
             "skipped_in_a_row": dict(self._skipped_in_a_row),
         }
@@ -321,7 +321,7 @@ class GenerativeModule(ManualOptimization, Networks):
                     f"the checkpoint was trained on images of {record['image_shape']}, this run's are {own}: set the "
                     f"resolution the run started with"
                 )
-            log_changes(record["trainer"], self._trainer_options())
+            log_changes(record["trainer"], self.trainer_options())
             self._skipped_in_a_row = dict(record["skipped_in_a_row"])
         self.check_hashes(checkpoint["frozen_sha256"])
         self.iteration = record["iteration"]

@@ -38,6 +38,7 @@ class ManualOptimization(pl.LightningModule):
         self.clock, self.accumulate, self.max_skipped = clock, accumulate, max_skipped
         self.iteration = 0
         self._skipped_in_a_row: dict[str, int] = {}
+        self._skipped: dict[str, int] = {}
 
     def setup(self, stage: str) -> None:
         """Refuse what would run wrongly without an error, before anything has begun.
@@ -71,6 +72,11 @@ class ManualOptimization(pl.LightningModule):
     def groups(self) -> dict[str, list[dict[str, Any]]]:
         """Group name -> torch parameter groups, the same names as :meth:`optimizers_of_groups`."""
         raise NotImplementedError
+
+    def trainer_options(self) -> dict[str, Any]:
+        """What of the trainer a checkpoint remembers; these may change."""
+        trainer = self.trainer
+        return {"devices": trainer.world_size, "precision": trainer.precision, "max_steps": trainer.max_steps}
 
     def iteration_kind(self) -> object:
         """What the coming iteration costs: as much as any other one of an equal kind and batch size."""
@@ -136,6 +142,8 @@ class ManualOptimization(pl.LightningModule):
             self._skipped_in_a_row[group] = 0
         else:
             self._skip(group)
+        if skipped := self._skipped.get(group):
+            self.log(f"skipped_in_all/{group}", float(skipped), rank_zero_only=True)  # not every step is logged
         optimizer.zero_grad()
         return finite
 
@@ -160,6 +168,7 @@ class ManualOptimization(pl.LightningModule):
     def _skip(self, group: str) -> None:
         self.count(group)
         row = self._skipped_in_a_row[group] = self._skipped_in_a_row.get(group, 0) + 1
+        self._skipped[group] = self._skipped.get(group, 0) + 1
         self.log(f"skipped/{group}", float(row), rank_zero_only=True)
         if row >= self.max_skipped:
             raise RuntimeError(
