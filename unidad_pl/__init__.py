@@ -10,7 +10,7 @@ from typing import Any
 _ROOMS = {
     "backbones": ("ADMSource", "LoRA", "NewUNet", "PretrainedUNet", "StableDiffusion"),
     "callbacks": (
-        "FID", "AttributeShare", "Cost", "FactorDistance", "IntraLPIPS", "LossBalance", "PredictionWriter",
+        "CMMD", "FID", "AttributeShare", "Cost", "FactorDistance", "IntraLPIPS", "LossBalance", "PredictionWriter",
         "Preemption", "PromptDiversity", "PromptGrid", "SampleGrid", "SoundCheckpoint", "SubjectSimilarity",
         "TeacherGrid",
     ),

@@ -11,12 +11,14 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, ViTConfig, ViTModel
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
 from tests.metrics.toys import images, refused
 from tests.tiny_sd import tokenizer
-from unidad_pl.metrics import CLIPImages, CLIPTexts, DINOImages
-from unidad_pl.metrics.encoders import CLIP, DINO, to_square
+from unidad_pl import CMMD
+from unidad_pl.metrics import CLIPImages, CLIPTexts, DINOImages, DINOv2Images
+from unidad_pl.metrics.cache import identity
+from unidad_pl.metrics.encoders import CLIP, CLIP_336, DINO, DINOV2, to_square
 
 SIDE = 32
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -38,6 +40,16 @@ def dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dino")
     torch.manual_seed(1)
     ViTModel(ViTConfig(**PICTURES)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dinov2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained at another size than it is asked at, as DINOv2's ViT-L/14 at 518 pixels is."""
+    folder = tmp_path_factory.mktemp("dinov2")
+    torch.manual_seed(2)
+    sizes = {k: v for k, v in PICTURES.items() if k != "intermediate_size"}
+    Dinov2Model(Dinov2Config(**sizes | {"patch_size": 7, "image_size": 49})).save_pretrained(folder)
     return folder
 
 
@@ -76,6 +88,34 @@ def test_dino_is_the_class_token(dino: Path) -> None:
     torch.testing.assert_close(DINOImages(str(dino))(given), want)
 
 
+@pytest.mark.parametrize("side", [224, 28])
+def test_dinov2_is_the_class_token_of_pictures_of_224_pixels(dinov2: Path, side: int) -> None:
+    given = images(2, 40)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    large = torch.nn.functional.interpolate(given, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+    with torch.no_grad():
+        model = Dinov2Model.from_pretrained(dinov2).eval()
+        want = model(((large + 1) / 2 - mean) / std).pooler_output
+    extractor = DINOv2Images(str(dinov2)) if side == 224 else DINOv2Images(str(dinov2), side=side)
+    torch.testing.assert_close(extractor(given), want)
+
+
+def test_an_encoder_says_what_its_values_follow_from(clip: Path, dino: Path, dinov2: Path) -> None:
+    kinds = [
+        CLIPImages(str(clip)),
+        DINOImages(str(dino)),
+        DINOv2Images(str(dinov2)),
+        DINOv2Images(str(dinov2), side=28),
+    ]
+    names = [identity(one) for one in kinds]
+    assert None not in names
+    assert len(set(names)) == len(kinds)
+    assert identity(DINOv2Images(str(dinov2))) == names[2]
+    with torch.no_grad():
+        next(kinds[2].network.parameters()).view(-1)[0] += 1e-3
+    assert identity(kinds[2]) != names[2]
+
+
 def test_the_way_into_an_encoder() -> None:
     given = images(2, 40)
     assert torch.equal(to_square(given, 40), given)
@@ -87,7 +127,10 @@ def test_the_way_into_an_encoder() -> None:
 def test_weights_that_are_not_there_are_named_with_the_way_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    for encoder, name in ((CLIPImages(), CLIP), (CLIPTexts(), CLIP), (DINOImages(), DINO)):
+    for encoder, name in (
+        (CLIPImages(), CLIP), (CLIPTexts(), CLIP), (DINOImages(), DINO), (DINOv2Images(), DINOV2),
+        (CMMD().features, CLIP_336),
+    ):  # fmt: skip
         refused(rf"needs the weights '{name}'.*pass the folder as path=FOLDER", encoder.load, error=RuntimeError)
     refused(f"needs the weights '{tmp_path}'", DINOImages(str(tmp_path)).load, error=RuntimeError)
 

@@ -18,7 +18,16 @@ from torchmetrics import Metric, MetricCollection, MetricTracker, MinMaxMetric
 
 from tests.metrics.toys import TinyFeatures, WordVectors, images, refused
 from unidad_pl import metrics
-from unidad_pl.metrics import KID, PRDC, Frechet, IntraClusterLPIPS, PromptLPIPS, SubjectCosines, TwoSample
+from unidad_pl.metrics import (
+    KID,
+    PRDC,
+    Frechet,
+    GaussianMMD,
+    IntraClusterLPIPS,
+    PromptLPIPS,
+    SubjectCosines,
+    TwoSample,
+)  # fmt: skip
 from unidad_pl.metrics.similarity import PromptImages
 
 PROMPTS = ["a dog", "a dog", "ein Hund ß", "ein Hund ß", "a dog", "ein Hund ß"]
@@ -48,6 +57,7 @@ def intra(spatial: bool = False, **options: Any) -> IntraClusterLPIPS:
 MAKERS: dict[str, Callable[[], Any]] = {
     "Frechet": lambda: two_sample(Frechet),
     "KID": lambda: two_sample(KID),
+    "GaussianMMD": lambda: two_sample(GaussianMMD),
     "PRDC": lambda: two_sample(lambda **options: PRDC(neighbours=2, **options)),
     "TwoSample": lambda: two_sample(TwoSample),
     "IntraClusterLPIPS": intra,
@@ -56,7 +66,7 @@ MAKERS: dict[str, Callable[[], Any]] = {
     "PromptLPIPS": lambda: PromptLPIPS(TinyFeatures()),
     "PromptImages": PromptImages,
 }
-SINGLE = ("Frechet", "KID", "IntraClusterLPIPS", "IntraClusterLPIPS of pictures")
+SINGLE = ("Frechet", "KID", "GaussianMMD", "IntraClusterLPIPS", "IntraClusterLPIPS of pictures")
 SEVERAL = ("PRDC", "SubjectCosines", "PromptLPIPS")
 
 

@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 
 from tests.metrics.toys import Pixels, TinyFeatures, close, images
 from tests.processes import run_apart
-from unidad_pl.metrics import KID, PRDC, Frechet, IntraClusterLPIPS, PromptLPIPS, SubjectCosines
+from unidad_pl.metrics import KID, PRDC, Frechet, GaussianMMD, IntraClusterLPIPS, PromptLPIPS, SubjectCosines
 from unidad_pl.metrics.two_sample import TwoSample
 
 TOTAL = 31
@@ -30,7 +30,7 @@ def check_digits(rank: int, share: list[torch.Tensor]) -> None:
     prompts = [f"prompt {number % 3}" for number in range(TOTAL)]
 
     def found(numbers: torch.Tensor, reference: torch.Tensor, size: int, **alone: bool) -> list[object]:
-        pair = [kind(**alone) for kind in (Frechet, KID, PRDC)]
+        pair = [kind(**alone) for kind in (Frechet, KID, PRDC, GaussianMMD)]
         intra = IntraClusterLPIPS(Pixels(), cap=4, batch_size=size, **alone)
         subject, varied = SubjectCosines({"a": Pixels()}, batch_size=size, **alone), PromptLPIPS(Pixels(), **alone)
         intra.set_shots(shots), subject.set_photos(shots)

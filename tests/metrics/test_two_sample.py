@@ -10,7 +10,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from tests.metrics.toys import refused
-from unidad_pl.metrics import KID, PRDC, Frechet, TwoSample, frechet_distance, kernel, kid
+from unidad_pl.metrics import KID, PRDC, Frechet, TwoSample, frechet_distance, gaussian_mmd, kernel, kid
 from unidad_pl.metrics.prdc import prdc
 
 
@@ -78,6 +78,24 @@ def test_precision_and_recall_equal_torch_fidelity() -> None:
         found = prdc(x, y, neighbours)
         for name in ("precision", "recall"):
             assert found[name] == pytest.approx(expected[name], abs=1e-6)
+
+
+@pytest.mark.parametrize("rows", [7, 1024])
+def test_gaussian_mmd_is_cmmds(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the kernel matrices themselves; by steps of one, and of some rows at a time."""
+    monkeypatch.setattr(kernel, "ROWS", rows)
+    x, y = features(20, 6, 1), features(33, 6, 2, shift=0.3)
+
+    def plain(sigma: float) -> float:
+        unit = [part.double().numpy() / np.linalg.norm(part.double().numpy(), axis=1, keepdims=True) for part in (x, y)]
+        k = [[np.exp(-np.square(a[:, None] - b[None]).sum(2) / (2 * sigma**2)).mean() for b in unit] for a in unit]
+        return k[0][0] + k[1][1] - 2 * k[0][1]
+
+    assert gaussian_mmd(x, y) == pytest.approx(1000 * plain(10), rel=1e-9)
+    assert gaussian_mmd(x, y, sigma=2, scale=1) == pytest.approx(plain(2), rel=1e-9)
+    assert gaussian_mmd(8 * x, y) == pytest.approx(gaussian_mmd(x, y), rel=1e-9)
+    assert gaussian_mmd(x, x) == pytest.approx(0, abs=1e-12)
+    refused("sigma must be above 0, got 0", gaussian_mmd, x, y, sigma=0)
 
 
 def plain_prdc(x: torch.Tensor, y: torch.Tensor, k: int) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from unidad_pl.callbacks.attributes import AttributeShare
 from unidad_pl.callbacks.balance import LossBalance
 from unidad_pl.callbacks.base import EvaluationCallback, Report
+from unidad_pl.callbacks.cmmd import CMMD
 from unidad_pl.callbacks.cost import Cost
 from unidad_pl.callbacks.factors import FactorDistance
 from unidad_pl.callbacks.fid import FID
@@ -17,7 +18,7 @@ from unidad_pl.callbacks.sound_checkpoint import SoundCheckpoint
 from unidad_pl.callbacks.teacher_grid import TeacherGrid
 
 __all__ = [
-    "FID", "AttributeShare", "Cost", "EvaluationCallback", "FactorDistance", "IntraLPIPS", "LossBalance",
+    "CMMD", "FID", "AttributeShare", "Cost", "EvaluationCallback", "FactorDistance", "IntraLPIPS", "LossBalance",
     "PredictionWriter", "Preemption", "PromptDiversity", "PromptGrid", "Report", "SampleGrid", "SoundCheckpoint",
     "SubjectSimilarity", "TeacherGrid", "read_records",
 ]  # fmt: skip

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from torch import Tensor, nn
+from torch import nn
 
-from unidad_pl.callbacks.base import EvaluationCallback, Report, feature_name
-from unidad_pl.callbacks.given_images import GivenImages, Images, own_share, share
+from unidad_pl.callbacks.base import Report, feature_name
+from unidad_pl.callbacks.given_images import Images
 from unidad_pl.callbacks.outputs import Samples
-from unidad_pl.checks import check_whole
-from unidad_pl.metrics.cache import ReferenceCache
-from unidad_pl.metrics.features import InceptionFeatures, check_network, extract
-from unidad_pl.metrics.frechet import frechet_distance
+from unidad_pl.callbacks.reference import ReferenceCallback
+from unidad_pl.metrics.features import InceptionFeatures
+from unidad_pl.metrics.frechet import Gaussian, frechet_distance, read_statistics
 from unidad_pl.metrics.kernel import kid
 from unidad_pl.metrics.prdc import NAMES, prdc
-from unidad_pl.metrics.two_sample import TwoSample
 from unidad_pl.metrics.wasserstein import sliced_wasserstein
 
+STATISTICS = ".npz"
 NEIGHBOURS = 5
 INCEPTION_RANK = 2048  # generated images from which Inception's covariance can have full rank
 FEW_REFERENCES = 500
 
 
-class FID(EvaluationCallback):
+class FID(ReferenceCallback):
     """Logs ``<stage>/fid``, and ``kid``, ``precision``, ``recall``, ``density``, ``coverage`` from the same features.
 
         >>> from unidad_pl import CartoonFeatures
@@ -43,7 +43,11 @@ class FID(EvaluationCallback):
         swd: also the sliced Wasserstein distance, which sees more of a distribution than its mean and covariance.
         prdc: also precision, recall, density and coverage (5 neighbours), which need 6 images of both kinds.
         reference: folder or tensor [N, 3, H, W] (uint8, or float in [-1, 1]), or a list of images; at least 2. Default:
-            ``trainer.datamodule.reference``.
+            ``trainer.datamodule.reference``. Or an ``.npz`` of FID statistics (``mu``, ``sigma``), as clean-fid,
+            torch-fidelity and released models have them: then FID is all there is.
+        made_with: what the statistics of an ``.npz`` were made with: the ``name`` of an extractor, such as
+            ``inception-v3-compat-2048`` of the default one. The record says it, and a warning if it is another than
+            that of ``features``.
         name: what the distance is logged as. With another name than ``fid`` the others are called ``<name>_kid`` and so
             on, so that several of these callbacks can be used together.
         batch_size: images per pass of the extractor.
@@ -53,7 +57,8 @@ class FID(EvaluationCallback):
         common: see :class:`~unidad_pl.callbacks.base.EvaluationCallback`.
 
     Raises:
-        ValueError: ``batch_size`` below 1, or an empty name. In ``setup``: fewer than 2 reference images.
+        ValueError: ``batch_size`` below 1, an empty name, or an ``.npz`` without ``made_with`` or the reverse. In
+            ``setup``: fewer than 2 reference images, or an ``.npz`` without such statistics.
         TypeError: ``features`` is no module.
     """
 
@@ -69,53 +74,45 @@ class FID(EvaluationCallback):
         name: str = "fid",
         batch_size: int = 50,
         cache: bool | str = True,
+        made_with: str | None = None,
         **common: Any,
     ) -> None:
-        super().__init__(name=name, **common)
-        check_whole(1, batch_size=batch_size)
-        self.features: nn.Module = InceptionFeatures() if features is None else features
-        check_network(features=self.features)
-        self.kid, self.prdc, self.swd, self.batch_size = kid, prdc, swd, batch_size
-        self.reference, self.cache = GivenImages("FID", "reference", reference), ReferenceCache(cache)
-        self._new: str | None = None
-        self.metric: TwoSample = TwoSample(keep_reference=True)
-        self._ready = False
+        features = InceptionFeatures() if features is None else features
+        super().__init__(features, reference, batch_size, cache, name=name, **common)
+        self.kid, self.prdc, self.swd, self.made_with = kid, prdc, swd, made_with
+        place = str(reference) if isinstance(reference, (str, Path)) else ""
+        self.statistics = place if place.lower().endswith(STATISTICS) else None
+        self._known: Gaussian | None = None
+        if (self.statistics is None) != (made_with is None):
+            raise ValueError(
+                f"made_with says what the statistics of an {STATISTICS} were made with, such as "
+                f"{feature_name(features)!r}: give both or none, got reference={reference!r}, made_with={made_with!r}"
+            )
 
     def produces(self) -> list[str]:
         wanted = {"kid": self.kid, "swd": self.swd} | dict.fromkeys(NAMES, self.prdc)
-        return ["fid", *(name for name, is_wanted in wanted.items() if is_wanted)]
+        return ["fid", *(name for name, is_wanted in wanted.items() if is_wanted and self.statistics is None)]
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().prepare(trainer, pl_module)
-        count = self.reference.check(trainer, least=2)
-        self._ready = False  # another run may have another reference set
-        if self.reference.are_shots(trainer):
+        if self.statistics is None:
+            super().prepare(trainer, pl_module)
+            if self.prdc and (count := self.reference.check(trainer)) <= NEIGHBOURS:
+                self._warn_of_prdc(f"there are {count} reference images")
+            return
+        self.load_features(trainer, self.features)
+        self._known = read_statistics(self.statistics)
+        if self.kid or self.prdc or self.swd:
+            self.warn_once("only fid is computed: all else needs the reference images, and there are statistics only")
+        if self.made_with != feature_name(self.features):
             self.warn_once(
-                "the reference images are the shots themselves: values say how closely the shots are copied, not how "
-                "well their domain is met. Give other images of it as the reference"
+                f"the statistics were made with {self.made_with!r}, the samples' features are those of "
+                f"{feature_name(self.features)!r}: values mean something only if these are the same network, "
+                f"with the same way of resizing pictures"
             )
-        if self.prdc and count <= NEIGHBOURS:
-            self._warn_of_prdc(f"there are {count} reference images")
 
     def inspect(self, trainer: pl.Trainer, samples: Samples) -> None:
-        self.reference.check_size(trainer, (samples.images.shape[2], samples.images.shape[3]))
-
-    def update(self, trainer: pl.Trainer, pl_module: pl.LightningModule, images: Tensor, seeds: Tensor) -> None:
-        self.metric.update(extract(self.features, images, self.batch_size), real=False, indices=seeds)
-
-    def _add_reference(self, trainer: pl.Trainer) -> None:
-        if self.reference.are_new(trainer, self._size):
-            self.metric.forget_reference()
-            every, device = self.reference.load(trainer, self._size), self.metric.device
-            key = self.cache.key(every, self.features, device, "features")
-            if (known := self.cache.read(key)) is not None:
-                own = own_share(trainer, len(every))
-                self.metric.update(known["features"][own], real=True, indices=own)
-            else:
-                self._new = key
-                for images, numbers in share(trainer, every, device, self.batch_size):
-                    self.metric.update(extract(self.features, images, self.batch_size), real=True, indices=numbers)
-        self._ready = True
+        if self.statistics is None:
+            super().inspect(trainer, samples)
 
     def _warn_of_prdc(self, there: str) -> None:
         self.warn_once(
@@ -125,24 +122,11 @@ class FID(EvaluationCallback):
         )
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> Report:
-        if not self._ready:
-            self._add_reference(trainer)
-        x, y = (self.metric.compute()[kind] for kind in ("generated", "reference"))
-        if trainer.is_global_zero:
-            self.cache.write(self._new, {"features": y})
-        self._new = None
-        details: dict[str, Any] = {"reference": len(y), "extractor": feature_name(self.features)}
-        if self.reference.are_shots(trainer):
-            details["reference_is_shots"] = True
-        if len(x) < 2:
-            self.warn_once("FID is NaN and all else left out: there is 1 sample, and 2 are needed. Draw more samples")
+        if self._known is not None:
+            return self._against(self._known)
+        x, y, details = self.both(trainer)
+        if not self._are_enough(len(x), len(y)):
             return Report({"fid": math.nan}, details)
-        if isinstance(self.features, InceptionFeatures) and (len(x) < INCEPTION_RANK or len(y) < FEW_REFERENCES):
-            self.warn_once(
-                f"FID of {len(x)} generated against {len(y)} reference images is strongly biased upwards (advised: "
-                f"{INCEPTION_RANK} and {FEW_REFERENCES} at least). Compare it only with FIDs of the same numbers; "
-                f"KID is unbiased."
-            )
         values = {"fid": frechet_distance(x, y)}
         if self.kid:
             values["kid"], details["kid_std"] = kid(x, y)
@@ -155,3 +139,29 @@ class FID(EvaluationCallback):
         elif self.prdc:
             self._warn_of_prdc(f"there are {len(x)} samples and {len(y)} reference images")
         return Report(values, details)
+
+    def _are_enough(self, samples: int, references: int | None) -> bool:
+        few = samples < INCEPTION_RANK or (references is not None and references < FEW_REFERENCES)
+        if samples < 2:
+            self.warn_once("FID is NaN and all else left out: there is 1 sample, and 2 are needed. Draw more samples")
+        elif isinstance(self.features, InceptionFeatures) and few:
+            self.warn_once(
+                f"FID of {samples} generated against {references or 'unknown'} reference images is strongly biased "
+                f"upwards (advised: {INCEPTION_RANK} and {FEW_REFERENCES} at least). Compare it only with FIDs of the "
+                f"same numbers; KID is unbiased."
+            )
+        return samples >= 2
+
+    def _against(self, known: Gaussian) -> Report:
+        x = self.metric.compute()["generated"]
+        if x.shape[1] != len(known.mean):
+            raise ValueError(
+                f"{self.statistics!r} is of {len(known.mean)} features and {feature_name(self.features)!r} has "
+                f"{x.shape[1]}: give the statistics of that extractor, or features= with the one they were made with"
+            )
+        details = {
+            "reference": None, "statistics": self.statistics, "made_with": self.made_with,
+            "extractor": feature_name(self.features),
+        }  # fmt: skip
+        enough = self._are_enough(len(x), None)
+        return Report({"fid": Gaussian.of(x).distance(known) if enough else math.nan}, details)

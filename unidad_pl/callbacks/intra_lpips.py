@@ -181,7 +181,8 @@ class IntraLPIPS(EvaluationCallback):
         key = self.cache.key(every, self.features, device, "intra", shots, how)
         known = self.cache.read(key)
         if trainer.strategy.reduce_boolean_decision(known is not None, all=True) and known is not None:
-            return IntraClusterResult(**{name: value.tolist() for name, value in known.items()})
+            found: dict[str, Any] = {name: value.tolist() for name, value in known.items()}
+            return IntraClusterResult(**found)
         self.metric.reset()
         for images, numbers in share(trainer, every, device, batch_size=64):
             self.metric.update(images, numbers)

@@ -152,10 +152,13 @@ def publish(trainer: pl.Trainer, picture: Tensor, path: Path, tag: str) -> None:
 
 
 def log_picture(trainer: pl.Trainer, tag: str, picture: Tensor) -> None:
-    """Give a picture [3, H, W] uint8 to every logger that can show one (TensorBoard, W&B, ...)."""
+    """Give a picture [3, H, W] uint8 to every logger that can show one (TensorBoard, W&B, MLflow, ...)."""
     loggers: list[Any] = list(trainer.loggers)
     for logger in loggers:
         if hasattr(logger, "log_image"):
             logger.log_image(key=tag, images=[picture.permute(1, 2, 0).numpy()], step=trainer.global_step)
         elif hasattr(getattr(logger, "experiment", None), "add_image"):
             logger.experiment.add_image(tag, picture, trainer.global_step)
+        elif hasattr(logger, "run_id") and hasattr(logger.experiment, "log_image"):  # MLflow
+            pixels = picture.permute(1, 2, 0).numpy()
+            logger.experiment.log_image(logger.run_id, pixels, key=tag, step=trainer.global_step, synchronous=True)

@@ -50,7 +50,7 @@ def digest_of(*values: object) -> str:
             digest.update(digest_of(*value.items()).encode())
         elif isinstance(value, Tensor):
             digest.update(f"{value.dtype} {tuple(value.shape)};".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         elif value is None or isinstance(value, (str, bytes, int, float)):
             digest.update(f"{value!r};".encode())
         else:

@@ -17,12 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unidad_pl.checks import check_whole
 from unidad_pl.files import mistaken
 from unidad_pl.metrics.features import FeatureModule
 from unidad_pl.metrics.weights import check_numbers, reason_of
 
 CLIP = "openai/clip-vit-base-patch32"
 DINO = "facebook/dino-vits16"
+DINOV2 = "facebook/dinov2-large"
+CLIP_336 = "openai/clip-vit-large-patch14-336"
 MOST_LAYERS, MOST = 200, 10**6
 TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -122,6 +125,7 @@ class _Encoder(FeatureModule):
 
     mean: Sequence[float]
     std: Sequence[float]
+    side: int | None = None  # of the pictures, where it is not the config's
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -135,6 +139,11 @@ class _Encoder(FeatureModule):
             with torch.inference_mode(False):
                 self.network = self._load().to(self.place.device)
 
+    def _facts(self) -> tuple[object, ...]:
+        """What embeddings follow from besides the code."""
+        self.load()
+        return self.network.config.to_json_string(use_diff=False), self.network
+
     def _load(self) -> nn.Module:
         raise NotImplementedError
 
@@ -144,7 +153,7 @@ class _Encoder(FeatureModule):
     def forward(self, images: Tensor) -> Tensor:
         self.load()
         config = self.network.config
-        size = getattr(config, "vision_config", config).image_size
+        size = self.side or getattr(config, "vision_config", config).image_size
         unit = (to_square(images.float().to(self.place.device), size) + 1) / 2
         pictures = (unit - unit.new_tensor(self.mean).view(1, 3, 1, 1)) / unit.new_tensor(self.std).view(1, 3, 1, 1)
         with torch.autocast(pictures.device.type, enabled=False):
@@ -165,6 +174,9 @@ class CLIPImages(_Encoder):
 
     def __init__(self, path: str = CLIP) -> None:
         super().__init__(path)
+
+    def fingerprint(self) -> tuple[object, ...]:
+        return self._facts()
 
     def _load(self) -> nn.Module:
         network: Any = load_part("CLIPImages", "CLIPModel", self.path, "clip")
@@ -240,8 +252,44 @@ class DINOImages(_Encoder):
     def __init__(self, path: str = DINO) -> None:
         super().__init__(path)
 
+    def fingerprint(self) -> tuple[object, ...]:
+        return self._facts()
+
     def _load(self) -> nn.Module:
         return load_part("DINOImages", "ViTModel", self.path, "vit", add_pooling_layer=False)
+
+    def _embed(self, pictures: Tensor) -> Tensor:
+        return self.network(pixel_values=pictures).last_hidden_state[:, 0]
+
+
+class DINOv2Images(_Encoder):
+    """The class token of DINOv2's ViT, behind its last norm, [N, D]: the features of FD-DINOv2 (Stein et al. 2023).
+
+        >>> DINOv2Images()(torch.zeros(2, 3, 64, 64)).shape  # doctest: +SKIP
+        torch.Size([2, 1024])
+
+    Pictures are 224 pixels wide whatever size the network was last trained at.
+
+    Args:
+        path: hub id or folder of a ``Dinov2Model``; FD-DINOv2 is defined with ViT-L/14.
+        side: width and height of its pictures, in pixels.
+
+    Raises:
+        ValueError: ``side`` below 1.
+    """
+
+    mean, std = DINOImages.mean, DINOImages.std
+
+    def __init__(self, path: str = DINOV2, side: int = 224) -> None:
+        super().__init__(path)
+        check_whole(1, 4096, side=side)
+        self.side = side
+
+    def fingerprint(self) -> tuple[object, ...]:
+        return self.side, *self._facts()
+
+    def _load(self) -> nn.Module:
+        return load_part("DINOv2Images", "Dinov2Model", self.path, "dinov2")
 
     def _embed(self, pictures: Tensor) -> Tensor:
         return self.network(pixel_values=pictures).last_hidden_state[:, 0]
