@@ -162,7 +162,7 @@ def to_grey(images: Tensor) -> Tensor:
 def image_hash(image: Tensor) -> str:
     """sha256 of a uint8 image's shape and pixels: equal for equal pictures, whatever file they came from."""
     digest = hashlib.sha256(str(tuple(image.shape)).encode())
-    digest.update(memoryview(image.contiguous().numpy()))
+    digest.update(image.contiguous().numpy().data)
     return digest.hexdigest()
 
 
