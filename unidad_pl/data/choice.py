@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -12,6 +14,9 @@ from unidad_pl.seeds import mix_seed
 SMALL = 100
 """Up to so many pictures of a place are all decoded and compared: copies are found and a broken one is an error, before
 shots are chosen. Of a larger place only the shots are decoded, and the reference when it is asked for."""
+
+CHUNK = 256
+"""Pictures of a large place that are decoded at a time."""
 
 
 def choose(
@@ -34,14 +39,13 @@ def choose(
     """
     candidates = _different(place) if isinstance(place, Decoded) else list(range(len(place)))
     order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(mix_seed(seed, 1)))
+    drawn = iter([candidates[i] for i in order.tolist()])
     found: dict[str, tuple[int, Tensor]] = {}
-    for number in (candidates[i] for i in order.tolist()):
-        if len(found) == shots:
-            break
-        image = place.read(number, resolution)
-        same, _ = found.setdefault(image_hash(image), (number, image))
-        if same != number:
-            _warn_of_copy(place, number, same)
+    while batch := list(islice(drawn, min(CHUNK, len(candidates) if shots is None else shots - len(found)))):
+        for number, image in zip(batch, place.load(resolution, batch), strict=True):
+            same, _ = found.setdefault(image_hash(image), (number, image))
+            if same != number:
+                _warn_of_copy(place, number, same)
     if len(found) < (shots or 1):
         copies = f" ({len(place)} with copies)" if len(place) > len(found) else ""
         raise ValueError(
@@ -66,7 +70,7 @@ def _warn_of_copy(place: ImageSet, number: int, same: int) -> None:
     rank_zero_warn(f"{place.names[number]} is the same picture as {place.names[same]}: used once")
 
 
-def without(shots: Tensor, images: Tensor) -> Tensor:
-    """``images`` [N, C, H, W] that are none of ``shots`` [k, C, H, W], pixel for pixel."""
+def are_among(shots: Tensor, images: Tensor) -> Tensor:
+    """[N] bool: which of ``images`` [N, C, H, W] are one of ``shots`` [k, C, H, W], pixel for pixel."""
     known = {image_hash(shot) for shot in shots}
-    return images[[image_hash(image) not in known for image in images]]
+    return torch.tensor([image_hash(image) in known for image in images])

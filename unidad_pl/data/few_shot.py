@@ -18,13 +18,12 @@ from unidad_pl.cartoons.shots import choose_shots
 from unidad_pl.cartoons.world import check_domain
 from unidad_pl.checks import check_options, check_path, check_whole
 from unidad_pl.data.batch import Batch
-from unidad_pl.data.choice import SMALL, choose, without
+from unidad_pl.data.choice import CHUNK, SMALL, are_among, choose
 from unidad_pl.data.image_sets import BUILTIN, CartoonImages, open_images
 from unidad_pl.data.images import Decoded, ImageSet, image_hash, to_grey
 from unidad_pl.data.stream import SeedBatches, ShotStream, place_in
 from unidad_pl.denoiser import to_float
 
-CHUNK = 256  # reference images that are decoded at a time
 MOST_SIDE, MOST_SAMPLES = 65536, 10_000_000  # no picture is wider, no evaluation larger
 FEW = 10
 """Fewer reference images are warned of."""
@@ -59,7 +58,8 @@ class Reference:
     Attributes:
         root: any place :func:`~unidad_pl.data.image_sets.open_images` knows; null: the images of the data's own root
             that are not shots (all of it, if that leaves fewer than 2), for a built-in domain 1000 held-out renders.
-        exclude_shots: leave images out that are equal to a shot, pixel for pixel at this resolution.
+        exclude_shots: leave images out that are equal to a shot, pixel for pixel at this resolution. A shot that was
+            made of a larger picture of the reference, in another format, is not equal to it.
     """
 
     root: str | None = None
@@ -204,7 +204,7 @@ class FewShotDataModule(pl.LightningDataModule):
         return torch.tensor([place.labels[i] for i in chosen])
 
     def _coloured(self, images: Tensor) -> Tensor:
-        return to_grey(images) if self.grey else images
+        return torch.cat([to_grey(part) for part in images.split(CHUNK)]) if self.grey else images
 
     @property
     def _pixels(self) -> Tensor:
@@ -214,12 +214,18 @@ class FewShotDataModule(pl.LightningDataModule):
         return self._shots
 
     def _load_reference(self, place: ImageSet, numbers: Sequence[int], exclude: bool) -> Tensor:
-        """Pictures of ``place``, in chunks, so that what is left out needs no room; without shots if ``exclude``."""
-        kept: list[Tensor] = []
+        """Pictures of ``place``, each once in memory; without shots if ``exclude``, else it is noted if most are."""
+        shots = self._pixels
+        images = shots.new_empty(len(numbers), *shots.shape[1:])
+        count = copies = 0
         for start in range(0, len(numbers), CHUNK):
-            images = self._coloured(place.load(self.resolution, numbers[start : start + CHUNK]))
-            kept.append(without(self._pixels, images) if exclude else images)
-        return torch.cat(kept)
+            part = self._coloured(place.load(self.resolution, numbers[start : start + CHUNK]))
+            known = are_among(shots, part)
+            part = part[~known] if exclude else part
+            images[count : count + len(part)] = part
+            count, copies = count + len(part), copies + int(known.sum()) * (not exclude)
+        self._reference_is_shots = 2 * copies > count
+        return images[:count]
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint remembers of the training data: with the same, a position of the stream is the same."""
@@ -264,8 +270,6 @@ class FewShotDataModule(pl.LightningDataModule):
         if self._reference is None:
             self._reference = self._given_reference() if self.reference_options.root else self._own_reference()
             count, way_out = len(self._reference), "name more images as data.reference.root"
-            copies = count - len(without(self._pixels, self._reference))
-            self._reference_is_shots = 2 * copies > count
             if self._reference_is_shots:
                 rank_zero_warn(
                     f"most of the {count} reference images are the shots themselves: metrics praise a model that "
@@ -278,7 +282,8 @@ class FewShotDataModule(pl.LightningDataModule):
     def _own_reference(self) -> Tensor:
         """What is no shot of the data's own root; all of it if that is less than 2."""
         if self._place is None:
-            return self._coloured(open_images(self.root).load(self.resolution))
+            renders = open_images(self.root)
+            return self._load_reference(renders, range(len(renders)), exclude=False)
         if len(self._rest) >= 2 and self.reference_options.exclude_shots:
             rest = self._load_reference(self._place, self._rest, exclude=True)
             if len(rest) >= 2:

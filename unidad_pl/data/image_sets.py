@@ -6,6 +6,7 @@ import os
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -61,18 +62,19 @@ TEXTS = (
 """Endings of what lies beside pictures and nobody takes for one; whatever else is left out is said."""
 
 
-def _sort_out(kind: str, place: object, inside: list[PurePath], lost: dict[str, str]) -> list[PurePath]:
+def _sort_out(kind: str, place: object, inside: list[str], lost: dict[str, str]) -> list[str]:
     """The pictures among files; one warning names what is left out and why.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    seen = [path for path in inside if not any(map(_is_hidden, path.parts))]
-    found = [path for path in seen if path.suffix.lower() in readable()]
-    left = {str(p): _reason(p) for p in seen if p.suffix.lower() not in (*readable(), *TEXTS)} | lost
+    seen = [(path, _ending(path)) for path in inside if not any(map(_is_hidden, path.split("/")))]
+    found = [path for path, ending in seen if ending in readable()]
+    others = [(path, ending) for path, ending in seen if ending not in readable()]
+    left = {path: _reason(ending) for path, ending in others if ending not in TEXTS} | lost
     some = [f"{name} ({reason})" for name, reason in list(left.items())[:5]] + ["..."] * (len(left) > 5)
     if not found:
-        some = some or [str(path) for path in seen[:5]]
+        some = some or [path for path, _ in seen[:5]]
         holds = f"it holds {', '.join(some)}" if some else "it is empty"
         raise FileNotFoundError(f"{kind} {str(place)!r} holds no image ({', '.join(readable())}); {holds}")
     if left:
@@ -80,15 +82,20 @@ def _sort_out(kind: str, place: object, inside: list[PurePath], lost: dict[str, 
     return found
 
 
+def _ending(path: str) -> str:
+    ending = os.path.splitext(path)[1].lower()
+    return "" if ending == "." else ending
+
+
 def _is_hidden(part: str) -> bool:
     return part == "__MACOSX" or (part.startswith(".") and part != "..")
 
 
-def _reason(path: PurePath) -> str:
-    if path.suffix.lower() in FORMATS["HEIF"]:
+def _reason(ending: str) -> str:
+    if ending in FORMATS["HEIF"]:
         return "pip install 'unidad_pl[heif]' to read it"
-    known = any(path.suffix.lower() in endings for endings in FORMATS.values())
-    return "this Pillow cannot read it: update it" if known else f"{path.suffix} is no kind of picture that is read"
+    known = any(ending in endings for endings in FORMATS.values())
+    return "this Pillow cannot read it: update it" if known else f"{ending} is no kind of picture that is read"
 
 
 class FolderImages(ImageSet):
@@ -107,15 +114,18 @@ class FolderImages(ImageSet):
                 f"another place with --data.root (or --data.reference.root)"
             )
         self.folder = folder
-        self.names = [path.as_posix() for path in _sort_out("image folder", folder, *_walk(folder))]
+        self.names = _sort_out("image folder", folder, *_walk(folder))
 
     def read(self, index: int, resolution: int) -> Tensor:
         return load_image(self.folder / self.names[index], resolution)
 
 
-def _walk(root: Path) -> tuple[list[PurePath], dict[str, str]]:
-    """Files in ``root`` and the folders in it and linked from it, each folder once; and what is left out, and why."""
-    inside: list[PurePath] = []
+def _walk(root: Path) -> tuple[list[str], dict[str, str]]:
+    """Files in ``root`` and the folders in it and linked from it, each folder once; and what is left out, and why.
+
+    Paths are text: to sort fifty thousand of ``pathlib``'s takes seconds.
+    """
+    inside: list[str] = []
     lost: dict[str, str] = {}
     seen: set[tuple[int, int]] = set()
 
@@ -130,14 +140,15 @@ def _walk(root: Path) -> tuple[list[PurePath], dict[str, str]]:
             if (identity.st_dev, identity.st_ino) in seen:
                 continue
             seen.add((identity.st_dev, identity.st_ino))
-            inside += [here / file for file in files]
+            above = "" if here == PurePath() else f"{here.as_posix()}/"
+            inside += [f"{above}{file}" for file in files]
             for name in folders:
                 path = Path(place, name)
                 if path.is_symlink() and root.resolve().is_relative_to(path.resolve()):
                     lost[str(here / name)] = "a link to a folder that this one lies in"
                 elif path.is_symlink() and not name.startswith("."):
                     links.append(path)
-    return sorted(inside), lost
+    return sorted(inside, key=lambda path: path.split("/")), lost
 
 
 class ZipImages(ImageSet):
@@ -153,18 +164,29 @@ class ZipImages(ImageSet):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with reading(path, "zip of pictures"), zipfile.ZipFile(path) as opened:
-            entries = {PurePath(name): opened.getinfo(name) for name in sorted(opened.namelist()) if name[-1:] != "/"}
+        self._opened: tuple[int, zipfile.ZipFile] | None = None
+        with reading(path, "zip of pictures"):
+            opened = self._open()
+            names = sorted(name for name in opened.namelist() if name[-1:] != "/")
+            entries = {PurePath(name).as_posix(): opened.getinfo(name) for name in names}
         self._entries = [entries[name] for name in _sort_out("zip", path, list(entries), {})]
         self.names = [entry.filename for entry in self._entries]
 
+    def _open(self) -> zipfile.ZipFile:
+        """The zip, opened once in every process: threads may share it, but not what a fork copied."""
+        if self._opened is None or self._opened[0] != os.getpid():
+            self._opened = os.getpid(), zipfile.ZipFile(self.path)
+        return self._opened[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_opened": None}
+
     def read(self, index: int, resolution: int) -> Tensor:
         shown, entry = f"{self.path}/{self.names[index]}", self._entries[index]
-        with reading(shown, "picture", WAY_OUT):  # opened anew each time: it cannot be shared with worker processes
+        with reading(shown, "picture", WAY_OUT):
             if entry.file_size > MAX_BYTES:
                 raise ValueError(f"{entry.file_size} bytes when unpacked, at most {MAX_BYTES} are taken")
-            with zipfile.ZipFile(self.path) as opened:
-                content = opened.read(entry)  # whole, so that its checksum is compared
+            content = self._open().read(entry)  # whole, so that its checksum is compared
         return load_image(content, resolution, shown)
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from io import BytesIO
 from pathlib import Path, PurePath
@@ -16,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unidad_pl.data.colours import as_shown
+from unidad_pl.data.colours import ORIENTATION, as_shown
 from unidad_pl.files import BrokenFile, reading
 
 if TYPE_CHECKING:
@@ -37,6 +40,10 @@ MAX_BYTES = 2**29
 MAX_PIXELS = 179_000_000
 """A picture has no more: twice Pillow's own limit of warning, whatever another package sets that to."""
 WAY_OUT = "replace it or take it out"
+MARGIN = 2.5
+"""A JPEG is decoded with at least so many times the pixels per side that are wanted of it, where it has more."""
+MOST_THREADS = 8
+"""Each may hold a large picture whole."""
 
 
 @cache
@@ -80,7 +87,8 @@ def load_image(file: str | Path | bytes, resolution: int, name: str | None = Non
 
     Args:
         file: a path, or a file's content.
-        resolution: side of the result in pixels. The centre square is cut out and resized with antialiased bicubic.
+        resolution: side of the result in pixels. The centre square is cut out and resized with antialiased bicubic;
+            a large JPEG is decoded at a half, a quarter or an eighth of its size, see :data:`MARGIN`.
         name: what errors call it; None: its path.
 
     Returns:
@@ -102,17 +110,46 @@ def load_image(file: str | Path | bytes, resolution: int, name: str | None = Non
         with Image.open(BytesIO(file) if isinstance(file, bytes) else file, formats=kinds) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise ValueError(f"{opened.width} x {opened.height} pixels: too many, a decompression bomb")
-            return square(as_shown(opened, shown), resolution)
+            width, height = opened.size
+            part = _shrink(opened, resolution)
+            picture = as_shown(opened, shown)
+            # A shrunk picture ends in pixels that are only partly in the large one; one that is turned has none.
+            whole = picture.width * part - -width % part, picture.height * part - -height % part
+            return square(picture, resolution, whole, part)
 
 
-def square(picture: Image, resolution: int) -> Tensor:
-    """The centre square of an RGB picture, resized with antialiased bicubic: [3, resolution, resolution] uint8."""
+def _shrink(opened: Image, resolution: int) -> int:
+    """Make a JPEG that is much larger than ``resolution`` come as 1 / 2, 1 / 4 or 1 / 8 of its size, and say which."""
+    width, height = opened.size
+    turned = True
+    with suppress(BrokenFile), reading("EXIF block", "one"):  # of a broken one is told later
+        turned = opened.getexif().get(ORIENTATION, 1) != 1
+    for part in (8, 4, 2) if opened.format in ("JPEG", "MPO") else ():
+        whole = width % part == 0 == height % part
+        if min(width, height) >= part * MARGIN * resolution and (whole or not turned):
+            opened.draft(None, (width // part, height // part))
+            return part
+    return 1
+
+
+def square(picture: Image, resolution: int, size: tuple[int, int] | None = None, part: int = 1) -> Tensor:
+    """The centre square of an RGB picture, resized with antialiased bicubic: [3, resolution, resolution] uint8.
+
+    Args:
+        picture: the picture.
+        resolution: side of the result.
+        size: width and height before it was shrunk; None: as it is.
+        part: how often it was shrunk: the square is that of the large picture.
+    """
     from PIL import Image
 
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    picture = picture.crop((left, top, left + side, top + side))
-    picture = picture.resize((resolution, resolution), Image.Resampling.BICUBIC)
+    width, height = picture.size if size is None else size
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    x, y = left // part, top // part
+    box = (left / part - x, top / part - y, (left + side) / part - x, (top + side) / part - y)
+    picture = picture.crop((x, y, x + math.ceil(box[2]), y + math.ceil(box[3])))
+    picture = picture.resize((resolution, resolution), Image.Resampling.BICUBIC, box)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
@@ -124,7 +161,9 @@ def to_grey(images: Tensor) -> Tensor:
 
 def image_hash(image: Tensor) -> str:
     """sha256 of a uint8 image's shape and pixels: equal for equal pictures, whatever file they came from."""
-    return hashlib.sha256(str(tuple(image.shape)).encode() + image.contiguous().numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(str(tuple(image.shape)).encode())
+    digest.update(image.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 class ImageSet(ABC):
@@ -137,10 +176,12 @@ class ImageSet(ABC):
     Attributes:
         names: a name for each, for messages.
         labels: their class numbers, below 0 where one has none; or None where the place has none.
+        threaded: whether :meth:`read` may be called by several threads at once.
     """
 
     names: list[str]
     labels: list[int] | None = None
+    threaded = True
 
     def __len__(self) -> int:
         return len(self.names)
@@ -154,16 +195,28 @@ class ImageSet(ABC):
         """
 
     def load(self, resolution: int, indices: Iterable[int] | None = None) -> Tensor:
-        """Those of ``indices``, by default all of them: [N, 3, resolution, resolution] uint8. No other is decoded.
+        """Those of ``indices``, by default all of them: [N, 3, resolution, resolution] uint8, by several threads. No
+        other is decoded.
 
         Raises:
-            ValueError: see :meth:`read`.
+            ValueError: see :meth:`read`; of several the first.
         """
         wanted = range(len(self)) if indices is None else list(indices)
         images = torch.empty(len(wanted), 3, resolution, resolution, dtype=torch.uint8)
-        for row, index in enumerate(wanted):
+
+        def put(row: int, index: int) -> None:
             images[row] = self.read(index, resolution)
+
+        with ThreadPoolExecutor(_threads() if self.threaded else 1) as pool:
+            for _ in pool.map(put, range(len(wanted)), wanted):
+                pass
         return images
+
+
+def _threads() -> int:
+    """How many of them decode: as many as this process has processors, up to :data:`MOST_THREADS`."""
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_THREADS, own)
 
 
 class Decoded(ImageSet):

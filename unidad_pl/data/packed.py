@@ -39,6 +39,8 @@ class LMDBImages(ImageSet):
         unidad_pl.files.BrokenFile: 'nowhere/data.mdb' is no readable LMDB (No such file or directory): replace it ...
     """
 
+    threaded = False  # the library opens a place once in a process
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
