@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from sphinx.errors import ExtensionError
 from sphinx.ext.napoleon.docstring import GoogleDocstring
 
 import unidad_pl
@@ -55,6 +56,7 @@ GoogleDocstring._consume_returns_section = lambda self, preprocess_types=False: 
 
 WHOLE = ("denoiser", "sampling", "losses", "schedules", "discriminator", "metrics")
 """Rooms of which all names are shown that they hand out, and not only those of ``unidad_pl`` itself."""
+source_links: set[tuple[str, str]] = set()
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)")
 
 
@@ -197,7 +199,7 @@ def name_at(file: Path, line: int) -> str:
 
 
 def link_files(app: Any, docname: str, content: list[str]) -> None:
-    """On GitHub a link leads to a file, or to a line of it; here to the reference, or to a download."""
+    """On GitHub a link leads to a file, or to a line of it; here to a download, or to that line in the source pages."""
 
     def link(match: re.Match[str]) -> str:
         text, target = match.groups()
@@ -208,11 +210,31 @@ def link_files(app: Any, docname: str, content: list[str]) -> None:
         if file.is_dir():
             return text
         bare = text.strip("`")
-        return f"{{py:obj}}`{bare} <{name_at(file, int(line))}>`" if line else f"{{download}}`{bare} <{path}>`"
+        if not line:
+            return f"{{download}}`{bare} <{path}>`"
+        whole = name_at(file, int(line))
+        module, name = top_level(whole)
+        if resolve(whole).__doc__:  # else it has no place of its own there, but its class has
+            name = whole.removeprefix(f"{module}.")
+        page = f"_modules/{module.replace('.', '/')}.html"
+        source_links.add((page, name))
+        return f'<a class="reference internal" href="{page}#{name}"><code class="xref literal">{bare}</code></a>'
 
     content[0] = LINK.sub(link, content[0])
     if docname == "study/README" and not content[0].startswith("# "):
         content[0] = f"# Tables and pictures of the study\n\n{content[0]}"
+
+
+def check_source_links(app: Any, error: Exception | None) -> None:
+    """What the pages link to is in the source pages.
+
+    Raises:
+        ExtensionError: names the first that is not.
+    """
+    for page, name in sorted(source_links) if error is None and app.builder.name == "html" else ():
+        file = Path(app.outdir) / page
+        if not file.is_file() or f'id="{name}"' not in file.read_text(encoding="utf-8"):
+            raise ExtensionError(f"the pages link to {page}#{name}, which is not there")
 
 
 def setup(app: Any) -> None:
@@ -220,3 +242,4 @@ def setup(app: Any) -> None:
     write_reference()
     app.connect("source-read", link_files)
     app.connect("missing-reference", refer)
+    app.connect("build-finished", check_source_links)

@@ -88,3 +88,9 @@ def test_public_names_are_lazy_and_complete() -> None:
     assert set(unidad_pl.__all__) <= set(dir(unidad_pl))
     with pytest.raises(AttributeError, match="no attribute 'UniDad'"):
         unidad_pl.UniDad  # noqa: B018
+
+
+def test_the_readme_begins_with_a_command_and_is_short() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert lines.index("```sh") < 25, "the first command is on the first screen"
+    assert len(lines) <= 155, "what is longer belongs into a page of docs/"

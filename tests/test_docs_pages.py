@@ -231,7 +231,7 @@ def test_options_in_the_text_are_there() -> None:
     from unidad_pl.cli.main import TOOLS
 
     known = {f"--{name}" for place in TOOLS.values() for name in inspect.signature(PARSERS.function(place)).parameters}
-    known |= {"--debug", "--model.help", "--model.source.help", "--print_config", "--node_rank"}
+    known |= {"--debug", "--help", "--model.help", "--model.source.help", "--print_config", "--node_rank"}
     known |= {"--requeue", "--signal=USR1@180"}  # sbatch's
     for config in ("quickstart", "sdp_lora", "finetune"):
         options = PARSERS.lightning(["fit", "--config", f"configs/{config}.yaml"]).as_dict()["fit"]
