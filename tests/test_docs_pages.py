@@ -139,6 +139,9 @@ class Parsers:
         assert name, f"unidad has no command {words[0]}"
         function = self.function(TOOLS[name])
         parser = ArgumentParser(exit_on_error=False)
+        for one in inspect.signature(function).parameters.values():
+            if one.kind == one.VAR_POSITIONAL:
+                parser.add_argument(one.name, nargs="+", type=str)
         parser.add_function_arguments(function, as_group=False)
         parser.parse_args([_spelled_out(word, function) for word in words[len(name.split()) :]])
 
