@@ -26,7 +26,10 @@ from unidad_pl.denoiser import Codec, guided
 from unidad_pl.training.rehearsal import Rehearsal
 
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
-TEXT = ("a dog", "a prt dog", "")
+TINY_VAE: dict[str, Any] = dict(
+    block_out_channels=(4, 8), norm_num_groups=2, down_block_types=("DownEncoderBlock2D",) * 2,
+    up_block_types=("UpDecoderBlock2D",) * 2, sample_size=16,
+)  # fmt: skip
 
 
 class Words(Codec):
@@ -90,9 +93,7 @@ class Conformance:
             for weight in net.parameters():
                 weight.add_(0.05 * torch.randn_like(weight))  # none stays zero
         net.save_pretrained(folder / "transformer")
-        tiny: Any = dict(block_out_channels=(4, 8), norm_num_groups=2, latent_channels=self.latent_channels,
-                         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-                         sample_size=16)  # fmt: skip
+        tiny = TINY_VAE | {"latent_channels": self.latent_channels}
         getattr(diffusers, self.network.vae)(**tiny | self.vae).save_pretrained(folder / "vae")
         (folder / "scheduler").mkdir()
         (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(self.scheduler))

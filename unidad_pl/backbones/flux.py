@@ -11,7 +11,7 @@ from torch import Tensor
 from unidad_pl.backbones.transformer import JOINT, TransformerNetwork, packed, text_first, unpacked
 from unidad_pl.condition import Condition
 
-PATCH = 2
+PATCH, TOKENS = 2, 512
 
 
 class FluxNetwork(TransformerNetwork):
@@ -27,6 +27,17 @@ class FluxNetwork(TransformerNetwork):
     adapted = (*TransformerNetwork.adapted, *JOINT, "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp")
     masks = True
 
+    text_parts = {  # noqa: RUF012
+        "text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel", "tokenizer": "CLIPTokenizer",
+        "tokenizer_2": "T5TokenizerFast",
+    }  # fmt: skip
+    tokenizer, most_tokens = "tokenizer_2", TOKENS
+
+    @classmethod
+    def encoded(cls, pipe: Any, prompt: str, device: torch.device | str) -> Condition:
+        tokens, pooled, _ = pipe.encode_prompt([prompt], None, device=device, max_sequence_length=TOKENS)
+        return Condition(tokens=tokens, pooled=pooled)
+
     @classmethod
     def sizes(cls, config: Mapping[str, Any]) -> tuple[int, int, int]:
         width = config["num_attention_heads"] * config["attention_head_dim"]
@@ -34,7 +45,7 @@ class FluxNetwork(TransformerNetwork):
 
     @classmethod
     def text_sizes(cls, config: Mapping[str, Any]) -> tuple[int, int, int]:
-        return 512, config["joint_attention_dim"], config["pooled_projection_dim"]
+        return TOKENS, config["joint_attention_dim"], config["pooled_projection_dim"]
 
     def _call(self, scaled: Tensor, time: Tensor, cond: Condition) -> Tensor:
         assert cond.tokens is not None

@@ -17,6 +17,8 @@ from unidad_pl.condition import Condition
 from unidad_pl.files import read_json, reading
 from unidad_pl.schedules import flow_sigmas
 
+TOKENS, TEMPLATE = 512, 24
+"""What the text encoder reads of a prompt and its chat template, and at most of the latter."""
 MANY_STEPS = 50
 """The pipeline's default, which the table of a network's noise levels is for."""
 
@@ -64,13 +66,20 @@ class Flux2Network(TransformerNetwork):
     )  # fmt: skip
     masks, usual_side, usual_guidance, vae_fold = True, 64, 4.0, 2
 
+    text_parts = {"text_encoder": "Qwen3ForCausalLM", "tokenizer": "Qwen2TokenizerFast"}  # noqa: RUF012
+    most_tokens = TOKENS - TEMPLATE
+
+    @classmethod
+    def encoded(cls, pipe: Any, prompt: str, device: torch.device | str) -> Condition:
+        return Condition(tokens=pipe.encode_prompt([prompt], device=device)[0])
+
     @classmethod
     def sizes(cls, config: Mapping[str, Any]) -> tuple[int, int, int]:
         return config["in_channels"], 1, config["num_attention_heads"] * config["attention_head_dim"]
 
     @classmethod
     def text_sizes(cls, config: Mapping[str, Any]) -> tuple[int, int, int]:
-        return 512, config["joint_attention_dim"], 0
+        return TOKENS, config["joint_attention_dim"], 0
 
     @classmethod
     def spec_of(cls, scheduler: Path, tokens: int) -> UNetSpec:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from unidad_pl.backbones.folders import CONFIG_FILE, empty_network, in_diffusers
 from unidad_pl.backbones.sd_files import (
+    CLASSES,
     INDEX_FILE,
     PIPELINES,
     read_index,
@@ -140,7 +141,7 @@ class LatentCodec(Codec):
         for name in text_parts(self.folder):
             part = self.folder / name
             encoder = name.startswith("text_encoder")
-            parts[name] = read_text_encoder(part, name == "text_encoder_2") if encoder else read_tokenizer(part)
+            parts[name] = read_text_encoder(part, CLASSES[name][0]) if encoder else read_tokenizer(part)
         settings = {"requires_safety_checker": False, ZEROS: index.get(ZEROS) is not False}
         options = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder")) | settings
         with reading(self.folder / "tokenizer" / "tokenizer_config.json", "tokenizer of its text encoder"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from unidad_pl.backbones.transformer import JOINT, TransformerNetwork
@@ -28,6 +29,18 @@ class SD3Network(TransformerNetwork):
         most = self.transformer.config["pos_embed_max_size"] * self.fold
         if (side := self.image_shape[1]) > most:
             raise ValueError(f"this {self.diffusers_class} knows images of up to {most} latents, not of {side}")
+
+    text_parts = {  # noqa: RUF012
+        "text_encoder": "CLIPTextModelWithProjection", "text_encoder_2": "CLIPTextModelWithProjection",
+        "text_encoder_3": "T5EncoderModel", "tokenizer": "CLIPTokenizer", "tokenizer_2": "CLIPTokenizer",
+        "tokenizer_3": "T5TokenizerFast",
+    }  # fmt: skip
+    tokenizer, most_tokens = "tokenizer_3", T5_TOKENS
+
+    @classmethod
+    def encoded(cls, pipe: Any, prompt: str, device: torch.device | str) -> Condition:
+        found = pipe.encode_prompt([prompt], None, None, device=device, do_classifier_free_guidance=False)
+        return Condition(tokens=found[0], pooled=found[2])
 
     @classmethod
     def text_sizes(cls, config: Mapping[str, Any]) -> tuple[int, int, int]:

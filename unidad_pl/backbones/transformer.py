@@ -119,6 +119,17 @@ class TransformerNetwork(DiffusersNetwork):
             raise NotImplementedError(f"{cls.__name__} takes prompts and must say of which sizes")
         return 0, 0, 0
 
+    text_parts: Mapping[str, str] = {}
+    """Parts of its pipeline that read prompts -> their classes in transformers."""
+
+    tokenizer, most_tokens = "tokenizer", 77
+    """The name of the tokenizer that reads most of a prompt, and how many tokens of it."""
+
+    @classmethod
+    def encoded(cls, pipe: Any, prompt: str, device: torch.device | str) -> Condition:
+        """A prompt by the ``encode_prompt`` of its pipeline ``pipe``, which has no transformer here."""
+        raise NotImplementedError(f"{cls.__name__} takes prompts and must say how its pipeline encodes them")
+
     @classmethod
     def spec_of(cls, scheduler: Path, tokens: int) -> UNetSpec:
         """How to read a network with this scheduler config, for images of so many tokens."""

@@ -13,6 +13,8 @@ from unidad_pl.backbones.transformer import TransformerNetwork
 from unidad_pl.condition import Condition
 
 PATCH, FRAMES = 2, 1
+TOKENS, TEMPLATE = 512, 24
+"""What the text encoder reads of a prompt and its chat template, and at most of the latter."""
 
 
 class ZImageNetwork(TransformerNetwork):
@@ -29,13 +31,21 @@ class ZImageNetwork(TransformerNetwork):
     adapted = (*ATTENTION, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
     masks = True
 
+    text_parts = {"text_encoder": "Qwen3Model", "tokenizer": "Qwen2TokenizerFast"}  # noqa: RUF012
+    most_tokens = TOKENS - TEMPLATE
+
+    @classmethod
+    def encoded(cls, pipe: Any, prompt: str, device: torch.device | str) -> Condition:
+        (tokens,), _ = pipe.encode_prompt([prompt], device=device, do_classifier_free_guidance=False)
+        return Condition(tokens=tokens[None])
+
     @classmethod
     def sizes(cls, config: Mapping[str, Any]) -> tuple[int, int, int]:
         return config["in_channels"], PATCH, config["dim"]
 
     @classmethod
     def text_sizes(cls, config: Mapping[str, Any]) -> tuple[int, int, int]:
-        return 512, config["cap_feat_dim"], 0
+        return TOKENS, config["cap_feat_dim"], 0
 
     def _call(self, scaled: Tensor, time: Tensor, cond: Condition) -> Tensor:
         assert cond.tokens is not None
