@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 _ROOMS = {
-    "backbones": ("ADMSource", "LoRA", "NewUNet", "PretrainedUNet", "StableDiffusion"),
+    "backbones": ("ADMSource", "LoRA", "NewUNet", "PretrainedUNet", "StableDiffusion", "Transformer"),
     "callbacks": (
         "CMMD", "FID", "AttributeShare", "Cost", "FactorDistance", "IntraLPIPS", "LossBalance", "PredictionWriter",
         "Preemption", "PromptDiversity", "PromptGrid", "SampleGrid", "SoundCheckpoint", "SubjectSimilarity",

@@ -110,3 +110,19 @@ def _numbers(value: Any) -> list[Any]:
     if isinstance(value, (list, tuple)):
         return [number for item in value for number in _numbers(item)]
     return [value] if isinstance(value, (int, float)) else []
+
+
+def in_diffusers(name: str) -> Any:
+    """The class ``name`` of diffusers.
+
+    Raises:
+        ImportError: the installed one has none.
+    """
+    import diffusers
+
+    try:
+        return getattr(diffusers, name)
+    except AttributeError as error:
+        raise ImportError(
+            f"the installed diffusers {diffusers.__version__} has no {name}: pip install --upgrade diffusers"
+        ) from error

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unidad_pl.backbones.folders import CONFIG_FILE, empty_network
+from unidad_pl.backbones.folders import CONFIG_FILE, empty_network, in_diffusers
 from unidad_pl.backbones.sd_files import (
+    CLASSES,
     INDEX_FILE,
     PIPELINES,
     read_index,
@@ -36,23 +37,30 @@ ZEROS = "force_zeros_for_empty_prompt"
 """A setting of SDXL pipelines that is none of their parts."""
 
 
-def read_vae(folder: Path) -> Any:
-    """The ``AutoencoderKL`` in ``folder``, float32.
+def read_vae(folder: Path, name: str = "AutoencoderKL") -> Any:
+    """The VAE of diffusers' class ``name`` in ``folder``, float32.
 
     Raises:
         FileNotFoundError: its config or its weights are missing.
         BrokenFile: they cannot be read, do not fit each other, or are for other pictures than RGB.
     """
-    from diffusers import AutoencoderKL
-
-    vae = empty_network(AutoencoderKL, folder)
-    with reading(folder / CONFIG_FILE, "config of an AutoencoderKL"):
+    vae = empty_network(in_diffusers(name), folder)
+    with reading(folder / CONFIG_FILE, f"config of an {name}"):
         config = vae.config
         unknown = {*config["down_block_types"], *config["up_block_types"]} - {"DownEncoderBlock2D", "UpDecoderBlock2D"}
         if unknown or (config["in_channels"], config["out_channels"]) != (3, 3):
             raise ValueError(f"it must map RGB to RGB by DownEncoderBlock2D and UpDecoderBlock2D, unknown: {unknown}")
     fill(vae, read_folder(folder), str(folder))
     return vae
+
+
+def need_transformers() -> None:
+    """
+    Raises:
+        ModuleNotFoundError: transformers is not installed; names the extra.
+    """
+    if find_spec("transformers") is None:
+        raise ModuleNotFoundError("text encoders need transformers: pip install 'unidad_pl[sdp]'")
 
 
 def check_vocabulary(parts: dict[str, Any]) -> None:
@@ -91,15 +99,16 @@ class LatentCodec(Codec):
     """
 
     def __init__(self, folder: Path, resolution: int | None = None, fetch: Callable[[], Path] | None = None) -> None:
-        if find_spec("transformers") is None:
-            raise ModuleNotFoundError(
-                "Stable Diffusion's text encoders need transformers: pip install 'unidad_pl[sdp]'"
-            )
-        text_parts(folder)
+        self._check_files(folder)
         self.folder, self.resolution, self._fetch = folder, resolution, fetch
         self._parts: Any = None
         self._moments: dict[str, tuple[Tensor, Tensor]] = {}
         self._embeddings: dict[str, Condition] = {}
+
+    def _check_files(self, folder: Path) -> None:
+        """Refuse early what cannot be read later."""
+        need_transformers()
+        text_parts(folder)
 
     @property
     def parts(self) -> Any:
@@ -132,7 +141,7 @@ class LatentCodec(Codec):
         for name in text_parts(self.folder):
             part = self.folder / name
             encoder = name.startswith("text_encoder")
-            parts[name] = read_text_encoder(part, name == "text_encoder_2") if encoder else read_tokenizer(part)
+            parts[name] = read_text_encoder(part, CLASSES[name][0]) if encoder else read_tokenizer(part)
         settings = {"requires_safety_checker": False, ZEROS: index.get(ZEROS) is not False}
         options = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder")) | settings
         with reading(self.folder / "tokenizer" / "tokenizer_config.json", "tokenizer of its text encoder"):
@@ -156,7 +165,17 @@ class LatentCodec(Codec):
             raise ValueError(f"pictures must be in [-1, 1], got {float(images.min()):.4g} to {float(images.max()):.4g}")
         moments = [self._moments_of(image) for image in images]
         mean, std = (torch.stack(part).to(images.device) for part in zip(*moments, strict=True))
-        return (mean + std * torch.randn_like(mean)) * self.parts.vae.config.scaling_factor
+        return self._normalised(mean + std * torch.randn_like(mean))
+
+    def _normalised(self, latents: Tensor) -> Tensor:
+        """The VAE's latents [B, C, H, W] -> the networks'."""
+        config = self.parts.vae.config
+        return (latents - (config.get("shift_factor") or 0)) * config.scaling_factor
+
+    def _denormalised(self, latents: Tensor) -> Tensor:
+        """The inverse of :meth:`_normalised`."""
+        config = self.parts.vae.config
+        return latents / config.scaling_factor + (config.get("shift_factor") or 0)
 
     def _moments_of(self, image: Tensor) -> tuple[Tensor, Tensor]:
         key = hashlib.sha256(image.float().cpu().contiguous().numpy().tobytes()).hexdigest()
@@ -170,7 +189,7 @@ class LatentCodec(Codec):
         """Latents [B, C, H, W] -> pictures [B, 3, R, R] float32."""
         vae = self.parts.vae
         with self._visiting([vae], images.device):
-            return torch.cat([vae.decode(one[None].float() / vae.config.scaling_factor).sample for one in images])
+            return torch.cat([vae.decode(self._denormalised(one[None].float())).sample for one in images])
 
     def embed(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> Condition:
         """Conditions with tokens [B, L, D], and SDXL's pooled embeddings [B, E], float32.

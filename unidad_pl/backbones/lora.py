@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, Hu et al. 2022) on a diffusers UNet, through peft: small trained weights over a frozen base.
+"""Low-rank adapters (LoRA, Hu et al. 2022) on a diffusers network, by peft: small trained weights over a frozen base.
 
 The base is one set of tensors however many networks are made from it: a copy of a network with adapters has adapters
 of its own and shares the base (:meth:`~unidad_pl.denoiser.Denoiser.__deepcopy__`). No adapter is ever switched on or
@@ -24,14 +24,15 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 @dataclass
 class LoRA:
-    """What is trained of a UNet in place of all its weights: ``W + (alpha / rank) B A`` in some layers.
+    """What is trained of a network in place of all its weights: ``W + (alpha / rank) B A`` in some layers.
 
         >>> attention_and_convolutions = LoRA(rank=8, target_modules=("to_q", "to_v", "conv1"))
 
     Attributes:
         rank: of the update of each layer.
         alpha: scale of the update, times ``rank``; null: the rank, a scale of 1.
-        target_modules: ends of the names of the layers that get an adapter.
+        target_modules: ends of the names of the layers that get an adapter; null: a UNet's attention layers, those and
+            the feed-forward layers of a transformer.
         base_dtype: how the frozen base is stored and computed, ``float32`` or ``bfloat16``; adapters stay float32.
 
     Raises:
@@ -40,7 +41,7 @@ class LoRA:
 
     rank: int = 16
     alpha: float | None = None
-    target_modules: tuple[str, ...] = ATTENTION
+    target_modules: tuple[str, ...] | None = None
     base_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
@@ -48,16 +49,17 @@ class LoRA:
         check_whole(1, MOST_RANK, null=True, rank=self.rank)
         check_positive(alpha=self.alpha)
         check_at_least(0, 1e6, alpha=self.alpha)
-        ends = self.target_modules
+        ends = ATTENTION if self.target_modules is None else self.target_modules
         if not isinstance(ends, (list, tuple)) or not ends or not all(isinstance(end, str) for end in ends):
             raise ValueError(f"target_modules must be a list of ends of names, got {ends!r}")
         check_options(self)
 
 
-def add_adapters(unet: Any, lora: LoRA) -> None:
-    """Put adapters into ``unet``: the network computes what it did until they are trained.
+def add_adapters(net: Any, lora: LoRA, output_layer: str, usual: tuple[str, ...] = ATTENTION) -> None:
+    """Put adapters into ``net``: the network computes what it did until they are trained.
 
-    The base stops being trained. ``A`` is drawn from torch's random state, ``B`` is zero.
+    By default they go into its ``usual`` layers. The base stops being trained. ``A`` is drawn from torch's random
+    state, ``B`` is zero.
 
     Raises:
         ModuleNotFoundError: peft is not installed; names the extra.
@@ -65,30 +67,33 @@ def add_adapters(unet: Any, lora: LoRA) -> None:
     """
     if find_spec("peft") is None:
         raise ModuleNotFoundError("adapters need peft: pip install 'unidad_pl[sdp]'")
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
-    names = [name for name, _ in unet.named_modules()]
-    absent = [end for end in lora.target_modules if not any(name == end or name.endswith(f".{end}") for name in names)]
+    targets = list(usual if lora.target_modules is None else lora.target_modules)
+    names = [name for name, _ in net.named_modules()]
+    absent = [end for end in targets if not any(name == end or name.endswith(f".{end}") for name in names)]
     if absent:
-        raise ValueError(f"lora.target_modules: this UNet has no layer whose name ends in {', '.join(absent)}")
+        raise ValueError(f"lora.target_modules: this network has no layer whose name ends in {', '.join(absent)}")
     if lora.base_dtype == "bfloat16":
-        store_in_bfloat16(unet)
+        store_in_bfloat16(net, output_layer)
     config: Any = LoraConfig(
         r=lora.rank, lora_alpha=lora.rank if lora.alpha is None else lora.alpha,  # type: ignore[arg-type]
-        target_modules=list(lora.target_modules),
+        target_modules=targets,
     )  # fmt: skip
-    unet.add_adapter(config, adapter_name=ADAPTER)
-    for weight in unet.parameters():
+    if hasattr(net, "add_adapter"):
+        net.add_adapter(config, adapter_name=ADAPTER)
+    else:  # a class that diffusers knows no adapters of
+        inject_adapter_in_model(config, net, ADAPTER)
+    for weight in net.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()  # peft makes them like the base
 
 
-def store_in_bfloat16(unet: Any) -> None:
+def store_in_bfloat16(net: nn.Module, output_layer: str) -> None:
     """Store all layers but the output layer in bfloat16."""
-    for name, part in unet.named_children():
-        for layer in part.modules() if name != "conv_out" else ():
-            for own, weight in layer.named_parameters(recurse=False):
-                setattr(layer, own, nn.Parameter(weight.detach().bfloat16(), weight.requires_grad))
+    for name, layer in net.named_modules():
+        for own, weight in layer.named_parameters(recurse=False) if name != output_layer else ():
+            setattr(layer, own, nn.Parameter(weight.detach().bfloat16(), weight.requires_grad))
 
 
 def base_names(network: nn.Module) -> frozenset[str]:

@@ -118,8 +118,8 @@ def text_parts(folder: Path) -> list[str]:
     return names
 
 
-def read_text_encoder(folder: Path, projected: bool) -> nn.Module:
-    """CLIP's text encoder in ``folder``, float32, all of its weights finite.
+def read_text_encoder(folder: Path, name: str) -> nn.Module:
+    """The text encoder of transformers' class ``name`` in ``folder``, float32, all of its weights finite.
 
     Raises:
         FileNotFoundError: its config or its weights are missing.
@@ -127,13 +127,13 @@ def read_text_encoder(folder: Path, projected: bool) -> nn.Module:
     """
     import transformers
 
-    kind: Any = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
+    kind: Any = getattr(transformers, name)
     entries = read_json(folder / CONFIG_FILE, "text encoder's config")
     with reading(folder / CONFIG_FILE, "text encoder's config"):
         check_depth(entries)
         numbers = {name: value for name, value in entries.items() if isinstance(value, (int, float))}
         check_at_least(-MOST, MOST, **{name: value for name, value in numbers.items() if not isinstance(value, bool)})
-        config = transformers.CLIPTextConfig.from_dict(entries)
+        config = kind.config_class.from_dict(entries)
         with torch.device("meta"):
             described = sum(weight.numel() for weight in kind(config).parameters())
     state = read_folder(folder, TEXT)
@@ -150,13 +150,13 @@ def read_text_encoder(folder: Path, projected: bool) -> nn.Module:
     return encoder
 
 
-def read_tokenizer(folder: Path) -> Any:
-    """CLIP's tokenizer in ``folder``.
+def read_tokenizer(folder: Path, name: str = "CLIPTokenizer") -> Any:
+    """The tokenizer of transformers' class ``name`` in ``folder``.
 
     Raises:
         BrokenFile: a file of it that is none, or no whole number of tokens that can be read.
     """
-    from transformers import CLIPTokenizer
+    import transformers
 
     for file in sorted(folder.iterdir()):
         if mistake := mistaken(file):
@@ -164,7 +164,7 @@ def read_tokenizer(folder: Path) -> Any:
         if file.suffix == ".json":
             read_json(file, "tokenizer's file")
     with reading(folder, "tokenizer"):
-        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = getattr(transformers, name).from_pretrained(str(folder), local_files_only=True)
         check_at_least(3, model_max_length=tokenizer.model_max_length)
         if len(tokenizer) <= len(tokenizer.all_special_ids):
             raise ValueError("it knows no word")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -26,9 +27,10 @@ SUPPORTED = (
 FLOW = "FlowMatchEulerDiscreteScheduler"
 OTHER_FLOWS = {
     "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False, "invert_sigmas": False,
-    "shift_terminal": None, "use_dynamic_shifting": False,
+    "shift_terminal": None,
 }  # fmt: skip
 """Options of a flow's scheduler that place the times otherwise than by a shift -> the value that does not."""
+SHIFT_TYPES = ("exponential", "linear")
 
 
 @dataclass(frozen=True)
@@ -113,10 +115,14 @@ def find_scheduler(folder: Path) -> Path | None:
     return None
 
 
-def spec_of_scheduler(path: Path) -> UNetSpec:
+def spec_of_scheduler(path: Path, tokens: int | None = None) -> UNetSpec:
     """How to read a network that was trained with the scheduler config ``path``.
 
     Absent entries mean diffusers' defaults: 1000 timesteps, linear betas from 1e-4 to 0.02, prediction of the noise.
+
+    Args:
+        path: the config.
+        tokens: of an image, where a flow's shift may depend on them; None: it must not.
 
     Raises:
         ValueError: not a JSON object, a scheduler, betas or prediction type that are not supported; names the value.
@@ -124,7 +130,7 @@ def spec_of_scheduler(path: Path) -> UNetSpec:
     config = read_json(path, "scheduler config")
     name = config.get("_class_name")
     if name == FLOW:
-        return _spec_of_flow(path, config)
+        return _spec_of_flow(path, config, tokens)
     if name not in SUPPORTED:
         raise ValueError(f"{path}: scheduler {name} is not supported; supported are {', '.join((*SUPPORTED, FLOW))}")
     if config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr"):
@@ -141,9 +147,36 @@ def spec_of_scheduler(path: Path) -> UNetSpec:
         )  # fmt: skip
 
 
-def _spec_of_flow(path: Path, config: dict[str, Any]) -> UNetSpec:
+def _spec_of_flow(path: Path, config: dict[str, Any], tokens: int | None) -> UNetSpec:
+    dynamic = bool(config.get("use_dynamic_shifting"))
     others = {name: config[name] for name, plain in OTHER_FLOWS.items() if config.get(name, plain) != plain}
+    if dynamic and tokens is None:
+        others["use_dynamic_shifting"] = True
     if others:
         raise ValueError(f"{path}: times of a flow are placed by their shift alone here, this has {others}")
     with reading(path, "scheduler config"):
-        return UNetSpec("flow", shift=config.get("shift", 1.0), train_timesteps=config.get("num_train_timesteps", 1000))
+        shift = shift_of_size(config, tokens or 0) if dynamic else config.get("shift", 1.0)
+        return UNetSpec("flow", shift=shift, train_timesteps=config.get("num_train_timesteps", 1000))
+
+
+def shift_of_size(config: dict[str, Any], tokens: int) -> float:
+    """The shift of a scheduler config with dynamic shifting for images of ``tokens``: its ``mu`` is linear in them.
+
+    Raises:
+        ValueError: entries that are no numbers, or another kind of shift.
+    """
+    usual = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+    given = {name: config.get(name) or default for name, default in usual.items()}
+    check_positive(**given)
+    few, many, low, high = given.values()
+    if few == many:
+        raise ValueError(f"base_image_seq_len and max_image_seq_len must differ, both are {few}")
+    return shift_of_mu(config.get("time_shift_type", "exponential"), low + (high - low) * (tokens - few) / (many - few))
+
+
+def shift_of_mu(kind: str, mu: float) -> float:
+    """The shift that a scheduler with dynamic shifting and ``time_shift_type`` ``kind`` makes of ``mu``."""
+    if kind not in SHIFT_TYPES:
+        raise ValueError(f"time_shift_type must be one of {', '.join(SHIFT_TYPES)}, got {kind!r}")
+    check_at_least(-50, 50, mu=mu)
+    return math.exp(mu) if kind == "exponential" else mu

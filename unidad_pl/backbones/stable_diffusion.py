@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from unidad_pl.backbones.base import DiffusersNetwork
+from unidad_pl.backbones.base import checked_text
 from unidad_pl.backbones.folders import CONFIG_FILE, MOST_SIDE, checked_config, empty_network
 from unidad_pl.backbones.hub import find_file
 from unidad_pl.backbones.latents import LatentCodec
 from unidad_pl.backbones.lora import LoRA, add_adapters, base_names
 from unidad_pl.backbones.sd_files import CODEC, find_pipeline
 from unidad_pl.backbones.spec import UNetSpec, find_scheduler, spec_of_scheduler
+from unidad_pl.backbones.unets import DiffusersUNet
 from unidad_pl.backbones.weights import fill, read_folder, read_weights
 from unidad_pl.checks import check_choices, check_given, check_path, check_whole
 from unidad_pl.condition import Condition
@@ -39,7 +40,7 @@ TIME_IDS = 6
 """SDXL's size conditions: original height and width, crop top and left, target height and width."""
 
 
-class StableDiffusionUNet(DiffusersNetwork):
+class StableDiffusionUNet(DiffusersUNet):
     """A diffusers ``UNet2DConditionModel`` behind the sigma contract.
 
     Taps are the outputs of the down blocks (``in0``, ``in1``, ...) and of the middle block (``mid``).
@@ -107,10 +108,10 @@ class StableDiffusionUNet(DiffusersNetwork):
         sizes = TIME_IDS * (config["addition_time_embed_dim"] or 0)
         self.pooled = config["projection_class_embeddings_input_dim"] - sizes if added else 0
 
-    def _output(self, x: Tensor, c_in: Tensor, time: Tensor, cond: Condition | None) -> Tensor:
-        tokens, mask, added = self._conditions(cond, len(x))
+    def _output(self, scaled: Tensor, time: Tensor, cond: Condition | None) -> Tensor:
+        tokens, mask, added = self._conditions(cond, len(scaled))
         return self.unet(
-            (c_in * x).to(self.dtype), time, encoder_hidden_states=tokens, encoder_attention_mask=mask,
+            scaled.to(self.dtype), time, encoder_hidden_states=tokens, encoder_attention_mask=mask,
             added_cond_kwargs=added,
         ).sample  # fmt: skip
 
@@ -156,16 +157,8 @@ class StableDiffusionUNet(DiffusersNetwork):
 
     def _conditions(self, cond: Condition | None, count: int) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """Token embeddings [B, L, D], their mask, and SDXL's added conditions."""
-        seen = {name: tuple(part.shape) for name, part in getattr(cond, "parts", {}).items()}
-        length = seen.get("tokens", (0, TOKENS))[1]
-        wanted = {"tokens": (count, length, self.width)} | ({"pooled": (count, self.pooled)} if self.pooled else {})
-        if (
-            not isinstance(cond, Condition)
-            or cond.tokens is None
-            or {n: seen[n] for n in seen if n != "mask"} != wanted
-        ):
-            shapes = ", ".join(f"{name} {shape}" for name, shape in wanted.items())
-            raise ValueError(f"{count} latents need a condition with {shapes}, got {seen or repr(cond)[:80]}")
+        cond = checked_text(cond, count, self.width, self.pooled)
+        assert cond.tokens is not None
         tokens = cond.tokens.to(self.dtype)
         if cond.pooled is None:
             return tokens, cond.mask, {}
@@ -267,6 +260,6 @@ class StableDiffusion(DenoiserSource):
     def _denoiser(self, unet: Any, folder: Path) -> StableDiffusionUNet:
         network = self._network(unet, folder)
         if self.lora is not None:
-            add_adapters(network.unet, self.lora)
+            add_adapters(network.unet, self.lora, network.output_layer)
             network.shared_weights = base_names(network)
         return network.eval()

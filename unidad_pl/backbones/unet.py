@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unidad_pl.backbones.base import DiffusersNetwork
 from unidad_pl.backbones.folders import (
     CONFIG_FILE,
     MOST,
@@ -22,6 +21,7 @@ from unidad_pl.backbones.folders import (
 )
 from unidad_pl.backbones.hub import find_folder
 from unidad_pl.backbones.spec import SCHEDULER_FILE, UNetSpec, find_scheduler, spec_of_scheduler
+from unidad_pl.backbones.unets import DiffusersUNet
 from unidad_pl.backbones.weights import NETWORK, Stems, fill, read_folder
 from unidad_pl.checks import check_at_least, check_given, check_path, check_whole
 from unidad_pl.condition import Condition
@@ -38,7 +38,7 @@ FOLDERS = ("", "unet", "scheduler")
 """Where a model's folder has what is read of it."""
 
 
-class UNetDenoiser(DiffusersNetwork):
+class UNetDenoiser(DiffusersUNet):
     """A diffusers ``UNet2DModel`` behind the sigma contract.
 
     Extra output channels (learned variance of guided-diffusion models) are dropped.
@@ -85,9 +85,9 @@ class UNetDenoiser(DiffusersNetwork):
     def _folded(self, x: Tensor) -> Tensor:
         return F.pixel_unshuffle(x, self.spec.patch_size)
 
-    def _output(self, x: Tensor, c_in: Tensor, time: Tensor, cond: Condition | None) -> Tensor:
-        folded = self._folded(c_in * x)
-        out = self.unet(folded.to(self.dtype), time, class_labels=self._labels(cond, len(x))).sample
+    def _output(self, scaled: Tensor, time: Tensor, cond: Condition | None) -> Tensor:
+        folded = self._folded(scaled)
+        out = self.unet(folded.to(self.dtype), time, class_labels=self._labels(cond, len(scaled))).sample
         return F.pixel_shuffle(out[:, : folded.shape[1]], self.spec.patch_size)
 
     def _conditioned(self, emb: Tensor, cond: Condition | None) -> tuple[Tensor, dict[str, Tensor]]:

@@ -261,5 +261,6 @@ def fill(network: nn.Module, state: State, shown: str) -> None:
     wrong = [f"{kind} keys, {len(names)}: {', '.join(names[:4])}" for kind, names in problems.items() if names]
     if wrong:
         raise BrokenFile(f"weights in {shown} do not fit its config. {'; '.join(wrong)}")
-    check_finite(state, f"weights in {shown}")
+    numbers = {name: value for name, value in state.items() if wanted[name].is_floating_point()}
+    check_finite(numbers, f"weights in {shown}")
     network.to_empty(device=torch.get_default_device()).load_state_dict(state)

@@ -93,7 +93,8 @@ class Rehearsal:
         network, size = self.module.sampled_network, self.batch_size
         images = torch.zeros(size, *network.image_shape)
         if not network.takes_prompts:
-            return Batch(images, self.module.labels.draw(size, torch.device("cpu")))
+            self.module.codec = Codec()
+            return Batch(images)  # the module draws labels
         self.module.codec = _Prompts(network)
         return Batch(images, prompts=["a prt dog"] * size, source_prompts=["a dog"] * size)
 

@@ -1,0 +1,212 @@
+"""Prompts and pictures of pipelines with a transformer: as the pipelines of diffusers themselves have them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from tests.backbones.conformance import FLOW, TINY_VAE
+from tests.backbones.test_dit import TestDiT as DiT
+from tests.backbones.test_flux import TestFlux as Flux
+from tests.backbones.test_flux2 import TestFlux2 as Flux2
+from tests.backbones.test_sd3 import TestSD3 as SD3
+from tests.backbones.test_z_image import TestZImage as ZImage
+from tests.metrics.toys import refused
+from tests.tiny_sd import tokenizer as clip_tokenizer
+from unidad_pl import Transformer
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHAT = "{% for m in messages %}{{ m.content }}{% endfor %}{% if enable_thinking %}.{% endif %}<|im_end|>"
+
+
+def t5_tokenizer(folder: Path) -> Any:
+    """T5's over letters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    letters = [(chr(c), -2.0) for c in range(ord("a"), ord("z") + 1)]
+    words = Tokenizer(models.Unigram([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *letters], 2))
+    words.pre_tokenizer = pre_tokenizers.Metaspace()
+    words.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    return transformers.T5TokenizerFast(tokenizer_object=words, extra_ids=0, model_max_length=512)
+
+
+def qwen_tokenizer(folder: Path) -> Any:
+    """Qwen's over bytes, with a short chat template."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(sorted(ByteLevel.alphabet()))}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    settings = dict(chat_template=CHAT, pad_token=SPECIAL[0], eos_token=SPECIAL[2], model_max_length=131072)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"additional_special_tokens": SPECIAL}))
+    return transformers.Qwen2TokenizerFast.from_pretrained(folder)
+
+
+def clip(tokens: Any, projected: bool = True) -> Any:
+    name = "CLIPTextModelWithProjection" if projected else "CLIPTextModel"
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(tokens), hidden_size=8 if not projected else 4, projection_dim=5, intermediate_size=8,
+        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=77, bos_token_id=tokens.bos_token_id,
+        eos_token_id=tokens.eos_token_id, pad_token_id=tokens.pad_token_id,
+    )  # fmt: skip
+    return getattr(transformers, name)(config).eval()
+
+
+def t5() -> Any:
+    config = transformers.T5Config(vocab_size=30, d_model=12, d_kv=4, d_ff=8, num_layers=2, num_heads=2)
+    return transformers.T5EncoderModel(config).eval()
+
+
+def qwen(name: str, width: int, layers: int) -> Any:
+    config = transformers.Qwen3Config(
+        vocab_size=259, hidden_size=width, intermediate_size=8, num_hidden_layers=layers, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=4, tie_word_embeddings=True, max_position_embeddings=512,
+    )  # fmt: skip
+    return getattr(transformers, name)(config).eval()
+
+
+def parts(kind: str, place: Path) -> dict[str, Any]:
+    """Tiny text encoders and tokenizers of a pipeline."""
+    if kind == "sd3":
+        words = clip_tokenizer(place)
+        found = dict(tokenizer=words, tokenizer_2=words, tokenizer_3=t5_tokenizer(place), text_encoder=clip(words))
+        return found | dict(text_encoder_2=clip(words), text_encoder_3=t5())
+    if kind == "flux":
+        words = clip_tokenizer(place)
+        found = dict(tokenizer=words, tokenizer_2=t5_tokenizer(place), text_encoder=clip(words, projected=False))
+        return found | dict(text_encoder_2=t5())
+    name, width, layers = ("Qwen3ForCausalLM", 4, 28) if kind == "flux2" else ("Qwen3Model", 12, 2)
+    return dict(tokenizer=qwen_tokenizer(place), text_encoder=qwen(name, width, layers))
+
+
+class Case(NamedTuple):
+    folder: Path
+    pipe: Any
+    source: Transformer
+    theirs: Any
+
+
+KINDS: dict[str, Any] = dict(sd3=SD3, flux=Flux, flux2=Flux2, z_image=ZImage)
+
+
+def saved(kind: str, folder: Path) -> Case:
+    """A whole pipeline, saved by diffusers."""
+    torch.manual_seed(0)
+    of = KINDS[kind]
+    tiny: Any = TINY_VAE | dict(latent_channels=of.latent_channels)
+    vae = getattr(diffusers, of.network.vae)(**tiny | of.vae)
+    if hasattr(vae, "bn"):
+        vae.bn.running_mean.normal_()
+        vae.bn.running_var.uniform_(0.5, 2.0)
+    sizes = {"sd3": dict(pooled_projection_dim=10), "flux": dict(pooled_projection_dim=8)}.get(kind, {})
+    net = getattr(diffusers, of.network.diffusers_class)(**of.config | sizes)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**{k: v for k, v in of.scheduler.items() if k[0] != "_"})
+    text = parts(kind, folder.parent / "words")
+    pipe = getattr(diffusers, of.network.pipeline)(transformer=net, vae=vae.eval(), scheduler=scheduler, **text)
+    pipe.save_pretrained(folder)
+    pixels = of.side * 2 * of.network.vae_fold
+    return Case(folder, pipe, Transformer(str(folder), resolution=pixels), of)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return saved(request.param, tmp_path_factory.mktemp(request.param) / "pipeline")
+
+
+def their_embeddings(pipe: Any, prompt: str) -> tuple[Tensor, Tensor | None]:
+    if isinstance(pipe, diffusers.StableDiffusion3Pipeline):
+        found = pipe.encode_prompt(prompt, prompt, prompt, do_classifier_free_guidance=False)
+        return found[0], found[2]
+    if isinstance(pipe, diffusers.FluxPipeline):
+        return pipe.encode_prompt(prompt, prompt)[:2]
+    found = pipe.encode_prompt(prompt)
+    return (found[0][0][None], None) if isinstance(found[0], list) else (found[0], None)
+
+
+@torch.no_grad()
+def test_prompts_are_those_of_the_pipeline_and_fit_its_network(case: Case) -> None:
+    codec, network = case.source.codec(), case.source.build()
+    prompts = ["a dog", "a", "a dog"]
+    cond = codec.embed(prompts)
+    assert cond.tokens is not None
+    for row, prompt in enumerate(prompts):
+        tokens, pooled = their_embeddings(case.pipe, prompt)
+        kept = cond.tokens[row] if cond.mask is None else cond.tokens[row][cond.mask[row]]
+        torch.testing.assert_close(kept, tokens[0], atol=1e-5, rtol=1e-4)
+        if pooled is not None:
+            assert cond.pooled is not None
+            torch.testing.assert_close(cond.pooled[row], pooled[0], atol=1e-5, rtol=1e-4)
+    x, sigma = torch.randn(3, *network.image_shape), torch.tensor([0.3, 1.0, 9.0])
+    assert network(x, sigma, cond).isfinite().all()
+    if cond.mask is None:
+        assert cond.tokens.shape[1] == network.num_tokens
+    refused("tokens, .* can be read: make it shorter", codec.embed, ["a " * 600])
+
+
+@torch.no_grad()
+def test_pictures_are_decoded_as_the_pipeline_does(case: Case) -> None:
+    """Their formulas are written out: what each pipeline does with latents at its end."""
+    codec, network, vae = case.source.codec(), case.source.build(), case.pipe.vae
+    latents = torch.randn(2, *network.image_shape)
+    if isinstance(case.pipe, diffusers.Flux2KleinPipeline):
+        std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
+        plain = case.pipe._unpatchify_latents(latents * std.view(1, -1, 1, 1) + vae.bn.running_mean.view(1, -1, 1, 1))
+    else:
+        plain = latents / vae.config.scaling_factor + vae.config.shift_factor
+    side = case.source.resolution
+    pictures = codec.decode(latents)
+    assert pictures.shape == (2, 3, side, side)
+    torch.testing.assert_close(pictures, vae.decode(plain).sample, atol=1e-5, rtol=1e-4)
+    given = torch.rand(2, 3, side, side) * 2 - 1
+    torch.manual_seed(3)
+    encoded = codec.encode(given)
+    torch.manual_seed(3)
+    found = vae.encode(given).latent_dist
+    drawn = found.mean + found.std * torch.randn_like(found.mean)
+    if isinstance(case.pipe, diffusers.Flux2KleinPipeline):
+        want = (case.pipe._patchify_latents(drawn) - vae.bn.running_mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
+    else:
+        want = (drawn - vae.config.shift_factor) * vae.config.scaling_factor
+    assert encoded.shape == (2, *network.image_shape)
+    torch.testing.assert_close(encoded, want, atol=1e-4, rtol=1e-4)
+
+
+def test_a_missing_part_is_named(tmp_path: Path) -> None:
+    case = saved("z_image", tmp_path / "pipeline")
+    (case.folder / "tokenizer").rename(case.folder / "elsewhere")
+    refused("has no tokenizer/", case.source.codec, error=FileNotFoundError)
+    (case.folder / "scheduler" / "scheduler_config.json").unlink()
+    refused("has no scheduler/scheduler_config.json", case.source.build, error=FileNotFoundError)
+    config = case.folder / "transformer" / "config.json"
+    config.write_text(config.read_text().replace("ZImageTransformer2DModel", "PixArtTransformer2DModel"))
+    (case.folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(FLOW))
+    refused("it is of a PixArtTransformer2DModel; supported are DiT", case.source.build)
+    config.unlink()
+    refused("has no transformer/config.json", case.source.build, error=FileNotFoundError)
+
+
+def test_a_class_that_diffusers_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = saved("z_image", tmp_path / "pipeline")
+    monkeypatch.setattr("unidad_pl.backbones.z_image.ZImageNetwork.pipeline", "NoSuchPipeline")
+    with pytest.raises(ImportError, match=r"diffusers 0.* has no NoSuchPipeline: pip install"):
+        _ = case.source.codec().parts  # type: ignore[attr-defined]
+
+
+def test_a_model_of_classes_takes_no_prompts(tmp_path: Path) -> None:
+    net = diffusers.DiTTransformer2DModel(**DiT.config)
+    diffusers.DiTPipeline(
+        net, diffusers.AutoencoderKL(**TINY_VAE), diffusers.DDIMScheduler(), {0: "cat"}
+    ).save_pretrained(tmp_path)
+    source = Transformer(str(tmp_path))
+    codec = source.codec()
+    latents = codec.encode(torch.rand(2, 3, 16, 16))
+    assert latents.shape == (2, *source.build().image_shape)
+    assert codec.decode(latents).shape == (2, 3, 16, 16)
+    refused("no text-to-image model", codec.embed, ["a dog"])

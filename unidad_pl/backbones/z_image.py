@@ -1,0 +1,66 @@
+"""Z-Image (Alibaba 2025), Turbo among them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unidad_pl.backbones.lora import ATTENTION
+from unidad_pl.backbones.transformer import TransformerNetwork
+from unidad_pl.condition import Condition
+
+PATCH, FRAMES = 2, 1
+TOKENS, TEMPLATE = 512, 24
+"""What the text encoder reads of a prompt and its chat template, and at most of the latter."""
+
+
+class ZImageNetwork(TransformerNetwork):
+    """A ``ZImageTransformer2DModel``. It takes lists of images and of prompts, each of its own length, a time that goes
+    from 0 (noise) to 1, and answers ``x0 - eps``.
+
+        >>> ZImageNetwork.sizes({"in_channels": 16, "dim": 3840})
+        (16, 2, 3840)
+    """
+
+    diffusers_class, pipeline = "ZImageTransformer2DModel", "ZImagePipeline"
+    output_layer = f"all_final_layer.{PATCH}-{FRAMES}.linear"
+    lists = ("layers",)
+    adapted = (*ATTENTION, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+    masks = True
+
+    text_parts = {"text_encoder": "Qwen3Model", "tokenizer": "Qwen2TokenizerFast"}  # noqa: RUF012
+    most_tokens = TOKENS - TEMPLATE
+
+    @classmethod
+    def encoded(cls, pipe: Any, prompt: str, device: torch.device | str) -> Condition:
+        (tokens,), _ = pipe.encode_prompt([prompt], device=device, do_classifier_free_guidance=False)
+        return Condition(tokens=tokens[None])
+
+    @classmethod
+    def sizes(cls, config: Mapping[str, Any]) -> tuple[int, int, int]:
+        return config["in_channels"], PATCH, config["dim"]
+
+    @classmethod
+    def text_sizes(cls, config: Mapping[str, Any]) -> tuple[int, int, int]:
+        return TOKENS, config["cap_feat_dim"], 0
+
+    def _call(self, scaled: Tensor, time: Tensor, cond: Condition) -> Tensor:
+        assert cond.tokens is not None
+        tokens = cond.tokens.to(self.dtype)
+        prompts = (
+            list(tokens) if cond.mask is None else [row[mask] for row, mask in zip(tokens, cond.mask, strict=True)]
+        )
+        output = self.transformer(
+            list(scaled[:, :, None]),
+            1 - time / self.spec.train_timesteps,
+            prompts,
+            patch_size=PATCH,
+            f_patch_size=FRAMES,
+        ).sample
+        return -torch.stack(output)[:, :, 0]
+
+    def _image_tokens(self, output: Any, count: int) -> Tensor:
+        return output[:, :count]
