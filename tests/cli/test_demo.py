@@ -192,12 +192,7 @@ def test_the_pages_files_are_the_pictures(studio: Studio, tmp_path: Path) -> Non
     assert whole.shape == (16, 64, 3)
     assert (whole[8:, :8] == ours[8].permute(1, 2, 0).numpy()).all()
     pictures, grid, said = page.compare(3, 2, 2, SOURCE_STEPS)
-    assert [label for _, label in pictures] == [
-        "student, seed 3",
-        "source, seed 3",
-        "student, seed 4",
-        "source, seed 4",
-    ]
+    assert [label for _, label in pictures] == ["student 3", "source 3", "student 4", "source 4"]
     assert "25 steps" in said
     assert np.array(Image.open(grid)).shape == (18, 16, 3)
     pictures, animation, _ = page.walk(0, 1, 5, 2)
@@ -214,7 +209,7 @@ def server(folder: Path, tmp_path: Path) -> Iterator[str]:
     environment = os.environ | {"GRADIO_TEMP_DIR": str(tmp_path / "cache"), "NO_PROXY": "127.0.0.1"}
     with (tmp_path / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log, env=environment) as run:
         try:
-            for _ in range(600):
+            for _ in range(1500):  # importing gradio and torch, on a busy machine
                 if (found := re.search(r"http://127\.0\.0\.1:\d+", (tmp_path / "log").read_text())) is not None:
                     yield found[0]
                     break

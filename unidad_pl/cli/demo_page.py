@@ -50,11 +50,11 @@ class Page:
         """Pairs of pictures, student and source, the grid's file, and a sentence about the source."""
         ours = self.studio.sample(int(seed), int(count), int(steps), prompt)
         seeds = [int(seed) + i for i in range(len(ours))]
-        name, student = f"beside_source_{seeds[0]}_{seeds[-1]}", _gallery(ours, [f"student, seed {s}" for s in seeds])
+        name, student = f"beside_source_{seeds[0]}_{seeds[-1]}", _gallery(ours, [f"student {s}" for s in seeds])
         if self.studio.original.network is None:
             return student, self._grid(ours, None, name), self.studio.original.why
         theirs = self.studio.source_samples(int(seed), int(count), int(source_steps), prompt)
-        source = _gallery(theirs, [f"source, seed {s}" for s in seeds])
+        source = _gallery(theirs, [f"source {s}" for s in seeds])
         pairs = [picture for pair in zip(student, source, strict=True) for picture in pair]
         said = f"Source: {self.studio.original.why}, {int(source_steps)} steps of Heun's from the same first noise."
         return pairs, self._grid(ours, theirs, name), said

@@ -84,7 +84,7 @@ class Studio:
     """
 
     def __init__(self, model: Path, weights: Weights = "auto", config: str | None = None, device: str = "auto") -> None:
-        self.name, self.student = model.resolve().name, load_model(model, weights, config)
+        self.name, self.student = str(model), load_model(model, weights, config)
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.student.network.to(self.device)
         self.labels = ClassLabels(self.student.network.num_classes, self.student.classes)
