@@ -9,6 +9,7 @@ domain from about ten images, in one training run (Uni-DAD).
   unidad fit --config FILE --print_config               the whole config a run would use
   unidad export --ckpt_path RUN/checkpoints/last.ckpt --out FOLDER      the student as a diffusers pipeline
   unidad sample --model FOLDER --num 64 --out IMAGES                    PNGs from it, or from a checkpoint
+  unidad demo --model FOLDER                            a page to draw with it, on this machine ([demo])
   unidad study --config configs/study/stages.yaml       methods against each other, at equal compute
   unidad report RUN [RUN ...]                           one HTML page about a run, or several side by side
   unidad report memory --config FILE                                    peak GiB of a run, without its weights

@@ -16,13 +16,32 @@ from unidad_pl.condition import Condition
 from unidad_pl.data.pictures import as_uint8, grid, is_whole_png, write_png
 from unidad_pl.export.student import load_export
 from unidad_pl.files import read_json, write_first
-from unidad_pl.runs.student import Weights, load_student
-from unidad_pl.sampling import seeded_noise
+from unidad_pl.runs.student import TrainedStudent, Weights, load_student
+from unidad_pl.sampling import FewStepSampler, Noise, seeded_noise
 from unidad_pl.training.conditions import ClassLabels
 from unidad_pl.training.networks import content_hash
 
 RECORD = "sampling.json"
 GRID = "grid.png"
+
+
+def load_model(model: Path, weights: Weights, config: str | None) -> TrainedStudent:
+    """The student of a checkpoint, or of a directory that ``unidad export`` wrote."""
+    return load_student(model, weights, config) if model.is_file() else load_export(model)
+
+
+def drawn(
+    student: TrainedStudent, sampler: FewStepSampler, noise: Noise, cond: Condition | None, seeds: list[int]
+) -> torch.Tensor:
+    """Pictures [B, C, H, W] in [-1, 1]; ``seeds`` are what an error names.
+
+    Raises:
+        ValueError: the model draws NaN or infinity.
+    """
+    images = student.codec.decode(sampler(student.network, noise, cond))
+    if not bool(images.isfinite().all()):
+        raise ValueError(f"the model draws NaN or infinity at seeds {seeds[0]} to {seeds[-1]}: take another one")
+    return images.clamp(-1, 1)
 
 
 class Drawing:
@@ -53,7 +72,7 @@ class Drawing:
         class_labels: list[int] | None,
         prompts: list[str] | None,
     ) -> None:
-        self.student = load_student(model, weights, config) if model.is_file() else load_export(model)
+        self.student = load_model(model, weights, config)
         if bool(prompts) != self.student.network.takes_prompts:
             wanted = "no text-to-image model: leave prompts out" if prompts else "a text-to-image model: give --prompts"
             raise ValueError(f"{str(model)!r} is {wanted}")
@@ -106,10 +125,7 @@ class Drawing:
             cond = None if labels is None else Condition(labels)
         network = self.student.network
         noise = seeded_noise(seeds, network.image_shape, device)
-        images = self.student.codec.decode(self.sampler(network, noise, cond))
-        if not bool(images.isfinite().all()):
-            raise ValueError(f"the model draws NaN or infinity at seeds {seeds[0]} to {seeds[-1]}: take another one")
-        return images.clamp(-1, 1)
+        return drawn(self.student, self.sampler, noise, cond, seeds)
 
     def _record(self, folder: Path) -> None:
         """Note what the folder's images are drawn with; refuse to mix them with others."""

@@ -26,6 +26,7 @@ TOOLS = {
     "restore adm": "unidad_pl.backbones.adm_files:restore_adm",
     "export": "unidad_pl.export.student:export_student",
     "sample": "unidad_pl.cli.sample:sample",
+    "demo": "unidad_pl.cli.demo:demo",
     "study": "unidad_pl.cli.study:study",
     "report": "unidad_pl.report.page:report",
     "report memory": "unidad_pl.cli.report_memory:report_memory",

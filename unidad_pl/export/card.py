@@ -99,6 +99,18 @@ def model_card(student: TrainedStudent, checkpoint: str, adapters: bool = False)
     )  # fmt: skip
 
 
+def config_of_card(folder: Path) -> dict[str, Any]:
+    """The run's config that the card of an export holds; empty where there is none, or none that can be read."""
+    import yaml
+
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        found = yaml.safe_load(text.rpartition("## Config\n\n```yaml\n")[2].partition("```")[0])
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) and text.count("## Config") else {}
+
+
 def _metrics_table(folder: Path | None) -> str:
     """The last record of every metric and stage of a run as a Markdown table."""
     path = None if folder is None else folder / FILE
