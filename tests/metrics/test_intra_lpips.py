@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.metrics.toys import TinyFeatures, images, refused
-from unidad_pl.metrics import IntraClusterLPIPS, LPIPSFeatures
+from unidad_pl.metrics import IntraClusterLPIPS, LPIPSFeatures, intra_lpips
 from unidad_pl.metrics.intra_lpips import first_per_cluster, mean_pairwise_distance
 
 
@@ -171,3 +171,15 @@ def test_errors() -> None:
     metric.set_shots(images(2))
     refused(r"\(3, 4, 4\) but shots are \(3, 8, 8\)", metric.update, images(2, size=4))
     refused("no samples", metric.compute)
+
+
+@pytest.mark.parametrize("most", [1, 50, 2**18])
+def test_distances_by_some_columns_at_a_time(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy is 0 away, and one that is nearly a copy keeps its digits."""
+    monkeypatch.setattr(intra_lpips, "DIFFERENCES", most)
+    x = torch.rand(5, 37, generator=torch.Generator().manual_seed(0))
+    y = torch.cat([x[:2], x[2:3] + 1e-5, torch.rand(1, 37, generator=torch.Generator().manual_seed(1))])
+    found = intra_lpips.squared_distances(x, y, torch.float64)
+    plain = torch.stack([torch.stack([(a - b).double().square().sum() for b in y]) for a in x])
+    torch.testing.assert_close(found, plain, rtol=1e-6, atol=0)
+    assert found[0, 0] == found[1, 1] == 0

@@ -29,6 +29,7 @@ from unidad_pl.metrics.gather import RowMetric, distinct_in_order, double
 
 Protocol = Literal["cdc", "crdi"]
 CAPS: dict[Protocol, int] = {"cdc": 50, "crdi": 100}
+DIFFERENCES = 2**18  # at a time
 KEPT = ("kept_index", "kept_cluster", "kept")
 
 
@@ -67,6 +68,19 @@ class IntraClusterResult:
     nearest_mean: float
     nearest_min: float
     memorised: float
+
+
+def squared_distances(x: Tensor, y: Tensor, kind: torch.dtype) -> Tensor:
+    """``|x_i - y_j|^2`` of rows [n, D] and [m, D] -> [n, m], from the differences themselves, summed in ``kind``.
+
+    Some columns at a time: differences of features as wide as LPIPS's stay in a processor's cache. No products, which
+    would lose the digits of a copy's distance; and no float32 sums, which depend on how many rows there are.
+    """
+    total = torch.zeros(len(x), len(y), dtype=kind, device=x.device)
+    width = max(DIFFERENCES // max(len(x) * len(y), 1), 1)
+    for a, b in zip(x.split(width, 1), y.split(width, 1), strict=True):
+        total += (a[:, None] - b).square_().sum(2, dtype=kind)
+    return total
 
 
 def mean_pairwise_distance(features: Iterable[Tensor]) -> float:
@@ -214,9 +228,7 @@ class IntraClusterLPIPS(RowMetric):
             images = (images + 1) / 2
         for part, number in zip(images.split(self.batch_size), numbers.split(self.batch_size), strict=True):
             phi = extract(self.features, part.to(self.device), self.batch_size)
-            # Each row alone and in float64: the sum of a float32 row can depend on how many rows there are.
-            kind = self.scalar(0).dtype
-            distances = torch.stack([(phi - shot).square().sum(1, dtype=kind) for shot in self.shot_features], 1)
+            distances = squared_distances(phi, self.shot_features, self.scalar(0).dtype)
             self.append("index", number)
             self.append("distances", distances)
             self._keep(phi if self._keeps_features else part, number, distances.argmin(1))
