@@ -332,7 +332,8 @@ class Conformance:
             "student", "fake_score", "target_teacher", "discriminator", "ema",
         }  # fmt: skip
         assert not moved & module.unsaved_weights()
-        assert module.sample([1, 2], *([["a dog", "a prt dog"]] if self.network.takes_prompts else [])).isfinite().all()
+        prompts: Any = {"prompts": ["a dog", "a prt dog"]} if self.network.takes_prompts else {}
+        assert module.sample([1, 2], **prompts).isfinite().all()
 
     @pytest.mark.slow
     def test_its_memory_can_be_rehearsed(self, folder: Path) -> None:

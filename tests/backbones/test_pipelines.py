@@ -20,8 +20,10 @@ from tests.backbones.test_sd3 import TestSD3 as SD3
 from tests.backbones.test_z_image import TestZImage as ZImage
 from tests.metrics.toys import refused
 from tests.tiny_sd import tokenizer as clip_tokenizer
-from unidad_pl import Transformer
+from tests.worlds import save_pictures
+from unidad_pl import Transformer, export_student
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT = "{% for m in messages %}{{ m.content }}{% endfor %}{% if enable_thinking %}.{% endif %}<|im_end|>"
 
@@ -96,9 +98,10 @@ class Case(NamedTuple):
 KINDS: dict[str, Any] = dict(sd3=SD3, flux=Flux, flux2=Flux2, z_image=ZImage)
 
 
-def saved(kind: str, folder: Path) -> Case:
+def saved(kind: str, folder: Path, seed: int = 0) -> Case:
     """A whole pipeline, saved by diffusers."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     of = KINDS[kind]
     tiny: Any = TINY_VAE | dict(latent_channels=of.latent_channels)
     vae = getattr(diffusers, of.network.vae)(**tiny | of.vae)
@@ -169,7 +172,7 @@ def test_pictures_are_decoded_as_the_pipeline_does(case: Case) -> None:
     encoded = codec.encode(given)
     torch.manual_seed(3)
     found = vae.encode(given).latent_dist
-    drawn = found.mean + found.std * torch.randn_like(found.mean)
+    drawn = found.mean + found.std * torch.randn(found.mean.shape)
     if isinstance(case.pipe, diffusers.Flux2KleinPipeline):
         want = (case.pipe._patchify_latents(drawn) - vae.bn.running_mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
     else:
@@ -210,3 +213,37 @@ def test_a_model_of_classes_takes_no_prompts(tmp_path: Path) -> None:
     assert latents.shape == (2, *source.build().image_shape)
     assert codec.decode(latents).shape == (2, 3, 16, 16)
     refused("no text-to-image model", codec.embed, ["a dog"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sd3", "flux2", "z_image"])
+def test_the_configs_train(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two iterations on tiny files; the student goes on from another checkpoint than the teachers, if there is one."""
+    from unidad_pl.cli.main import main
+    from unidad_pl.runs.student import load_student
+
+    monkeypatch.chdir(tmp_path)
+    name = dict(sd3="sd35_medium", flux2="flux2_klein", z_image="z_image_turbo")[kind]
+    config = CONFIGS / f"{name}.yaml"
+    base, other = (saved(kind, tmp_path / place / "pipeline", seed) for seed, place in enumerate(("base", "other")))
+    pixels = str(base.source.resolution)
+    student = "--model.student.init_from.init_args"
+    distilled = (f"{student}.path", str(other.folder), f"{student}.resolution", pixels, f"{student}.lora.rank", "2")
+    main([
+        "fit", "--config", str(config), "--config", str(CONFIGS / "trainer" / "no_metrics.yaml"),
+        "--trainer.accelerator", "cpu", "--data.root", str(save_pictures(tmp_path / "dog6", 2)),
+        "--data.prompts.dreambooth", "null", "--data.class_word", "dog", "--data.resolution", pixels,
+        "--data.evaluation.samples_per_prompt", "1", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2",
+        "--trainer.enable_progress_bar", "false", "--model.source.init_args.path", str(base.folder),
+        "--model.source.init_args.resolution", pixels, "--model.source.init_args.lora.rank", "2",
+        "--model.training.ema_decay", "0", "--trainer.precision", "32-true",
+        *(distilled if "init_from" in config.read_text() else ()),
+    ])  # fmt: skip
+    (checkpoint,) = tmp_path.rglob("last.ckpt")
+    found = load_student(checkpoint).network
+    begun = (other if "init_from" in config.read_text() else base).source.build()
+    layer = begun.output_layer
+    torch.testing.assert_close(
+        found.transformer.get_submodule(layer).weight, begun.transformer.get_submodule(layer).weight, atol=0, rtol=0
+    )
+    refused("only diffusers UNets can be exported", export_student, str(checkpoint), str(tmp_path / "out"))

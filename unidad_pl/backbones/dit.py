@@ -28,9 +28,6 @@ class DiTNetwork(TransformerNetwork):
         for layer in transformer.modules():
             if isinstance(layer, LabelEmbedding):
                 layer.dropout_prob = 0.0  # each block would forget the label on its own
-        shallow: Any = type(transformer).from_config({**self.transformer.config, "num_layers": 1})  # type: ignore[attr-defined]
-        patches = self.transformer.pos_embed  # no file of weights holds its table
-        patches.pos_embed = shallow.pos_embed.pos_embed.to(patches.proj.weight.device)
 
     def _call(self, scaled: Tensor, time: Tensor, cond: Condition) -> Tensor:
         output = self.transformer(scaled, timestep=time, class_labels=cond.labels).sample

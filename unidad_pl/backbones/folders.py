@@ -73,7 +73,8 @@ def check_depth(config: Mapping[str, Any]) -> None:
         ValueError: says how many.
     """
     names = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers")
-    levels = max((len(value) for value in config.values() if isinstance(value, list)), default=1)
+    lists = [value for name, value in config.items() if isinstance(value, list) and name != "layer_types"]
+    levels = max(map(len, lists), default=1)  # that one has an entry for each layer
     deepest = [max([1, *_numbers(config.get(name))]) for name in names]
     if (blocks := math.prod([max(1, levels), *deepest])) > MOST_BLOCKS:
         raise ValueError(f"it describes {blocks:.3g} blocks ({levels} levels of {deepest}), more than {MOST_BLOCKS}")

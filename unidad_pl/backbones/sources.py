@@ -22,15 +22,12 @@ from unidad_pl.backbones.lora import LoRA, add_adapters, base_names
 from unidad_pl.backbones.sd3 import SD3Network
 from unidad_pl.backbones.sd_files import TEXT
 from unidad_pl.backbones.spec import SCHEDULER_FILE
-from unidad_pl.backbones.transformer import Taps, TransformerNetwork
+from unidad_pl.backbones.transformer import DEPTHS, Taps, TransformerNetwork
 from unidad_pl.backbones.weights import NETWORK, Stems, fill, read_folder, read_weights
 from unidad_pl.backbones.z_image import ZImageNetwork
 from unidad_pl.checks import check_choices, check_given, check_path, check_positive, check_whole
 from unidad_pl.denoiser import Codec, DenoiserSource
 from unidad_pl.files import read_json, reading
-
-DEPTHS = ("num_layers", "num_single_layers", "n_layers", "n_refiner_layers")
-"""What configs call their numbers of blocks."""
 
 
 class Transformer(DenoiserSource):

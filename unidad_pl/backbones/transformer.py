@@ -24,6 +24,8 @@ from unidad_pl.condition import Condition
 
 Taps = Literal["quarters", "all"]
 Run = Callable[[Tensor, Tensor, Condition], dict[str, Tensor]]
+DEPTHS = ("num_layers", "num_single_layers", "n_layers", "n_refiner_layers")
+"""What configs call their numbers of blocks."""
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
 JOINT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 """The layers of a joint attention that read the prompt."""
@@ -91,6 +93,7 @@ class TransformerNetwork(DiffusersNetwork):
         check_whole(1, null=True, side=side)
         check_positive(guidance=guidance)
         super().__init__(transformer, spec)
+        self._compute_tables()
         config = self.transformer.config
         channels, self.fold, self.width = self.sizes(config)
         side = side or config.get("sample_size") or self.usual_side
@@ -147,6 +150,20 @@ class TransformerNetwork(DiffusersNetwork):
         Returns:
             [B, C, H, W] what the parameterisation is of: the velocity ``eps - x0`` of a flow.
         """
+
+    def _compute_tables(self) -> None:
+        """Buffers that no file of weights holds, such as positions, are as the class makes them."""
+        lost = [
+            (path, layer, name) for path, layer in self.transformer.named_modules()
+            for name in layer._non_persistent_buffers_set
+        ]  # fmt: skip
+        if not lost:
+            return
+        config, place = self.transformer.config, next(self.transformer.parameters()).device
+        shallow = {} if any(path.split(".")[0] in self.lists for path, _, _ in lost) else dict.fromkeys(DEPTHS, 1)
+        fresh = type(self.transformer).from_config({**config, **{n: d for n, d in shallow.items() if n in config}})
+        for path, layer, name in lost:
+            layer._buffers[name] = fresh.get_submodule(path)._buffers[name].to(place)
 
     def _image_tokens(self, output: Any, count: int) -> Tensor:
         """The image's tokens [B, ``count``, D] in what a block answers; in most classes they come last."""
