@@ -42,6 +42,8 @@ def test_an_infinite_loss_with_finite_gradients_is_skipped_too() -> None:
     assert trainer.global_step == 3
     assert steps(trainer) == [2, 3, 3]
     assert trainer.logged_metrics["skipped/student"] == 1
+    assert trainer.logged_metrics["skipped_in_all/student"] == 1
+    assert "skipped_in_all/fake" not in trainer.logged_metrics
 
 
 def test_a_finite_loss_changes_no_gradient() -> None:

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from torch import Tensor
 
 from unidad_pl.callbacks.base import EvaluationCallback
+from unidad_pl.callbacks.outputs import Samples
 from unidad_pl.callbacks.records import on_rank_zero, run_folder, trained_iterations
 from unidad_pl.callbacks.sample_grid import FirstImages
 from unidad_pl.checks import check_whole
@@ -36,7 +37,8 @@ class TeacherGrid(EvaluationCallback):
         common: see :class:`~unidad_pl.callbacks.base.EvaluationCallback`.
 
     Raises:
-        ValueError: a number below 1, or no networks. In ``setup``: a module without such a network.
+        ValueError: a number below 1, or no networks. In Lightning's sanity steps: a module without such a network, or
+            one that draws prompts.
         TypeError: in ``setup``: a module that cannot be asked.
     """
 
@@ -63,6 +65,17 @@ class TeacherGrid(EvaluationCallback):
                 f"{type(module).__name__} has none: remove the callback"
             )
         self._drawn = {}
+
+    def inspect(self, trainer: pl.Trainer, samples: Samples) -> None:
+        if samples.prompts is not None:
+            raise ValueError(
+                "TeacherGrid draws from seeds alone, and these samples were asked for by prompts: leave it out, "
+                "PromptGrid shows the pictures of every prompt"
+            )
+        module: Any = trainer.lightning_module
+        there = module.denoisers()
+        if unknown := [name for name in self._names(module) if name not in there]:
+            raise ValueError(f"TeacherGrid: there is no network {unknown[0]!r}, this module has {', '.join(there)}")
 
     def _names(self, module: Any) -> Sequence[str]:
         there = module.denoisers()

@@ -105,8 +105,9 @@ def read_pictures(run: Run, budget: int) -> Pictures:
     found.evaluation = shown[-1]
     try:
         found.clusters = _clusters(run.folder, shown[-1])
-    except (BrokenFile, OSError, ValueError) as error:
-        found.missing.append(f"the pictures of the clusters cannot be shown: {error}")
+    except (BrokenFile, OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        kind = "" if isinstance(error, (OSError, ValueError)) else "its record is not as IntraLPIPS writes it, "
+        found.missing.append(f"the pictures of the clusters cannot be shown: {kind}{error}")
     return found
 
 
@@ -190,6 +191,7 @@ def _clusters(folder: Path, record: dict[str, Any]) -> list[Cluster]:
 
     Raises:
         ValueError: it does not lie in the run folder, or record and picture do not fit.
+        KeyError, IndexError, TypeError: the record lacks something.
     """
     path = (folder / record["picture"]).resolve()
     if folder.resolve() not in path.parents:
@@ -209,12 +211,9 @@ def _clusters(folder: Path, record: dict[str, Any]) -> list[Cluster]:
         pairs = [(int(seed), float(distance)) for seed, distance in listed[row][kind]][: columns // 2]
         return [Tile(tile(row, start + i), *pair, pair[1] < threshold) for i, pair in enumerate(pairs)]
 
-    try:
-        sizes, means = record["cluster_sizes"], record["cluster_means"]
-        return [
-            Cluster(tile(row, 0), int(sizes[row]), means[row] and float(means[row]), tiles(row, NEAREST, 1),
-                    tiles(row, DIFFERENT, 1 + columns // 2))
-            for row in range(len(listed[:MOST_CLUSTERS]))
-        ]  # fmt: skip
-    except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"its record lacks {error}") from error
+    sizes, means = record["cluster_sizes"], record["cluster_means"]
+    return [
+        Cluster(tile(row, 0), int(sizes[row]), means[row] and float(means[row]), tiles(row, NEAREST, 1),
+                tiles(row, DIFFERENT, 1 + columns // 2))
+        for row in range(len(listed[:MOST_CLUSTERS]))
+    ]  # fmt: skip

@@ -1,0 +1,52 @@
+"""What loggers wrote, read again: of one start, of several, of a killed one, of a CSV file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.report.folders import write_events
+from unidad_pl.report.curves import Curve, read_logged
+
+
+def test_events_are_read(tmp_path: Path) -> None:
+    write_events(tmp_path)
+    logged = read_logged(tmp_path)
+    assert set(logged.curves) == {"loss/fake", "balance/dmd_source"}
+    assert logged.curves["loss/fake"] == Curve(list(range(20)), [float(i) for i in range(20)])
+    assert logged.seconds == 19
+
+
+def test_a_resumed_run_goes_on_where_its_checkpoint_was(tmp_path: Path) -> None:
+    write_events(tmp_path)
+    (next(tmp_path.glob("events*"))).rename(tmp_path / "events.out.tfevents.1.vm.0")
+    write_events(tmp_path, first=15, last=30, offset=100)
+    curve = read_logged(tmp_path).curves["loss/fake"]
+    assert curve.steps == list(range(30))
+    assert curve.values[14:16] == [14, 115]
+
+
+def test_what_a_killed_run_left(tmp_path: Path) -> None:
+    write_events(tmp_path)
+    path = next(tmp_path.glob("events*"))
+    path.write_bytes(path.read_bytes()[:-200])
+    curve = read_logged(tmp_path).curves["loss/fake"]
+    assert 10 < len(curve.steps) < 20
+
+
+def test_a_csv_file_does_too(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("epoch,loss/fake,step\n0,1.5,3\n0,,4\n0,0.5,5\n")
+    assert read_logged(tmp_path).curves["loss/fake"] == Curve([3, 5], [1.5, 0.5])
+    (tmp_path / "metrics.csv").write_text("loss/fake,step\nx,3\n")
+    assert "metrics.csv cannot be read" in read_logged(tmp_path).problems[0]
+
+
+@pytest.mark.parametrize("most", [2, 10, 11, 500])
+def test_thinning_loses_no_peak(most: int) -> None:
+    values = [0.0] * 1000
+    values[123], values[877] = 9.0, -9.0
+    thin = Curve(list(range(1000)), values).thinned(most)
+    assert len(thin.steps) <= most
+    assert {9.0, -9.0} <= set(thin.values)
+    assert thin.steps == sorted(thin.steps)

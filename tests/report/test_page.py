@@ -1,0 +1,185 @@
+"""The page of a run: everything in it, nothing from elsewhere, and a sentence for what is missing."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.report.folders import clusters, evaluation, make_run, noise
+from unidad_pl.cli.main import main
+from unidad_pl.report import page, report
+from unidad_pl.report.folder import read_run_folder
+from unidad_pl.report.page import write_page
+from unidad_pl.report.pictures import read_pictures
+
+
+def written(*folders: Path) -> str:
+    """The page about ``folders``, without plotly's code."""
+    target = write_page(folders, folders[0].parent / "page.html")
+    assert target.stat().st_size < page.MOST_BYTES
+    html = target.read_text(encoding="utf-8")
+    start = html.index("<script>")
+    return html[:start] + html[html.index("</head>") :]
+
+
+def test_a_page_about_a_run(tmp_path: Path) -> None:
+    html = written(make_run(tmp_path / "my run"))
+    assert not re.findall(r'\b(?:src|href)="(?!data:|#)[^"]*"', html)  # nothing from anywhere else
+    assert "not on this page" not in html  # nothing is missing
+    assert 'max="1" value="1" aria-label="networks: evaluation"' in html
+    assert html.count('class="frame networks"') == 4
+    assert re.findall(r"<figcaption>(.*?)</figcaption>", html)[:3] == ["student", "target teacher", "source teacher"]
+    assert len(re.findall(r'<div class="tile copy">', html)) == 1  # the one below the threshold
+    assert html.count('alt="shot 1"') == 2
+    assert "3 samples, 0.7 apart" in html
+    assert "The reference is 40 other images of the domain from builtin:cats without the shots" in html
+    assert "iteration 10, fid 5; its weights are in checkpoints/epoch=0-step=10.ckpt" in html
+    assert html.count('class="healthy"') == html.count('class="plotly-graph-div"') == 4
+    assert "The losses of G and D" not in html  # no such loss was logged
+    assert '"star"' in html
+    assert "Abacus 3" in html
+    assert "9.8.7" in html
+    assert "model.student.num_steps" not in html  # the page names the options as configs do
+    assert "model.init_args.student" not in html
+    assert re.search(r"sample --model '\S*.*my run/checkpoints/last.ckpt' --num 64", html.replace("&#39;", "'"))
+    assert "--trainer.max_steps 40" in html
+
+
+def test_the_options_that_differ_are_listed(tmp_path: Path) -> None:
+    html = written(make_run(tmp_path / "run"))
+    rows = dict(re.findall(r"<tr><th>([\w.]+)</th><td>(.*?)</td><td", html))
+    assert rows["model.student.sigma_min"] == "0.3"
+    assert rows["seed_everything"] == "3"
+    assert "model.student.num_steps" not in rows  # 3 is the default
+
+
+def test_runs_stand_side_by_side(tmp_path: Path) -> None:
+    first, second = make_run(tmp_path / "a" / "version_0"), make_run(tmp_path / "b" / "version_0", seed_everything=4)
+    html = written(first, second)
+    assert "<th>a/version_0</th><th>b/version_0</th>" in html
+    assert re.search(r"<th>seed_everything</th><td>3</td><td>4</td>", html)
+    assert html.count('aria-label="networks: evaluation"') == 2
+    assert {"fake, a/version_0", "fake, b/version_0"} <= set(
+        re.findall(r'"name":"(.*?)"', html.replace("\\u002f", "/"))
+    )
+    again = make_run(tmp_path / "c" / "a" / "version_0")
+    assert str(again) in written(first, again)  # two of one name are told apart
+
+
+def test_what_files_hold_is_escaped(tmp_path: Path) -> None:
+    bad = "<script>alert(1)</script>"
+    run = make_run(tmp_path / "<img src=x>", seed_everything=bad)
+    (run / "metrics.jsonl").write_text(json.dumps(evaluation(10, 5.0) | {"values": {bad: 1.0}, "extractor": bad}))
+    (run / "environment.jsonl").write_text(json.dumps({"host": bad, "packages": {bad: bad}}))
+    noise(run / 'samples/networks/val_step00000010/"onload="x.png')
+    html = written(run)
+    assert bad not in html
+    assert "<img src=x>" not in html
+    assert 'alt=""onload' not in html
+    assert "&lt;script&gt;alert(1)" in html
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda run: (run / "config.yaml").unlink(), "no config.yaml"),
+    "no mapping": (lambda run: (run / "config.yaml").write_text("- 1"), "config.yaml cannot be read"),
+    "tags": (lambda run: (run / "config.yaml").write_text("a: !!python/name:os.system"), "config.yaml cannot be read"),
+    "odd config": (lambda run: (run / "config.yaml").write_text("model: 3\ntrainer: [x]\ndata: {init_args: 1}"), ""),
+    "no metrics": (lambda run: (run / "metrics.jsonl").unlink(), "no metrics.jsonl"),
+    "half a line": (lambda run: cut(run / "metrics.jsonl"), ""),
+    "no record": (lambda run: (run / "metrics.jsonl").write_text('[1]\n{"values": 3}\n{"step": "x"}'), "neither shots"),
+    "no environment": (lambda run: (run / "environment.jsonl").unlink(), "versions and hardware are not known"),
+    "odd environment": (lambda run: (run / "environment.jsonl").write_text('{"packages": 3, "gpus": {}}'), ""),
+    "cost": (lambda run: (run / "cost.json").write_text("["), "cost.json cannot be read"),
+    "odd cost": (lambda run: (run / "cost.json").write_text('{"tflops": "x", "evaluations": [1]}'), ""),
+    "events cut": (lambda run: cut(next(run.glob("events*"))), ""),
+    "events": (lambda run: next(run.glob("events*")).write_bytes(b"no events"), "no TensorBoard events"),
+    "picture cut": (lambda run: cut(run / "samples/val_step00000010.png"), "a picture is left out"),
+    "no pictures": (lambda run: (run / "samples").rename(run / "other"), "no samples of the teachers"),
+    "clusters": (lambda run: cut(run / "samples/clusters/val_step00000020.png"), "clusters cannot be shown"),
+    "no checkpoints": (lambda run: (run / "checkpoints").rename(run / "other"), "There is no checkpoint"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_folder_has_a_page(kind: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    damage, said = DAMAGE[kind]
+    damage(run)
+    html = written(run)
+    assert said in html
+    assert "Samples over training" in html
+
+
+@pytest.mark.parametrize("change", [{"picture": "../secret.png"}, {"resolution": [3, 3]}, {"cluster_sizes": []},
+                                    {"clusters": [{}, {}]}, {"resolution": None}, {"threshold": {}}])  # fmt: skip
+def test_a_record_that_does_not_fit_its_picture(change: dict[str, object], tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    noise(tmp_path / "secret.png", 16, 56)
+    (run / "metrics.jsonl").write_text(json.dumps(clusters(20) | change))
+    found = read_pictures(read_run_folder(run), 10**6)
+    assert found.clusters == []
+    assert any("clusters cannot be shown" in one for one in found.missing)
+
+
+def test_another_module_has_a_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", model={"class_path": "unidad_pl.Diffusion", "init_args": {"source": None}})
+    html = written(run)
+    assert "unidad export" not in html.replace("/work", "")
+    assert " export --ckpt_path" not in html
+    assert " predict --config" in html
+
+
+def test_many_large_pictures_are_thinned(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    for step in range(30, 40):
+        noise(run / f"samples/val_step{step:08d}.png", 300, 300, seed=step)
+    whole, some = (read_pictures(read_run_folder(run), budget) for budget in (10**7, 600_000))
+    assert [frame.step for frame in whole.samples] == [10, 20, *range(30, 40)]
+    assert 1 < len(some.samples) < len(whole.samples)
+    assert (some.samples[0].step, some.samples[-1].step) == (10, 39)
+    assert any("evaluations in samples/ are left out" in one for one in some.missing)
+    assert sum(len(one) for frame in some.samples for one in frame.pictures.values()) <= 600_000
+
+
+def test_the_monitor_names_the_best(tmp_path: Path) -> None:
+    run = read_run_folder(make_run(tmp_path / "run", checkpoint={"monitor": "val/fid", "mode": "max"}))
+    assert run.best() == ("fid", 20, 7.0)
+    run = read_run_folder(make_run(tmp_path / "other", checkpoint={"monitor": "val/nothing"}))
+    assert run.best() is None
+    assert "No best checkpoint" in page.best_text(run)
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, second = make_run(tmp_path / "first"), make_run(tmp_path / "second")
+    main(["report", str(first)])
+    assert capsys.readouterr().out == f"written: {first / 'report.html'}\n"
+    main(["report", "first", str(second)])
+    assert (tmp_path / "report.html").is_file()
+    main(["report", "--out", "made/here.html", "first"])
+    assert (tmp_path / "made" / "here.html").is_file()
+    (tmp_path / "empty").mkdir()
+    for words, code, said in (
+        (["empty"], 1, "is no run folder"), (["runs/none"], 1, "no folder 'runs/none'"), (["memori"], 2, "use one of"),
+        ([str(tmp_path)], 1, "one in it is, such as"), ([], 2, "runs"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as ended:
+            main(["report", *words])
+        err = capsys.readouterr().err
+        assert ended.value.code == code, words
+        assert said in err
+        assert err.count("\n") == 1
+
+
+def test_the_extra_is_named_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=re.escape("pip install 'unidad_pl[report]'")):
+        report(str(make_run(tmp_path / "run")))
