@@ -152,10 +152,8 @@ def _chart(
         for run, whole in of(name):
             curve, place = whole.thinned(max(100, POINTS // len(runs))), runs.index(run)
             label = escape(name.partition("/")[2] or name) + (f", {escape(run.name)}" if len(runs) > 1 else "")
-            look: dict[str, Any] = {
-                "color": COLOURS[(number + place) % len(COLOURS)],
-                "dash": DASHES[place % len(DASHES)],
-            }
+            colour = COLOURS[(number if len(names) > 1 else place) % len(COLOURS)]
+            look: dict[str, Any] = {"color": colour, "dash": DASHES[place % len(DASHES)]}
             extra: dict[str, Any] = {"mode": "lines"}
             if evaluations:
                 extra = {"mode": "lines+markers", "marker": _markers(run, curve, place)}
@@ -165,8 +163,8 @@ def _chart(
     whether = evaluations and any(cost is not None for of_curve in costs for cost in of_curve)
     figure.update_layout(
         template="plotly_white", height=HEIGHT, margin={"l": 50, "r": 12, "t": 40 if whether else 12, "b": 40},
-        legend={"orientation": "h", "y": -0.2, "x": 0}, hovermode="x unified", showlegend=True,
-        xaxis={"title": {"text": "iterations"}, "automargin": True}, yaxis={"automargin": True},
+        legend={"orientation": "h", "y": -0.3, "x": 0}, hovermode="x unified", showlegend=True,
+        xaxis={"title": {"text": "iterations", "standoff": 4}, "automargin": True}, yaxis={"automargin": True},
         updatemenus=[_axis_buttons(figure, costs)] if whether else [],
     )  # fmt: skip
     html = figure.to_html(full_html=False, include_plotlyjs=False, default_width="100%", default_height=f"{HEIGHT}px",

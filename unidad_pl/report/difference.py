@@ -10,11 +10,14 @@ from functools import cache
 from typing import Any
 
 from unidad_pl.arguments import ARGUMENTS, CLASS
+from unidad_pl.runs.config import LOGGER
 
 REQUIRED = "(required)"
 OWN_COMMAND = {"summary": True, "threads": None, "predictions_folder": None, "seed_everything": 0, "ckpt_path": None,
                "weights_only": None, "optimizer": None, "lr_scheduler": None}  # fmt: skip
 """Options of ``unidad fit`` beside those of classes."""
+
+LOGGED_TO = ("trainer.logger.save_dir", "trainer.logger.name", "trainer.logger.version")
 
 Rows = dict[str, tuple[Any, Any]]
 Slots = dict[str, tuple[Any, type | None]]
@@ -44,6 +47,12 @@ def differences_from_defaults(config: Mapping[str, Any], standard: Mapping[str, 
     for name, default in standard.items():
         if name in rows:
             rows[name] = (rows[name][0], default)
+    if _path(LOGGER) == _path(
+        config.get("trainer", {}).get("logger") if isinstance(config.get("trainer"), dict) else {}
+    ):
+        for name in [name for name in rows if name.startswith("trainer.logger")]:
+            if name not in LOGGED_TO:  # its other options are those of the SummaryWriter behind it
+                del rows[name]
     return {name: pair for name, pair in rows.items() if _plain(pair[0]) != _plain(pair[1])}
 
 
