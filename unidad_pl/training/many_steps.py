@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,16 +10,13 @@ from torch import Tensor
 from unidad_pl.condition import Condition
 from unidad_pl.sampling import heun, sampling_sigmas, seeded_noise
 
-if TYPE_CHECKING:
-    from unidad_pl.training.module import GenerativeModule
-
 
 @torch.no_grad()
-def in_many_steps(module: GenerativeModule, name: str, seeds: Tensor, num_steps: int) -> Tensor:
+def in_many_steps(module: Any, name: str, seeds: Tensor, num_steps: int) -> Tensor:
     """Draw ``seeds`` with a network of ``module`` by Heun's method; the noise of a seed is that of the student's first.
 
     Args:
-        module: its networks are built if they are not.
+        module: a :class:`~unidad_pl.training.module.GenerativeModule`; its networks are built if they are not.
         name: one of its denoisers: ``source_teacher``, ``target_teacher``, ``fake_score``, ...
         seeds: [B]; a class-conditional model draws its classes in turn, seed 0 the first.
         num_steps: sampling steps, each of two evaluations but the last.
