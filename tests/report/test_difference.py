@@ -13,6 +13,7 @@ from unidad_pl.cli.main import main
 from unidad_pl.report.difference import REQUIRED, differences_from_defaults
 from unidad_pl.report.folder import Run
 from unidad_pl.report.page import config_rows
+from unidad_pl.runs.config import LOGGER
 
 
 def model(**options: object) -> dict[str, object]:
@@ -53,6 +54,15 @@ def test_callbacks_are_named_and_their_options_compared() -> None:
     assert found["trainer.callbacks.IntraLPIPS.stages"][0] == ["val"]  # an option of its base
     assert found["trainer.max_steps"] == (5, -1)
     assert "trainer.num_nodes" not in found
+
+
+def test_of_the_own_logger_only_its_place_is_listed() -> None:
+    logger = {"class_path": LOGGER["class_path"], "init_args": {"save_dir": "runs", "name": "x", "comment": ""}}
+    found = differences_from_defaults({"trainer": {"logger": logger}}, {})
+    assert {name: value for name, (value, _) in found.items()} == {
+        "trainer.logger.save_dir": "runs",
+        "trainer.logger.name": "x",
+    }
 
 
 def test_a_class_of_others_is_never_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
