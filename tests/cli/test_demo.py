@@ -182,6 +182,7 @@ def test_without_gradio_the_extra_is_named(folder: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.slow  # gradio takes its time to be imported
 def test_the_pages_files_are_the_pictures(studio: Studio, tmp_path: Path) -> None:
+    pytest.importorskip("gradio")
     from unidad_pl.cli import demo_page
 
     page = demo_page.Page(studio, tmp_path)
@@ -209,6 +210,7 @@ def test_the_pages_files_are_the_pictures(studio: Studio, tmp_path: Path) -> Non
 @pytest.fixture
 def server(folder: Path, tmp_path: Path) -> Iterator[str]:
     """The address of a running demo."""
+    pytest.importorskip("gradio")
     command = [sys.executable, "-u", "-m", "unidad_pl.cli", "demo", "--model", str(folder), "--device", "cpu"]
     environment = os.environ | {"GRADIO_TEMP_DIR": str(tmp_path / "cache"), "NO_PROXY": "127.0.0.1"}
     with (tmp_path / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log, env=environment) as run:

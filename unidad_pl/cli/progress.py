@@ -54,6 +54,7 @@ class Line:
 
         >>> line = Line("drawing", total=3)
         >>> line.show(3)  # the last one is always shown
+        drawing: 3/3, 00:00 gone, 00:00 left, ...it/s
         >>> line.close()
 
     Args:
