@@ -18,7 +18,7 @@ from unidad_pl.backbones.folders import (
     in_diffusers,
 )
 from unidad_pl.backbones.hub import find_file, find_folder
-from unidad_pl.backbones.lora import LoRA, add_adapters, base_names
+from unidad_pl.backbones.lora import LoRA, add_adapters, base_names, store_in_bfloat16
 from unidad_pl.backbones.sd3 import SD3Network
 from unidad_pl.backbones.sd_files import INDEX_FILE, TEXT
 from unidad_pl.backbones.spec import SCHEDULER_FILE
@@ -92,6 +92,8 @@ class Transformer(DenoiserSource):
             self._network(kind, net, folder).check()
         given = self.weights
         state = read_folder(place) if given is None else read_weights(find_file(given, self._local_only))
+        if self.lora is not None and self.lora.base_dtype == "bfloat16":
+            store_in_bfloat16(net, kind.output_layer)  # while it is empty: half of the memory that loading takes
         fill(net, state, given or str(place))
         return self._denoiser(kind, net, folder)
 
