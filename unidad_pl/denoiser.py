@@ -113,6 +113,9 @@ class Denoiser(nn.Module, ABC):
     takes_prompts: bool = False
     """Whether it is a text-to-image model, whose :meth:`DenoiserSource.codec` embeds prompts."""
 
+    distilled: bool = False
+    """Whether its source says that it was distilled, for few steps or for guidance: a student, but no teacher."""
+
     shared_weights: frozenset[str] = frozenset()
     """Names in the state dict of weights that are never trained and that all copies of this network have in common: the
     base under adapters. They come from the network's source, not from checkpoints."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from tests.backbones.conformance import Conformance
@@ -22,3 +25,12 @@ class TestDiT(Conformance):
     def theirs(self, net: Any, scaled: Tensor, t: Tensor, cond: Condition) -> Tensor:
         noise = net(scaled, timestep=t, class_labels=cond.labels).sample
         return noise.split(4, dim=1)[0]  # of eight channels: the rest is its variance
+
+    def test_files_with_the_older_name_are_read(self, folder: Path, tmp_path: Path) -> None:
+        copied = Path(shutil.copytree(folder, tmp_path / "older"))
+        config = copied / "transformer" / "config.json"
+        config.write_text(config.read_text().replace("DiTTransformer2DModel", "Transformer2DModel"))
+        network = self.load(folder)
+        with torch.no_grad():
+            given = self.given(network)
+            assert torch.equal(self.load(copied)(*given), network(*given))

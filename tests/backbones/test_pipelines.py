@@ -247,3 +247,19 @@ def test_the_configs_train(kind: str, tmp_path: Path, monkeypatch: pytest.Monkey
         found.transformer.get_submodule(layer).weight, begun.transformer.get_submodule(layer).weight, atol=0, rtol=0
     )
     refused("only diffusers UNets can be exported", export_student, str(checkpoint), str(tmp_path / "out"))
+
+
+def test_pipelines_that_edit_pictures_are_named(tmp_path: Path) -> None:
+    case = saved("flux", tmp_path / "pipeline")
+    assert case.source.build().distilled is bool(case.theirs.config.get("guidance_embeds"))
+    index = case.folder / "model_index.json"
+    index.write_text(index.read_text().replace("FluxPipeline", "FluxKontextPipeline"))
+    refused("is a FluxKontextPipeline, which is not supported: .* a FluxPipeline", case.source.build)
+
+
+def test_a_distilled_klein_says_so(tmp_path: Path) -> None:
+    case = saved("flux2", tmp_path / "pipeline")
+    assert not case.source.build().distilled
+    index = case.folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"is_distilled": True}))
+    assert case.source.build().distilled

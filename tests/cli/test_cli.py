@@ -26,7 +26,7 @@ CONFIGS = ROOT / "configs"
 TRAINING = [p for p in sorted(CONFIGS.rglob("*.yaml")) if "model" in yaml.safe_load(p.read_text())]
 # Those of one subject: tests/export/test_text_to_image.py, with a transformer: tests/backbones/test_pipelines.py; those
 # of a study are parts: tests/cli/test_study.py.
-SUBJECT = ("sdp", "sd35", "flux2", "z_image")
+SUBJECT = ("sdp", "sdxl", "sd35", "flux2", "z_image")
 TRAINING = [p for p in TRAINING if not p.name.startswith(SUBJECT) and p.parent.name != "study"]
 FSIG = [p for p in TRAINING if p.name.startswith("fsig_")]
 DIFFERENT = [p for p in TRAINING if p not in FSIG[1:] and p.name != "quickstart.yaml"]

@@ -189,7 +189,7 @@ def test_sample_asks_for_prompts_and_keeps_apart_what_they_drew(
         sample(str(checkpoint), 2, str(place / "mine"), prompts=[PROMPT], device="cpu")
 
 
-@pytest.mark.parametrize("config", sorted(path.name for path in CONFIGS.glob("sdp_*.yaml")))
+@pytest.mark.parametrize("config", sorted(path.name for path in CONFIGS.glob("sd[px]*.yaml")))
 def test_a_config_without_its_files_says_which_go_where(
     config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ class DiTNetwork(TransformerNetwork):
 
     diffusers_class, output_layer = "DiTTransformer2DModel", "proj_out_2"
     pipeline, takes_prompts = "DiTPipeline", False
+    older = ("Transformer2DModel",)
 
     def __init__(self, transformer: nn.Module, *args: Any, **kwargs: Any) -> None:
         from diffusers.models.embeddings import LabelEmbedding

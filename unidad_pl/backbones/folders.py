@@ -27,20 +27,27 @@ MOST_BLOCKS = 500
 """Above any number of levels times layers of a level times transformers of a layer."""
 
 
-def empty_network(kind: Any, folder: Path) -> Any:
+def empty_network(kind: Any, folder: Path, *older: str) -> Any:
     """The diffusers network of class ``kind`` that ``config.json`` in ``folder`` describes, on the meta device.
+
+    Args:
+        kind: the class.
+        folder: the network's.
+        older: names that the class had before.
 
     Raises:
         FileNotFoundError: there is no config.
         BrokenFile: it describes another class, or nothing that can be built.
     """
-    config = checked_config(kind, folder)
+    config = checked_config(kind, folder, *older)
     with reading(folder / CONFIG_FILE, f"config of a {kind.__name__}"), torch.device("meta"):
         return kind.from_config(config)
 
 
-def checked_config(kind: Any, folder: Path) -> dict[str, Any]:
+def checked_config(kind: Any, folder: Path, *older: str) -> dict[str, Any]:
     """What ``config.json`` in ``folder`` says, every value of the type and in the range of a ``kind``'s option.
+
+    Arguments as of :func:`empty_network`.
 
     Raises:
         FileNotFoundError: there is no config.
@@ -49,7 +56,7 @@ def checked_config(kind: Any, folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     config = read_json(path, f"config of a {kind.__name__}")
     with reading(path, f"config of a {kind.__name__}"):
-        if config.get("_class_name", kind.__name__) != kind.__name__:
+        if config.get("_class_name", kind.__name__) not in (kind.__name__, *older):
             raise ValueError(f"it describes a {config['_class_name']!r}")
         hints = get_type_hints(kind.__init__)
         for name, value in config.items():

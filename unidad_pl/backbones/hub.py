@@ -14,7 +14,7 @@ from pathlib import Path
 
 from unidad_pl.backbones.weights import Stems, choose_weights, find_weights, parts_of
 
-SMALL = (".json", ".txt")
+SMALL = (".json", ".txt", ".jinja")
 """Endings of configs, tokenizers and indices of weights."""
 TOPS = ("model_index.json", "config.json", "unet/config.json")
 """Every model's folder has one of them."""

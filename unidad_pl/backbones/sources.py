@@ -18,9 +18,9 @@ from unidad_pl.backbones.folders import (
     in_diffusers,
 )
 from unidad_pl.backbones.hub import find_file, find_folder
-from unidad_pl.backbones.lora import LoRA, add_adapters, base_names
+from unidad_pl.backbones.lora import LoRA, add_adapters, base_names, store_in_bfloat16
 from unidad_pl.backbones.sd3 import SD3Network
-from unidad_pl.backbones.sd_files import TEXT
+from unidad_pl.backbones.sd_files import INDEX_FILE, TEXT
 from unidad_pl.backbones.spec import SCHEDULER_FILE
 from unidad_pl.backbones.transformer import DEPTHS, Taps, TransformerNetwork
 from unidad_pl.backbones.weights import NETWORK, Stems, fill, read_folder, read_weights
@@ -87,11 +87,13 @@ class Transformer(DenoiserSource):
         own = () if self.weights else (TransformerNetwork.part,)
         folder, kind = self._found(own)
         place = folder / TransformerNetwork.part
-        net = empty_network(in_diffusers(kind.diffusers_class), place)
+        net = empty_network(in_diffusers(kind.diffusers_class), place, *kind.older)
         with reading(place / CONFIG_FILE, f"config of a {kind.diffusers_class}"):
             self._network(kind, net, folder).check()
         given = self.weights
         state = read_folder(place) if given is None else read_weights(find_file(given, self._local_only))
+        if self.lora is not None and self.lora.base_dtype == "bfloat16":
+            store_in_bfloat16(net, kind.output_layer)  # while it is empty: half of the memory that loading takes
         fill(net, state, given or str(place))
         return self._denoiser(kind, net, folder)
 
@@ -104,7 +106,8 @@ class Transformer(DenoiserSource):
 
     def architecture(self) -> TransformerNetwork:
         folder, kind = self._found()
-        config = checked_config(of := in_diffusers(kind.diffusers_class), folder / TransformerNetwork.part)
+        of = in_diffusers(kind.diffusers_class)
+        config = checked_config(of, folder / TransformerNetwork.part, *kind.older)
         return self._denoiser(kind, of.from_config(config), folder)
 
     def _found(self, weights: Collection[str] = ()) -> tuple[Path, type[TransformerNetwork]]:
@@ -128,13 +131,24 @@ class Transformer(DenoiserSource):
                     f"a transformer, as diffusers saves it; if it is one, its download is incomplete"
                 )
         config = read_json(path, "config of a transformer")
-        known = {kind.diffusers_class: kind for kind in self.networks}
+        known = {name: kind for kind in self.networks for name in (kind.diffusers_class, *kind.older)}
         with reading(path, "config of a transformer"):
             name = config.get("_class_name")
             if name not in known:
                 raise ValueError(f"it is of a {name!s:.60}; supported are {', '.join(known)}")
             check_whole(0, MOST_BLOCKS, null=True, **{depth: config.get(depth) for depth in DEPTHS})
+        pipeline = self._index(folder).get("_class_name", known[name].pipeline)
+        if pipeline != known[name].pipeline:  # those that edit pictures have the same network
+            raise ValueError(
+                f"source model {self.path!r} is a {pipeline!s:.60}, which is not supported: give the text-to-image "
+                f"model, a {known[name].pipeline}"
+            )
         return known[name]
+
+    def _index(self, folder: Path) -> dict[str, Any]:
+        """What ``model_index.json`` says, if it is there."""
+        path = folder / INDEX_FILE
+        return read_json(path, "pipeline's index") if path.is_file() else {}
 
     def _network(self, kind: type[TransformerNetwork], net: Any, folder: Path) -> TransformerNetwork:
         vae, scheduler = folder / "vae" / CONFIG_FILE, folder / "scheduler" / SCHEDULER_FILE
@@ -156,6 +170,7 @@ class Transformer(DenoiserSource):
 
     def _denoiser(self, kind: type[TransformerNetwork], net: Any, folder: Path) -> TransformerNetwork:
         network = self._network(kind, net, folder)
+        network.distilled |= self._index(folder).get("is_distilled") is True
         if self.lora is not None:
             add_adapters(network.transformer, self.lora, network.output_layer, network.adapted)
             network.shared_weights = base_names(network)

@@ -55,6 +55,9 @@ class TransformerNetwork(DiffusersNetwork):
     diffusers_class: str
     """The name of its class."""
 
+    older: tuple[str, ...] = ()
+    """Names that it has in older files."""
+
     pipeline: str
     """The name of the pipeline's class that it is a part of."""
 
@@ -105,6 +108,7 @@ class TransformerNetwork(DiffusersNetwork):
         if guidance is not None and not takes_guidance:
             raise ValueError(f"this {self.diffusers_class} takes no guidance scale as an input: leave guidance null")
         self.guidance = (guidance or self.usual_guidance) if takes_guidance else None
+        self.distilled = takes_guidance
         depth = sum(len(getattr(self.transformer, name)) for name in self.lists)
         quarters = {max(depth * part // 4, 1) - 1 for part in (1, 2, 3)}
         self.tapped = sorted(quarters) if taps == "quarters" else list(range(depth))

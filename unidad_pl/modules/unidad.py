@@ -33,7 +33,7 @@ from unidad_pl.sampling import FewStepSampler, random_noise, seeded_noise
 from unidad_pl.schedules import index_range, karras, log_linear
 from unidad_pl.training.hparams import TrainingOptions
 from unidad_pl.training.module import GenerativeModule
-from unidad_pl.training.networks import MemoryOptions, frozen, predict_on_own_device, trained
+from unidad_pl.training.networks import MemoryOptions, alike, frozen, predict_on_own_device, trained, warn_of_distilled
 from unidad_pl.training.noise import NoiseTable
 from unidad_pl.training.optimization import OptimizerOptions
 
@@ -102,9 +102,10 @@ class UniDAD(GenerativeModule):
 
     def build_networks(self) -> None:
         source = self.build(self.source)
+        warn_of_distilled(source)
 
         def start(init_from: DenoiserSource | None) -> Denoiser:
-            return self.build(init_from) if init_from else copy.deepcopy(source)
+            return alike(self.build(init_from), source) if init_from else copy.deepcopy(source)
 
         self.fake_score = start(self.fake_options.init_from)
         self.student = start(self.student_options.init_from)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -302,4 +303,36 @@ def refuse_diverged(weights: Iterable[tuple[str, Tensor]]) -> None:
             f"the weights have diverged: {found}. No checkpoint is written of them, "
             f"earlier ones are as they were: resume from one of those in 32-true precision, or begin again with a "
             f"lower learning rate"
+        )
+
+
+def alike(network: Denoiser, source: Denoiser) -> Denoiser:
+    """``network``, of an ``init_from``, if it can stand beside the source model's.
+
+    Raises:
+        ValueError: it works on other images or conditions; says on which.
+    """
+    own, wanted = _takes(network), _takes(source)
+    if own != wanted:
+        raise ValueError(
+            f"init_from has a model of {own}, the source is one of {wanted}: all networks of a run work on the same "
+            f"images, latents and conditions"
+        )
+    return network
+
+
+def _takes(network: Denoiser) -> str:
+    cond = network.blank_condition(1)
+    widths = {} if cond is None else {name: part.shape[-1] for name, part in cond.parts.items() if part.ndim > 1}
+    known = widths if network.num_classes is None else {"classes": network.num_classes}
+    words = [f"{name} {size}" for name, size in known.items()]
+    return ", ".join([f"images {tuple(network.image_shape)}", *words])
+
+
+def warn_of_distilled(source: Denoiser) -> None:
+    """Say that a source model is no good teacher."""
+    if source.distilled:
+        rank_zero_warn(
+            "the source model was distilled (for guidance or few steps), so its scores are not those of its training "
+            "data: where its base is to be had, give that as the source and this one as student.init_from"
         )
