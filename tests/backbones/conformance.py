@@ -11,8 +11,11 @@ from typing import Any, ClassVar
 import diffusers
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 
 from tests.metrics.toys import refused
 from tests.tiny_sd import subject
@@ -23,6 +26,7 @@ from unidad_pl.backbones.sources import Transformer
 from unidad_pl.backbones.transformer import TransformerNetwork
 from unidad_pl.condition import Condition
 from unidad_pl.denoiser import Codec, guided
+from unidad_pl.strategies.fsdp import full, shard
 from unidad_pl.training.rehearsal import Rehearsal
 
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
@@ -298,6 +302,29 @@ class Conformance:
         half = self.load(folder, lora=LoRA(rank=2, base_dtype="bfloat16"))
         assert {p.dtype for p in half.parameters() if p.requires_grad} == {torch.float32}
         assert half(*given).dtype == torch.float32
+
+    def test_its_blocks_can_be_sharded(self, built: TransformerNetwork, tmp_path: Path) -> None:
+        """On one rank: the sums are those of one process, but parameters are only there around their block's pass."""
+        sharded, given = copy.deepcopy(built), self.given(built)
+        names = list(built.tap_channels)[:1]
+
+        def loss(network: TransformerNetwork) -> Tensor:
+            taps = network.taps(*given, names)  # type: ignore[arg-type]
+            return network.predict(*given).x0.square().mean() + sum(tap.square().mean() for tap in taps.values())
+
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+        try:
+            shard(sharded, init_device_mesh("cpu", (1,)))
+            blocks = [block for name in built.lists for block in getattr(sharded.transformer, name)]
+            assert all(isinstance(block, FSDPModule) for block in blocks)
+            for network in (built, sharded):
+                loss(network).backward()
+            for own, other in zip(built.parameters(), sharded.parameters(), strict=True):
+                assert (own.grad is None) == (other.grad is None)
+                if own.grad is not None:
+                    torch.testing.assert_close(full(other.grad), own.grad, atol=1e-5, rtol=1e-4)
+        finally:
+            dist.destroy_process_group()
 
     def module(self, folder: Path, **options: Any) -> UniDAD:
         source_of = self.source

@@ -30,6 +30,11 @@ class DiTNetwork(TransformerNetwork):
             if isinstance(layer, LabelEmbedding):
                 layer.dropout_prob = 0.0  # each block would forget the label on its own
 
+    @property
+    def apart(self) -> list[nn.Module]:
+        """The output layers use the first block's embedding of time and class too."""
+        return [self.transformer.transformer_blocks[0].norm1.emb]
+
     def _call(self, scaled: Tensor, time: Tensor, cond: Condition) -> Tensor:
         output = self.transformer(scaled, timestep=time, class_labels=cond.labels).sample
         return output[:, : scaled.shape[1]]

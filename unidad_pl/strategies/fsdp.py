@@ -94,7 +94,7 @@ def shard(network: nn.Module, mesh: Any) -> None:
     """Shard the parameters of ``network`` over the ranks of ``mesh``, in place, frozen ones too.
 
     Its blocks (what its outermost ``ModuleList`` and ``ModuleDict`` hold) are gathered one at a time, around their
-    forward and backward passes.
+    forward and backward passes. What it names as ``apart`` is used outside of the block it lies in, and gathered alone.
 
     Raises:
         RuntimeError: torch is older than 2.6.
@@ -103,7 +103,7 @@ def shard(network: nn.Module, mesh: Any) -> None:
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     except ImportError as error:
         raise RuntimeError(f"{NAME} needs torch >= 2.6, this is {torch.__version__}: use unidad_ddp") from error
-    for block in _blocks(network):
+    for block in (*getattr(network, "apart", ()), *_blocks(network)):  # inner ones first
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     # Shards again after every pass, for the root too: a parameter that is frozen meanwhile must be seen as frozen.
     fully_shard(network, mesh=mesh, reshard_after_forward=True)
