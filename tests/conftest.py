@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 torch.set_num_threads(1)
-# A shell ignores Ctrl-C for what it runs in the background, and so would everything that tests begin.
+# A shell ignores Ctrl-C for what it runs in the background, nohup SIGHUP, and so would everything that tests begin.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -29,6 +29,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "Prior": {"root": "builtin:cats:4"},
     "StableDiffusion": {"path": "a"},
     "SubjectDataModule": {"root": "builtin:cats", "class_word": "cat", "shots": 4},
+    "Transformer": {"path": "a"},
     "UniDAD": {"source": NewUNet()},
     "log_linear": {"n": 2},
 }

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.export.made import export, pixel_student, text_student
+from unidad_pl.condition import Condition
 from unidad_pl.export import load_export
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -42,7 +43,7 @@ def test_what_diffusers_saves_again_draws_the_same(options: dict[str, Any], tmp_
         loaded = load_export(tmp_path / folder)
         assert (loaded.weights, loaded.iteration, loaded.sampler.sigmas) == ("ema", 7, [80.0, 0.5])
         x, sigma = torch.randn(1, 3, 8, 8), torch.tensor([2.0])
-        cond = torch.tensor([1]) if options else None
+        cond = Condition(torch.tensor([1])) if options else None
         torch.testing.assert_close(loaded.network(x, sigma, cond), student.network(x, sigma, cond), rtol=0, atol=0)
 
 

@@ -202,7 +202,8 @@ class ImageSet(ABC):
             ValueError: see :meth:`read`; of several the first.
         """
         wanted = range(len(self)) if indices is None else list(indices)
-        images = torch.empty(len(wanted), 3, resolution, resolution, dtype=torch.uint8)
+        with torch.inference_mode(False):  # threads are not in it, and could not write into what it made
+            images = torch.empty(len(wanted), 3, resolution, resolution, dtype=torch.uint8)
 
         def put(row: int, index: int) -> None:
             images[row] = self.read(index, resolution)

@@ -105,7 +105,7 @@ def number(value: Any) -> str:
 def duration(seconds: float) -> str:
     """
     >>> duration(75), duration(7300), duration(3)
-    ('1 min 15 s', '2 h 2 min', '3 s')
+    ('1 min 15 s', '2 h 1 min', '3 s')
     """
     if seconds < MINUTE:
         return f"{seconds:.0f} s"
