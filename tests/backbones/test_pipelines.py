@@ -198,6 +198,8 @@ def test_a_missing_part_is_named(tmp_path: Path) -> None:
 def test_a_class_that_diffusers_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = saved("z_image", tmp_path / "pipeline")
     monkeypatch.setattr("unidad_pl.backbones.z_image.ZImageNetwork.pipeline", "NoSuchPipeline")
+    index = tmp_path / "pipeline" / "model_index.json"
+    index.write_text(index.read_text().replace("ZImagePipeline", "NoSuchPipeline"))
     with pytest.raises(ImportError, match=r"diffusers 0.* has no NoSuchPipeline: pip install"):
         _ = case.source.codec().parts  # type: ignore[attr-defined]
 

@@ -100,7 +100,7 @@ def main() -> None:
         root = Path(name)
         single = validate(root / "one", 1, Data(seeds=23))
         pictures = {path.relative_to(root / "one"): path.read_bytes() for path in (root / "one").rglob("*.png")}
-        assert len(pictures) == 3, sorted(pictures)
+        assert len(pictures) == 4  # a grid, one of each prompt, the clusters
         runs = {
             "dealt and padded": validate(root / "two", 2, Data(seeds=23)),
             "uneven": validate(root / "three", 2, Uneven(seeds=23), use_distributed_sampler=False),

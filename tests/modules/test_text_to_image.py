@@ -210,7 +210,7 @@ def test_a_folder_without_a_text_encoder_is_named(folder: Path, tmp_path: Path) 
     with pytest.raises(FileNotFoundError, match=r"has neither tokenizer/vocab\.json nor tokenizer/tokenizer\.json"):
         text_unidad(tmp_path / "sd").configure_model()
     shutil.rmtree(tmp_path / "sd" / "text_encoder")
-    with pytest.raises(FileNotFoundError, match="has no text_encoder/config.json: the download is incomplete"):
+    with pytest.raises(FileNotFoundError, match=r"has no text_encoder/config\.json: the download is incomplete"):
         text_unidad(tmp_path / "sd").configure_model()
 
 
