@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -122,5 +123,6 @@ def main() -> None:
     sys.stdout.write("all equal\n")
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
     assert "all equal" in run_apart(tmp_path, main)

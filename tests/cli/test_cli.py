@@ -92,6 +92,7 @@ def stand_in_for_the_real_files(folder: Path, config: Path, unidad: Any) -> list
     return [*BARE, *fitting]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", DIFFERENT, ids=lambda p: str(p.relative_to(CONFIGS)))
 def test_every_config_runs_two_iterations(config: Path, tmp_path: Path, unidad: Any) -> None:
     options = [*SMALL, "--data.batch_size", "2", "--summary", "false"]  # two more validations
@@ -161,6 +162,7 @@ def test_a_class_conditional_model_from_fit_to_predict(photographs: Path, tmp_pa
     assert len(list(tmp_path.rglob("predictions/*.png"))) == 3
 
 
+@pytest.mark.slow
 def test_the_quickstart_on_the_users_own_photographs(photographs: Path, tmp_path: Path, unidad: Any) -> None:
     own = ("--data.root", str(photographs), "--data.batch_size", "2")
     printed = unidad("fit", "--config", str(CONFIGS / "quickstart.yaml"), *own, *SMALL, *BOTH)

@@ -110,6 +110,7 @@ def mean_of(network: Any, prompt: str, shared_words: bool = False) -> float:
     return float(network.mu(Texts(shared_words).embed([prompt])))
 
 
+@pytest.mark.slow
 def test_the_subjects_prompt_moves_and_the_class_stays() -> None:
     module = personalise(1.0, target_teacher__adaptation__update="every")
     assert mean_of(module.target_teacher, SUBJECT) == pytest.approx(SUBJECT_MEAN, abs=0.02)
@@ -153,6 +154,7 @@ def teach(prior: float | None) -> Any:
     return module.target_teacher
 
 
+@pytest.mark.slow
 def test_where_words_are_shared_pictures_of_the_class_keep_it_in_place() -> None:
     kept, lost = teach(1.0), teach(None)
     for teacher in (kept, lost):
