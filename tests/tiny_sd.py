@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel, UNet2DModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.worlds import unidad
@@ -89,6 +90,19 @@ def listen(model: UniDAD, texts: list[str]) -> dict[str, list[list[str]]]:
         spy(name, "predict")
         spy(name, "taps")
     return told
+
+
+def in_parts(folder: Path, index: str, part: str) -> dict[str, Tensor]:
+    """The weights in ``folder``, now in two files named as ``part`` says, with an index."""
+    path = folder / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    path.unlink()
+    names, where = sorted(state), {}
+    for i, own in enumerate((names[::2], names[1::2])):
+        save_file({name: state[name] for name in own}, folder / part.format(i))
+        where |= dict.fromkeys(own, part.format(i))
+    (folder / index).write_text(json.dumps({"weight_map": where}))
+    return state
 
 
 def save_tiny(folder: Path, xl: bool = False, prediction: str = "epsilon") -> Path:

@@ -72,6 +72,11 @@ class Condition:
         return self._each(lambda part: part.expand(rows, *part.shape[1:]))
 
     @staticmethod
+    def of(labels: Tensor | None) -> Condition | None:
+        """The condition of class labels [B]; None where there are none."""
+        return None if labels is None else Condition(labels)
+
+    @staticmethod
     def cat(conditions: Sequence[Condition]) -> Condition:
         """All rows one after the other; shorter prompts are filled up with zeros that their mask leaves out.
 

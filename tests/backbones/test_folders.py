@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tests.backbones.test_adm import CHECKPOINT, CONFIG, TINY
 from tests.backbones.test_damaged import run, use
 from tests.metrics.toys import refused
-from tests.tiny_sd import save_ddpm, save_tiny
+from tests.tiny_sd import in_parts, save_ddpm, save_tiny
 from unidad_pl.backbones import ADMConfig, ADMSource, LoRA, NewUNet, PretrainedUNet, StableDiffusion, UNetSpec
 from unidad_pl.condition import Condition
 
@@ -48,17 +48,11 @@ def test_weights_of_any_precision_and_kind(ddpm: Path, name: str) -> None:
 @pytest.mark.parametrize("index", [f"{WEIGHTS}.safetensors.index.json", f"{WEIGHTS}.safetensors.index.fp16.json"])
 def test_weights_in_parts(ddpm: Path, index: str) -> None:
     folder = ddpm / "unet"
-    state = load_file(folder / f"{WEIGHTS}.safetensors")
-    (folder / f"{WEIGHTS}.safetensors").unlink()
-    names, where = sorted(state), {}
-    for i, part in enumerate((names[::2], names[1::2])):
-        save_file({name: state[name] for name in part}, folder / f"part-{i}.safetensors")
-        where |= dict.fromkeys(part, f"part-{i}.safetensors")
-    (folder / index).write_text(json.dumps({"weight_map": where}))
+    state = in_parts(folder, index, "part-{}.safetensors")
     same(ddpm, state)
     (folder / "part-1.safetensors").rename(ddpm / "part-1.safetensors")
     refused(r"part-1\.safetensors", PretrainedUNet(str(ddpm)).build, error=FileNotFoundError)
-    (folder / index).write_text(json.dumps({"weight_map": dict.fromkeys(names, "../part-1.safetensors")}))
+    (folder / index).write_text(json.dumps({"weight_map": dict.fromkeys(state, "../part-1.safetensors")}))
     refused(r"index.*names the file '\.\./part-1", PretrainedUNet(str(ddpm)).build)
 
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from tests.backbones.hub import Hub, ask, hub_at
 from tests.backbones.test_adm import CHECKPOINT, CONFIG
 from tests.backbones.test_damaged import run, use
 from tests.metrics.toys import refused
-from tests.tiny_sd import save_ddpm, save_tiny
+from tests.tiny_sd import in_parts, save_ddpm, save_tiny
 from unidad_pl.backbones import ADMSource, PretrainedUNet, StableDiffusion
 from unidad_pl.files import BrokenFile
 from unidad_pl.training.hparams import flatten
@@ -125,13 +125,7 @@ def test_other_weights_of_a_unet_and_an_adm_checkpoint_by_name(hub: Hub) -> None
 
 def test_weights_in_parts_and_half_a_download(hub: Hub, tmp_path: Path) -> None:
     folder = hub.root / DDPM / "unet"
-    whole = load_file(folder / f"{WEIGHTS}.safetensors")
-    (folder / f"{WEIGHTS}.safetensors").unlink()
-    names, where = sorted(whole), {}
-    for i, part in enumerate((names[::2], names[1::2])):
-        save_file({name: whole[name] for name in part}, folder / f"part[{i}].safetensors")
-        where |= dict.fromkeys(part, f"part[{i}].safetensors")
-    (folder / f"{WEIGHTS}.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    in_parts(folder, f"{WEIGHTS}.safetensors.index.json", "part[{}].safetensors")
     run(PretrainedUNet(DDPM))
     assert {name for name in hub.fetched if name.endswith("safetensors")} == {
         f"unet/part[{i}].safetensors" for i in (0, 1)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from unidad_pl.callbacks.environment import processor
 from unidad_pl.denoiser import Denoiser, DenoiserSource
 
 
@@ -42,16 +43,10 @@ def machine() -> dict[str, Any]:
     """Where this was measured."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    model = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
     return {
         "commit": commit.stdout.strip(), "torch": torch.__version__, "python": platform.python_version(),
-        "threads": torch.get_num_threads(), "processor": model[0] if model else platform.processor(), "gpu": gpu,
+        "threads": torch.get_num_threads(), "processor": processor(), "gpu": gpu,
     }  # fmt: skip
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
 
 
 def keep(results: dict[str, Any], path: str | None) -> None:

@@ -132,6 +132,11 @@ def checked_labels(cond: Condition | None, count: int) -> Condition:
     return cond
 
 
+def blank_text(rows: int, tokens: int, width: int, pooled: int) -> Condition:
+    """Zeros in the place of prompts: tokens [rows, ``tokens``, ``width``], and a pooled embedding if it has numbers."""
+    return Condition(tokens=torch.zeros(rows, tokens, width), pooled=torch.zeros(rows, pooled) if pooled else None)
+
+
 def checked_text(cond: Condition | None, count: int, width: int, pooled: int) -> Condition:
     """``cond``, if it has what a text-to-image network of ``count`` images takes.
 

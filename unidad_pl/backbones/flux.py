@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unidad_pl.backbones.transformer import JOINT, TransformerNetwork, packed, text_first, unpacked
+from unidad_pl.backbones.transformer import CONTEXT_FORWARD, JOINT, TransformerNetwork, packed, text_first, unpacked
 from unidad_pl.condition import Condition
 
 PATCH, TOKENS = 2, 512
@@ -24,7 +24,7 @@ class FluxNetwork(TransformerNetwork):
 
     diffusers_class, pipeline = "FluxTransformer2DModel", "FluxPipeline"
     lists = ("transformer_blocks", "single_transformer_blocks")
-    adapted = (*TransformerNetwork.adapted, *JOINT, "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp")
+    adapted = (*TransformerNetwork.adapted, *JOINT, *CONTEXT_FORWARD, "proj_mlp")
     masks = True
 
     text_parts = {  # noqa: RUF012
@@ -52,9 +52,8 @@ class FluxNetwork(TransformerNetwork):
         assert cond.pooled is not None
         tokens, rows, columns = packed(scaled, PATCH), scaled.shape[2] // PATCH, scaled.shape[3] // PATCH
         places = torch.cartesian_prod(*(torch.arange(n, device=scaled.device) for n in (1, rows, columns)))
-        scale = None if self.guidance is None else scaled.new_full((len(scaled),), self.guidance)
         output = self.transformer(
-            hidden_states=tokens, timestep=time / self.spec.train_timesteps, guidance=scale,
+            hidden_states=tokens, timestep=time / self.spec.train_timesteps, guidance=self._guidance_input(scaled),
             pooled_projections=cond.pooled.to(self.dtype), encoder_hidden_states=cond.tokens.to(self.dtype),
             txt_ids=places.new_zeros(cond.tokens.shape[1], 3), img_ids=places,
             joint_attention_kwargs={"attention_mask": text_first(cond.mask, tokens.shape[1])},

@@ -12,13 +12,19 @@ from torch import Tensor
 
 from unidad_pl.backbones.lora import ATTENTION
 from unidad_pl.backbones.spec import UNetSpec, shift_of_mu, spec_of_scheduler
-from unidad_pl.backbones.transformer import JOINT, TransformerNetwork, packed, text_first, unpacked
+from unidad_pl.backbones.transformer import (
+    JOINT,
+    QWEN3_TEMPLATE,
+    QWEN3_TOKENS,
+    TransformerNetwork,
+    packed,
+    text_first,
+    unpacked,
+)
 from unidad_pl.condition import Condition
 from unidad_pl.files import read_json, reading
 from unidad_pl.schedules import flow_sigmas
 
-TOKENS, TEMPLATE = 512, 24
-"""What the text encoder reads of a prompt and its chat template, and at most of the latter."""
 MANY_STEPS = 50
 """The pipeline's default, which the table of a network's noise levels is for."""
 
@@ -67,7 +73,7 @@ class Flux2Network(TransformerNetwork):
     masks, usual_side, usual_guidance, vae_fold = True, 64, 4.0, 2
 
     text_parts = {"text_encoder": "Qwen3ForCausalLM", "tokenizer": "Qwen2TokenizerFast"}  # noqa: RUF012
-    most_tokens = TOKENS - TEMPLATE
+    most_tokens = QWEN3_TOKENS - QWEN3_TEMPLATE
 
     @classmethod
     def encoded(cls, pipe: Any, prompt: str, device: torch.device | str) -> Condition:
@@ -79,7 +85,7 @@ class Flux2Network(TransformerNetwork):
 
     @classmethod
     def text_sizes(cls, config: Mapping[str, Any]) -> tuple[int, int, int]:
-        return TOKENS, config["joint_attention_dim"], 0
+        return QWEN3_TOKENS, config["joint_attention_dim"], 0
 
     @classmethod
     def spec_of(cls, scheduler: Path, tokens: int) -> UNetSpec:
@@ -96,9 +102,8 @@ class Flux2Network(TransformerNetwork):
         tokens = packed(scaled, 1)
         places = [torch.arange(n, device=scaled.device) for n in (1, *scaled.shape[2:], 1)]
         words = [torch.arange(n, device=scaled.device) for n in (1, 1, 1, cond.tokens.shape[1])]
-        scale = None if self.guidance is None else scaled.new_full((len(scaled),), self.guidance)
         output = self.transformer(
-            hidden_states=tokens, timestep=time / self.spec.train_timesteps, guidance=scale,
+            hidden_states=tokens, timestep=time / self.spec.train_timesteps, guidance=self._guidance_input(scaled),
             encoder_hidden_states=cond.tokens.to(self.dtype), txt_ids=torch.cartesian_prod(*words),
             img_ids=torch.cartesian_prod(*places),
             joint_attention_kwargs={"attention_mask": text_first(cond.mask, tokens.shape[1])},

@@ -81,6 +81,15 @@ def check_vocabulary(parts: dict[str, Any]) -> None:
             )
 
 
+def check_length(tokenizer: Any, prompt: str, most: int) -> None:
+    """
+    Raises:
+        ValueError: the prompt has more than ``most`` tokens.
+    """
+    if (length := len(tokenizer(prompt).input_ids)) > most:
+        raise ValueError(f"the prompt {prompt!r} has {length} tokens, {most} can be read: make it shorter")
+
+
 class LatentCodec(Codec):
     """Pictures <-> latents by the VAE, prompts -> conditions by the text encoders, of one Stable Diffusion folder.
 
@@ -119,6 +128,8 @@ class LatentCodec(Codec):
             BrokenFile: a file is not what it should be, or weights do not fit or are not finite.
         """
         if self._parts is None:
+            if self._fetch is not None:
+                self.folder = self._fetch()
             with torch.random.fork_rng(devices=[]):
                 self._parts = self._read()
             for part in self._parts.components.values():
@@ -130,8 +141,6 @@ class LatentCodec(Codec):
     def _read(self) -> Any:
         import diffusers
 
-        if self._fetch is not None:
-            self.folder = self._fetch()
         kinds = diffusers.StableDiffusionPipeline, diffusers.StableDiffusionXLPipeline
         index = read_index(self.folder)
         kind: Any = kinds[PIPELINES.index(index["_class_name"])]
@@ -208,9 +217,7 @@ class LatentCodec(Codec):
         tokenizer = self.parts.tokenizer
         if tokenizer is None or self.parts.text_encoder is None:
             raise BrokenFile(f"{str(self.folder / INDEX_FILE)!r} names no text encoder or no tokenizer: get all of it")
-        length, most = len(tokenizer(prompt).input_ids), tokenizer.model_max_length
-        if length > most:
-            raise ValueError(f"the prompt {prompt!r} has {length} tokens, {most} can be read: make it shorter")
+        check_length(tokenizer, prompt, tokenizer.model_max_length)
         found = self.parts.encode_prompt(
             prompt=[prompt], device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unidad_pl.backbones.folders import in_diffusers
-from unidad_pl.backbones.latents import LatentCodec, need_transformers, read_vae
+from unidad_pl.backbones.latents import LatentCodec, check_length, need_transformers, read_vae
 from unidad_pl.backbones.sd_files import read_text_encoder, read_tokenizer
 from unidad_pl.backbones.transformer import TransformerNetwork
 from unidad_pl.condition import Condition
@@ -45,8 +45,6 @@ class PipelineCodec(LatentCodec):
                 raise FileNotFoundError(f"source model {str(folder)!r} has no {name}/: the download is incomplete")
 
     def _read(self) -> Any:
-        if self._fetch is not None:
-            self.folder = self._fetch()
         kind = self.network
         parts: dict[str, Any] = {"transformer": None, "scheduler": None, "vae": read_vae(self.folder / "vae", kind.vae)}
         for name, of in kind.text_parts.items():
@@ -89,8 +87,6 @@ class PipelineCodec(LatentCodec):
         return super().embed(prompts, device)
 
     def _embedding_of(self, prompt: str, device: torch.device | str) -> Condition:
-        length, most = len(getattr(self.parts, self.network.tokenizer)(prompt).input_ids), self.network.most_tokens
-        if length > most:
-            raise ValueError(f"the prompt {prompt!r} has {length} tokens, {most} can be read: make it shorter")
+        check_length(getattr(self.parts, self.network.tokenizer), prompt, self.network.most_tokens)
         found = self.network.encoded(self.parts, prompt, device)
         return Condition(**{name: part.float().cpu() for name, part in found.parts.items()})

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unidad_pl.backbones.transformer import JOINT, TransformerNetwork
+from unidad_pl.backbones.transformer import CONTEXT_FORWARD, JOINT, TransformerNetwork
 from unidad_pl.condition import Condition
 
 CLIP_TOKENS, T5_TOKENS = 77, 256
@@ -22,7 +22,7 @@ class SD3Network(TransformerNetwork):
     """
 
     diffusers_class, pipeline = "SD3Transformer2DModel", "StableDiffusion3Pipeline"
-    adapted = (*TransformerNetwork.adapted, *JOINT, "ff_context.net.0.proj", "ff_context.net.2")
+    adapted = (*TransformerNetwork.adapted, *JOINT, *CONTEXT_FORWARD)
 
     def __init__(self, transformer: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(transformer, *args, **kwargs)

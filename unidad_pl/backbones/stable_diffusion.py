@@ -11,10 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor
 
-from unidad_pl.backbones.base import checked_text
+from unidad_pl.backbones.base import blank_text, checked_text
 from unidad_pl.backbones.folders import CONFIG_FILE, MOST_SIDE, checked_config, empty_network
 from unidad_pl.backbones.hub import find_file
 from unidad_pl.backbones.latents import LatentCodec
@@ -152,8 +151,7 @@ class StableDiffusionUNet(DiffusersUNet):
     takes_prompts = True
 
     def blank_condition(self, rows: int) -> Condition:
-        pooled = torch.zeros(rows, self.pooled) if self.pooled else None
-        return Condition(tokens=torch.zeros(rows, TOKENS, self.width), pooled=pooled)
+        return blank_text(rows, TOKENS, self.width, self.pooled)
 
     def _conditions(self, cond: Condition | None, count: int) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """Token embeddings [B, L, D], their mask, and SDXL's added conditions."""

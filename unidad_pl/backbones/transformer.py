@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unidad_pl.backbones.base import DiffusersNetwork, checked_labels, checked_text
+from unidad_pl.backbones.base import DiffusersNetwork, blank_text, checked_labels, checked_text
 from unidad_pl.backbones.lora import ATTENTION
 from unidad_pl.backbones.spec import UNetSpec, spec_of_scheduler
 from unidad_pl.checks import check_choices, check_positive, check_whole
@@ -29,6 +29,9 @@ DEPTHS = ("num_layers", "num_single_layers", "n_layers", "n_refiner_layers")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
 JOINT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 """The layers of a joint attention that read the prompt."""
+CONTEXT_FORWARD = ("ff_context.net.0.proj", "ff_context.net.2")
+QWEN3_TOKENS, QWEN3_TEMPLATE = 512, 24
+"""What pipelines let Qwen3 read of a prompt and its chat template, and at most of the latter."""
 
 
 class TransformerNetwork(DiffusersNetwork):
@@ -155,6 +158,10 @@ class TransformerNetwork(DiffusersNetwork):
             [B, C, H, W] what the parameterisation is of: the velocity ``eps - x0`` of a flow.
         """
 
+    def _guidance_input(self, scaled: Tensor) -> Tensor | None:
+        """The guidance scale of the B rows, for a network that takes it as an input."""
+        return None if self.guidance is None else scaled.new_full((len(scaled),), self.guidance)
+
     def _compute_tables(self) -> None:
         """Buffers that no file of weights holds, such as positions, are as the class makes them."""
         lost = [
@@ -194,8 +201,7 @@ class TransformerNetwork(DiffusersNetwork):
     def blank_condition(self, rows: int) -> Condition | None:
         if not self.takes_prompts:
             return super().blank_condition(rows)
-        pooled = torch.zeros(rows, self.pooled) if self.pooled else None
-        return Condition(tokens=torch.zeros(rows, self.num_tokens, self.token_width), pooled=pooled)
+        return blank_text(rows, self.num_tokens, self.token_width, self.pooled)
 
     def _evaluate(self, run: Run, scaled: Tensor, time: Tensor, cond: Condition | None) -> dict[str, Tensor]:
         """``run`` with a condition that fits; where the class has no mask, once for each mask there is."""

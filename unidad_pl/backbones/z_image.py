@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from unidad_pl.backbones.lora import ATTENTION
-from unidad_pl.backbones.transformer import TransformerNetwork
+from unidad_pl.backbones.transformer import QWEN3_TEMPLATE, QWEN3_TOKENS, TransformerNetwork
 from unidad_pl.condition import Condition
 
 PATCH, FRAMES = 2, 1
-TOKENS, TEMPLATE = 512, 24
-"""What the text encoder reads of a prompt and its chat template, and at most of the latter."""
 
 
 class ZImageNetwork(TransformerNetwork):
@@ -32,7 +30,7 @@ class ZImageNetwork(TransformerNetwork):
     masks = True
 
     text_parts = {"text_encoder": "Qwen3Model", "tokenizer": "Qwen2TokenizerFast"}  # noqa: RUF012
-    most_tokens = TOKENS - TEMPLATE
+    most_tokens = QWEN3_TOKENS - QWEN3_TEMPLATE
 
     @classmethod
     def encoded(cls, pipe: Any, prompt: str, device: torch.device | str) -> Condition:
@@ -45,7 +43,7 @@ class ZImageNetwork(TransformerNetwork):
 
     @classmethod
     def text_sizes(cls, config: Mapping[str, Any]) -> tuple[int, int, int]:
-        return TOKENS, config["cap_feat_dim"], 0
+        return QWEN3_TOKENS, config["cap_feat_dim"], 0
 
     def _call(self, scaled: Tensor, time: Tensor, cond: Condition) -> Tensor:
         assert cond.tokens is not None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unidad_pl.arguments import known_classes, rebuild
 from unidad_pl.checks import check_at_least
-from unidad_pl.cli.drawing import drawn, load_model
+from unidad_pl.cli.drawing import device_of, drawn, load_model
 from unidad_pl.condition import Condition
 from unidad_pl.data.pictures import as_uint8
 from unidad_pl.denoiser import Denoiser, DenoiserSource, guided
@@ -85,7 +85,7 @@ class Studio:
 
     def __init__(self, model: Path, weights: Weights = "auto", config: str | None = None, device: str = "auto") -> None:
         self.name, self.student = str(model), load_model(model, weights, config)
-        self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        self.device = device_of(device)
         self.student.network.to(self.device)
         self.labels = ClassLabels(self.student.network.num_classes, self.student.classes)
         self._original: Original | None = None
@@ -186,5 +186,4 @@ class Studio:
             raise ValueError("write a prompt" if self.takes_prompts else "the model takes no prompts: leave it out")
         if prompt:
             return self.student.codec.embed([prompt] * len(seeds), self.device)
-        labels = self.labels.of_seeds(torch.tensor(seeds, device=self.device))
-        return None if labels is None else Condition(labels)
+        return Condition.of(self.labels.of_seeds(torch.tensor(seeds, device=self.device)))

@@ -30,6 +30,11 @@ def load_model(model: Path, weights: Weights, config: str | None) -> TrainedStud
     return load_student(model, weights, config) if model.is_file() else load_export(model)
 
 
+def device_of(name: str) -> str:
+    """``name``, or for ``auto`` the GPU if there is one."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
 def drawn(
     student: TrainedStudent, sampler: FewStepSampler, noise: Noise, cond: Condition | None, seeds: list[int]
 ) -> torch.Tensor:
@@ -93,8 +98,7 @@ class Drawing:
 
         self._record(folder)
         missing = _missing(folder, seeds)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = device_of(device)
         self.student.network.to(device)
         written: list[Any] = []
         with (
@@ -121,8 +125,7 @@ class Drawing:
             prompts = [self.prompts[one % len(self.prompts)] for one in seeds]
             cond: Condition | None = self.student.codec.embed(prompts, device)
         else:
-            labels = self.labels.of_seeds(torch.tensor(seeds, device=device))
-            cond = None if labels is None else Condition(labels)
+            cond = Condition.of(self.labels.of_seeds(torch.tensor(seeds, device=device)))
         network = self.student.network
         noise = seeded_noise(seeds, network.image_shape, device)
         return drawn(self.student, self.sampler, noise, cond, seeds)

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from unidad_pl.backbones.latents import check_length
 from unidad_pl.data.batch import Batch, EncodedBatch
 from unidad_pl.denoiser import Codec
 
@@ -84,8 +85,7 @@ def check_prompts(codec: Codec, data: Any) -> None:
         return
     most = tokenizer.model_max_length
     for prompt in prompts:
-        if (tokens := len(tokenizer(prompt).input_ids)) > most:
-            raise ValueError(f"the prompt {prompt!r} has {tokens} tokens, {most} can be read: make it shorter")
+        check_length(tokenizer, prompt, most)
     token = getattr(data, "token", None)
     pieces = tokenizer.tokenize(token) if token else []
     if len(pieces) >= MANY_PIECES:

@@ -37,14 +37,10 @@ def in_many_steps(module: Any, name: str, seeds: Tensor, num_steps: int) -> Tens
             f"{name} is a text-to-image model, and seeds alone do not say what to draw: leave TeacherGrid out, "
             f"PromptGrid shows the student's pictures of every prompt"
         )
-    labels, device = module.labels.of_seeds(seeds), next(network.parameters()).device
+    device = next(network.parameters()).device
+    cond = Condition.of(module.labels.of_seeds(seeds.to(device)))
     training = network.training
     network.eval()
-    images = heun(
-        network,
-        seeded_noise(seeds, network.image_shape, device),
-        sampling_sigmas(num_steps),
-        None if labels is None else Condition(labels).to(device),
-    )
+    images = heun(network, seeded_noise(seeds, network.image_shape, device), sampling_sigmas(num_steps), cond)
     network.train(training)
     return module.codec.decode(images.to(module.device)).clamp(-1, 1)

@@ -200,7 +200,7 @@ class GenerativeModule(ManualOptimization, Networks):
         images = batch.images[rows]
         if batch.prompts is None:
             labels = self.labels.draw(len(images), images.device) if batch.labels is None else batch.labels[rows]
-            return EncodedBatch(self.codec.encode(images), None if labels is None else Condition(labels))
+            return EncodedBatch(self.codec.encode(images), Condition.of(labels))
         cond, source = self.embed(batch.prompts[rows]), batch.source_prompts
         source_cond = None if source is None else self.embed(source[rows])
         latents = self.codec.encode(images)
@@ -258,7 +258,7 @@ class GenerativeModule(ManualOptimization, Networks):
         seeds = torch.as_tensor(seeds, dtype=torch.long)
         self.labels.check(labels, len(seeds))
         labels = self.labels.of_seeds(seeds) if labels is None else labels
-        cond = None if labels is None else Condition(labels).to(self.device)
+        cond = Condition.of(None if labels is None else labels.to(self.device))
         cond = cond if prompts is None else self.embed(prompts)
         network: Any = self.ema.module if self.ema is not None and weights != "raw" else self.sampled_network
         if next(network.parameters()).device != self.device:  # an average kept elsewhere
