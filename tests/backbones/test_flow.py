@@ -93,6 +93,7 @@ def test_the_flow_weight_is_the_plain_error_of_the_velocity() -> None:
     torch.testing.assert_close(denoising_loss(guess, x0, sigma, "flow"), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("a", "expected"), [(0.0, -2.0), (1.0, 2.0)])
 def test_the_gaussian_world_has_the_same_fixed_points(
     a: float, expected: float, monkeypatch: pytest.MonkeyPatch

@@ -58,6 +58,7 @@ def state(source: Any) -> dict[str, torch.Tensor]:
     return dict(source.build().state_dict())
 
 
+@pytest.mark.slow
 def test_a_pixel_model_is_fetched_once_and_only_what_is_read(hub: Hub, models: Path) -> None:
     source = PretrainedUNet(DDPM)
     assert not hub.asked  # nothing before it is built

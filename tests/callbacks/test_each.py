@@ -264,6 +264,7 @@ def test_loss_balance_errors(tmp_path: Path) -> None:
     refused("every_n_iterations must be a whole number of at least 1, got 0", LossBalance, 0)
 
 
+@pytest.mark.slow
 def test_loss_balance_of_unidad_changes_no_weight() -> None:
     modules = [unidad(), unidad()]
     fit(modules[0], 4)

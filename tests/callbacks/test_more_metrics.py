@@ -95,6 +95,7 @@ def test_mlflow_gets_pictures_as_its_client_takes_them() -> None:
     assert more == {"key": "val/samples", "step": 5, "synchronous": True}
 
 
+@pytest.mark.slow
 def test_mlflow_itself_gets_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlflow", reason="MLflow is optional")
     from lightning.pytorch.loggers import MLFlowLogger

@@ -150,6 +150,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_class_conditional_model_from_fit_to_predict(photographs: Path, tmp_path: Path, unidad: Any) -> None:
     save_ddpm(tmp_path / "model", classes=3, prediction_type="v_prediction")
     unidad("fit", "--config", str(CONFIGS / "quickstart.yaml"), "--model.source.init_args.path", "model",
@@ -224,6 +225,7 @@ def test_help_explains_every_option(unidad: Any) -> None:
         assert phrase in " ".join(text.split())
 
 
+@pytest.mark.slow
 def test_print_config_is_complete_and_a_config(unidad: Any) -> None:
     small = (*SMALL, *BOTH, "--data.batch_size", "2", "--data.reference.root", "builtin:sunglasses:30")
     printed = unidad("fit", "--config", str(CONFIGS / "quickstart.yaml"), *small, "--summary", "false",

@@ -108,6 +108,7 @@ def test_broken_configs(content: bytes, here: Path) -> None:
     assert not (here / "it_ran").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["deep", "bomb", "tag", "list", "binary"])
 @pytest.mark.usefixtures("here")
 def test_broken_configs_end_every_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:

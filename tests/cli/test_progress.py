@@ -126,6 +126,7 @@ def test_a_fit_in_a_file_says_its_phases(here: Path, capsys: pytest.CaptureFixtu
         assert word not in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "bar", "summary"),
     [

@@ -50,6 +50,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("interval", "steps"), [(2, [2, 4]), (3, [3, 4])])
 @pytest.mark.parametrize("before", [True, False])
 def test_the_last_validation_is_computed_once_and_the_first_on_request(

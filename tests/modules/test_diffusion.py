@@ -29,6 +29,7 @@ CHANGES: dict[str, Any] = dict(
 ELSEWHERE = {"sampling", "export", "memory"}  # and training.classes and max_skipped
 
 
+@pytest.mark.slow
 def test_every_training_argument_changes_the_weights() -> None:
     plain = train_sha()
     assert all(train_sha(**{name: value}) != plain for name, value in CHANGES.items())
@@ -73,6 +74,7 @@ def test_the_schedule_can_be_extended_before_its_decay_begins() -> None:
     assert setting.factor(29, 40) == pytest.approx(0.1 + 0.9 * 0.5, abs=0.03)
 
 
+@pytest.mark.slow
 def test_every_optimisation_setting_acts() -> None:
     shas = [
         train_sha(optimizer=OptimizerOptions(**(dict(lr=1e-3, warmup=0) | change)))  # type: ignore[arg-type]

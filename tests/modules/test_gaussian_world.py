@@ -64,6 +64,7 @@ def test_the_source_alone_is_reached() -> None:
     assert hasattr(module, "source_teacher")
 
 
+@pytest.mark.slow
 def test_between_two_teachers_the_student_settles_at_the_closed_form_point() -> None:
     weights = (1.2, 1.0)  # of sum 1: in the world of texts
     module = train(350, matching__source_weight=weights[0], target_teacher__weight=weights[1])

@@ -132,6 +132,7 @@ def test_the_subjects_prompt_moves_and_the_class_stays() -> None:
     assert float(images[200:].mean()) == pytest.approx(clamped(CLASS_MEAN), abs=0.05)
 
 
+@pytest.mark.slow
 def test_the_source_pulls_the_subject_towards_its_class_by_the_closed_form() -> None:
     """Told the subject's prompt, S would pull to UNTAUGHT, on the other side of the subject."""
     target = World([SUBJECT_MEAN, CLASS_MEAN, 0.5])

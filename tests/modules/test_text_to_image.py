@@ -75,6 +75,7 @@ def test_training_keeps_codec_and_source_as_they_are_and_out(folder: Path, photo
     assert {key.split(".")[0] for key in keys} == {"student", "fake_score", "target_teacher", "discriminator", "ema"}
 
 
+@pytest.mark.slow
 @XL
 def test_a_resumed_run_is_the_uninterrupted_one(folder: Path, photos: Path, tmp_path: Path) -> None:
     whole, first, second = (text_unidad(folder, student__update_every=1) for _ in range(3))

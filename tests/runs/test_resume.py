@@ -88,6 +88,7 @@ def test_last_goes_on_in_the_same_folder_with_the_same_numbers(four: Path) -> No
     assert weights_sha(resumed.model) == weights_sha(whole.model)
 
 
+@pytest.mark.slow
 def test_last_passes_over_damaged_checkpoints_and_says_so(four: Path) -> None:
     os.truncate(four / "step=4.ckpt", 5000)
     with pytest.warns(UserWarning, match=r"passes over.*step=4\.ckpt' is damaged"):
@@ -136,6 +137,7 @@ class Signal(pl.Callback):
             os.kill(os.getpid(), self.number)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
 def test_a_signal_saves_and_exits_and_last_goes_on(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS, ids=["T first", "simulated"])
 def test_a_budget_is_enough_for_what_was_planned_and_no_more(options: dict[str, Any], tmp_path: Path) -> None:
     cost = Cost()
