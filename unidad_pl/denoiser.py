@@ -281,6 +281,10 @@ class Codec:
         """
         raise ValueError(f"prompts were given ({prompts[0]!r}), but the source model is no text-to-image model")
 
+    def reader(self) -> tuple[Any, int] | None:
+        """The tokenizer that prompts go through, and how many of its tokens are read; None: there is none."""
+        return None
+
 
 class DenoiserSource(ABC):
     """A light description of a denoiser that a config can hold; nothing heavy happens before :meth:`build`.

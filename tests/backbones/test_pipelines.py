@@ -22,6 +22,7 @@ from tests.metrics.toys import refused
 from tests.tiny_sd import tokenizer as clip_tokenizer
 from tests.worlds import save_pictures
 from unidad_pl import Transformer, export_student
+from unidad_pl.training.conditions import check_prompts
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -151,6 +152,19 @@ def test_prompts_are_those_of_the_pipeline_and_fit_its_network(case: Case) -> No
     if cond.mask is None:
         assert cond.tokens.shape[1] == network.num_tokens
     refused("tokens, .* can be read: make it shorter", codec.embed, ["a " * 600])
+
+
+def test_prompts_are_checked_by_the_tokenizer_that_reads_most_of_them(case: Case) -> None:
+    """T5 and Qwen3 read more than CLIP's 77 tokens."""
+
+    class Served:
+        every_prompt = ("a " * 100,)
+
+    codec = case.source.codec()
+    check_prompts(codec, Served())
+    assert codec.embed(Served.every_prompt).tokens is not None
+    Served.every_prompt = ("a dog", "a " * 600)
+    refused("tokens, .* can be read: make it shorter", check_prompts, codec, Served())
 
 
 @torch.no_grad()

@@ -81,11 +81,12 @@ def check_vocabulary(parts: dict[str, Any]) -> None:
             )
 
 
-def check_length(tokenizer: Any, prompt: str, most: int) -> None:
+def check_length(reader: tuple[Any, int], prompt: str) -> None:
     """
     Raises:
-        ValueError: the prompt has more than ``most`` tokens.
+        ValueError: the prompt has more tokens than ``reader``, see :meth:`Codec.reader`, takes in.
     """
+    tokenizer, most = reader
     if (length := len(tokenizer(prompt).input_ids)) > most:
         raise ValueError(f"the prompt {prompt!r} has {length} tokens, {most} can be read: make it shorter")
 
@@ -213,11 +214,14 @@ class LatentCodec(Codec):
                 self._embeddings |= {prompt: self._embedding_of(prompt, device) for prompt in missing}
         return Condition.cat([self._embeddings[prompt] for prompt in prompts]).to(device)
 
-    def _embedding_of(self, prompt: str, device: torch.device | str) -> Condition:
+    def reader(self) -> tuple[Any, int] | None:
         tokenizer = self.parts.tokenizer
-        if tokenizer is None or self.parts.text_encoder is None:
+        return None if tokenizer is None else (tokenizer, tokenizer.model_max_length)
+
+    def _embedding_of(self, prompt: str, device: torch.device | str) -> Condition:
+        if (reader := self.reader()) is None or self.parts.text_encoder is None:
             raise BrokenFile(f"{str(self.folder / INDEX_FILE)!r} names no text encoder or no tokenizer: get all of it")
-        check_length(tokenizer, prompt, tokenizer.model_max_length)
+        check_length(reader, prompt)
         found = self.parts.encode_prompt(
             prompt=[prompt], device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )

@@ -86,7 +86,13 @@ class PipelineCodec(LatentCodec):
             return Codec.embed(self, prompts, device)
         return super().embed(prompts, device)
 
+    def reader(self) -> tuple[Any, int] | None:
+        network = self.network
+        return (getattr(self.parts, network.tokenizer), network.most_tokens) if network.takes_prompts else None
+
     def _embedding_of(self, prompt: str, device: torch.device | str) -> Condition:
-        check_length(getattr(self.parts, self.network.tokenizer), prompt, self.network.most_tokens)
+        reader = self.reader()
+        assert reader is not None
+        check_length(reader, prompt)
         found = self.network.encoded(self.parts, prompt, device)
         return Condition(**{name: part.float().cpu() for name, part in found.parts.items()})

@@ -77,17 +77,12 @@ def check_prompts(codec: Codec, data: Any) -> None:
         ValueError: a prompt with more tokens than the text encoder reads.
     """
     prompts = getattr(data, "every_prompt", None)
-    if not prompts or type(codec) is Codec:
+    if not prompts or (reader := codec.reader()) is None:
         return
-    parts: Any = getattr(codec, "parts", None)
-    tokenizer = getattr(parts, "tokenizer", None)
-    if tokenizer is None:
-        return
-    most = tokenizer.model_max_length
     for prompt in prompts:
-        check_length(tokenizer, prompt, most)
+        check_length(reader, prompt)
     token = getattr(data, "token", None)
-    pieces = tokenizer.tokenize(token) if token else []
+    pieces = reader[0].tokenize(token) if token else []
     if len(pieces) >= MANY_PIECES:
         rank_zero_warn(
             f"the text encoder reads the rare token {token!r} as {len(pieces)} pieces ({' '.join(pieces)}), which "
