@@ -128,10 +128,15 @@ class UnidadCLI(LightningCLI):
 
     def _dump_config(self) -> None:
         # Lightning dumps the whole config for the hyperparameters, and again for config.yaml: half a second each.
-        if not hasattr(self, "config_dump"):
+        if "text" not in self.save_config_kwargs:
             text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
             self.save_config_kwargs |= {"text": text}
             self.config_dump = yaml.safe_load(text)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """The trainer; its record of the run needs the config as text, which Lightning before 2.5.1 does not ask for."""
+        self._dump_config()
+        return super().instantiate_trainer(**kwargs)
 
     def before_instantiate_classes(self) -> None:
         """``seed_everything`` seeds the model and the data too, wherever they take a seed and were not given one; the
