@@ -112,22 +112,22 @@ def base_names(network: nn.Module) -> frozenset[str]:
     return frozenset(name for name, _ in network.named_parameters() if ".lora_" not in name)
 
 
-def merged(unet: Any) -> Any:
-    """A copy of ``unet`` with its adapters added to the weights they adapt: a plain diffusers UNet again."""
-    plain = copy.deepcopy(unet).float()  # before: a small update would be lost in bfloat16's rounding of the sum
+def merged(net: Any) -> Any:
+    """A copy of ``net`` with its adapters added to the weights they adapt: a plain diffusers network again."""
+    plain = copy.deepcopy(net).float()  # before: a small update would be lost in bfloat16's rounding of the sum
     plain.fuse_lora()
     plain.unload_lora()
     return plain
 
 
-def adapter_weights(unet: Any) -> dict[str, Tensor]:
-    """The adapters of ``unet`` under diffusers' names, float32; ``alpha / rank`` is multiplied into them, so that a
-    loader that knows no alpha computes the same."""
+def adapter_weights(net: Any, part: str) -> dict[str, Tensor]:
+    """The adapters of ``net``, a pipeline's ``part``, under the names that its ``load_lora_weights`` knows, float32;
+    ``alpha / rank`` is multiplied into them, so that a loader that knows no alpha computes the same."""
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft import get_peft_model_state_dict
 
-    scale = unet.peft_config[ADAPTER].lora_alpha / unet.peft_config[ADAPTER].r
-    state = get_peft_model_state_dict(unet, adapter_name=ADAPTER)
+    scale = net.peft_config[ADAPTER].lora_alpha / net.peft_config[ADAPTER].r
+    state = get_peft_model_state_dict(net, adapter_name=ADAPTER)
     scaled = {name: value * scale if ".lora_B." in name else value for name, value in state.items()}
-    named = convert_state_dict_to_diffusers(scaled)
+    named = convert_state_dict_to_diffusers(scaled) if part == "unet" else scaled
     return {name: value.detach().to(torch.float32).contiguous() for name, value in named.items()}

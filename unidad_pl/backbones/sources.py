@@ -166,7 +166,7 @@ class Transformer(DenoiserSource):
                 f"{self.resolution or side * scale}"
             )
         spec = kind.spec_of(scheduler, (side // fold) ** 2)
-        return kind(net, spec, side, self.taps, self.guidance)
+        return kind(net, spec, side, self.taps, self.guidance, side * scale)
 
     def _denoiser(self, kind: type[TransformerNetwork], net: Any, folder: Path) -> TransformerNetwork:
         network = self._network(kind, net, folder)

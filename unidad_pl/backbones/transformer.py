@@ -48,6 +48,7 @@ class TransformerNetwork(DiffusersNetwork):
         transformer: the network; its parameters live under ``transformer.`` in the state dict.
         spec: how to read it.
         side: of the images, in latents; None: what the model was made for.
+        resolution: of the images, in pixels, where it is known.
         taps: which blocks have one: those after a ``quarters``, half and three quarters of the depth, or ``all``.
         guidance: the scale that a network distilled from a guided one takes as an input; None: its pipeline's.
 
@@ -93,7 +94,7 @@ class TransformerNetwork(DiffusersNetwork):
 
     def __init__(
         self, transformer: nn.Module, spec: UNetSpec, side: int | None = None, taps: Taps = "quarters",
-        guidance: float | None = None,
+        guidance: float | None = None, resolution: int | None = None,
     ) -> None:  # fmt: skip
         check_choices(taps=(taps, Taps))
         check_whole(1, null=True, side=side)
@@ -105,7 +106,7 @@ class TransformerNetwork(DiffusersNetwork):
         side = side or config.get("sample_size") or self.usual_side
         if side % self.fold:
             raise ValueError(f"images of {self.diffusers_class} must have a side of {self.fold}n latents, got {side}")
-        self.image_shape = (channels, side, side)
+        self.image_shape, self.resolution = (channels, side, side), resolution
         self.num_tokens, self.token_width, self.pooled = self.text_sizes(config)
         takes_guidance = bool(config.get("guidance_embeds"))
         if guidance is not None and not takes_guidance:

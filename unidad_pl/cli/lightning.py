@@ -133,11 +133,6 @@ class UnidadCLI(LightningCLI):
             self.save_config_kwargs |= {"text": text}
             self.config_dump = yaml.safe_load(text)
 
-    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """The trainer; its record of the run needs the config as text, which Lightning before 2.5.1 does not ask for."""
-        self._dump_config()
-        return super().instantiate_trainer(**kwargs)
-
     def before_instantiate_classes(self) -> None:
         """``seed_everything`` seeds the model and the data too, wherever they take a seed and were not given one; the
         run is called after its first config."""

@@ -6,8 +6,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from unidad_pl.backbones.stable_diffusion import StableDiffusionUNet
+from unidad_pl.backbones.transformer import TransformerNetwork
 from unidad_pl.callbacks.records import FILE, read_records
+from unidad_pl.export.text_to_image import TextNetwork, is_text_network
 from unidad_pl.runs.student import TrainedStudent
 
 CARD = """---
@@ -52,27 +53,54 @@ TEXT_USAGE = """from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER")
 images = pipe({prompt!r}, num_inference_steps={steps}, guidance_scale=1.0).images  # guidance is distilled into it"""
 
-ADAPTER_USAGE = """from diffusers import DiffusionPipeline, LCMScheduler
+ADAPTER_USAGE = """from diffusers import DiffusionPipeline, {scheduler}
 
 pipe = DiffusionPipeline.from_pretrained({base!r})  # the model that the adapters were trained over
 {other_weights}pipe.load_lora_weights("THIS_FOLDER")
-pipe.scheduler = LCMScheduler.from_pretrained("THIS_FOLDER", subfolder="scheduler")
-size = dict(height={{side}}, width={{side}})
-images = pipe({{prompt!r}}, num_inference_steps={{steps}}, guidance_scale=1.0, **size).images"""
+pipe.scheduler = {scheduler}.from_pretrained("THIS_FOLDER", subfolder="scheduler")
+"""
+SIZED = """size = dict(height={side}, width={side})
+images = pipe({prompt!r}, num_inference_steps={steps}, guidance_scale=1.0, **size).images"""
 
-OTHER_WEIGHTS = """from unidad_pl.backbones import StableDiffusion
+FLOW_USAGE = """from diffusers import DiffusionPipeline
 
-pipe.unet = StableDiffusion({base!r}, unet_weights={file!r}).build().unet  # they were trained over these weights
+pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER")
+"""
+TIMED = """levels = dict(sigmas={times}, guidance_scale={guidance})  # as it was trained: without them it draws badly
+images = pipe(prompt={prompt!r}, num_inference_steps={steps}, height={side}, width={side}, **levels).images"""
+
+OTHER_WEIGHTS = """from unidad_pl.backbones import {source}
+
+pipe.{part} = {source}({base!r}, {option}={file!r}).build().{part}  # they were trained over these weights
 """
 
 
-def _usage(config: dict[str, Any], adapters: bool) -> str:
-    model = (config.get("model") or {}).get("init_args") or {}
+def _usage(student: TrainedStudent, prompt: str, adapters: bool) -> str:
+    """How plain diffusers draws with the export."""
+    network = student.network
+    if not is_text_network(network):
+        return PIXEL_USAGE
+    flow = isinstance(network, TransformerNetwork)
+    use = SIZED if adapters else TEXT_USAGE
+    if flow:
+        use = TIMED if adapters else FLOW_USAGE + TIMED
+    return (_adapted(student, network, flow) if adapters else "") + use.format(
+        prompt=prompt, steps=len(student.sampler), side=network.resolution,
+        times=[round(sigma / (1 + sigma), 6) for sigma in student.sampler.sigmas],
+        guidance=getattr(network, "guidance", None) or 0.0,
+    )  # fmt: skip
+
+
+def _adapted(student: TrainedStudent, network: TextNetwork, flow: bool) -> str:
+    """Getting the base with the adapters over it."""
+    model = (student.config.get("model") or {}).get("init_args") or {}
     source = (model.get("student") or {}).get("init_from") or model.get("source") or {}
     init = source.get("init_args") or {}
-    base, file = init.get("path", "THE_BASE_MODEL"), init.get("unet_weights")
-    other = "" if file is None else OTHER_WEIGHTS.format(base=base, file=file)
-    return ADAPTER_USAGE.format(base=base, other_weights=other) if adapters else TEXT_USAGE
+    base, option = init.get("path", "THE_BASE_MODEL"), "weights" if flow else "unet_weights"
+    kind, part = "Transformer" if flow else "StableDiffusion", network.part
+    other = OTHER_WEIGHTS.format(base=base, option=option, file=init.get(option), source=kind, part=part)
+    scheduler = "FlowMatchEulerDiscreteScheduler" if flow else "LCMScheduler"
+    return ADAPTER_USAGE.format(base=base, other_weights=other if init.get(option) else "", scheduler=scheduler)
 
 
 def model_card(student: TrainedStudent, checkpoint: str, adapters: bool = False) -> str:
@@ -82,7 +110,7 @@ def model_card(student: TrainedStudent, checkpoint: str, adapters: bool = False)
     config = student.config
     data = (config.get("data") or {}).get("init_args") or {}
     channels, height, width = student.network.image_shape
-    text = isinstance(student.network, StableDiffusionUNet)
+    text = is_text_network(student.network)
     subject = f"a {data.get('token', 'prt')} {data.get('class_word') or 'subject'}"
     return CARD.format(
         title=Path(str(data.get("root") or "few-step student").removeprefix("builtin:")).name,
@@ -92,9 +120,7 @@ def model_card(student: TrainedStudent, checkpoint: str, adapters: bool = False)
         seed=config.get("seed_everything"), sigmas=", ".join(f"{sigma:.4g}" for sigma in student.sampler.sigmas),
         versions=", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "lightning")),
         task="text-to-image" if text else "unconditional-image-generation", what="latents" if text else "images",
-        usage=_usage(config, adapters).format(
-            prompt=subject, steps=len(student.sampler), side=getattr(student.network, "resolution", None)
-        ) if text else PIXEL_USAGE,
+        usage=_usage(student, subject, adapters),
         metrics=_metrics_table(student.folder), config=yaml.safe_dump(config, sort_keys=False),
     )  # fmt: skip
 

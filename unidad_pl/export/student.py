@@ -12,13 +12,14 @@ import torch
 from torch.func import functional_call
 
 from unidad_pl.backbones.latents import LatentCodec
-from unidad_pl.backbones.stable_diffusion import StableDiffusionUNet
+from unidad_pl.backbones.sources import Transformer
+from unidad_pl.backbones.transformer import TransformerNetwork
 from unidad_pl.backbones.unet import PretrainedUNet, UNetDenoiser
 from unidad_pl.checks import check_choices
 from unidad_pl.denoiser import Codec, Denoiser, DenoiserSource
 from unidad_pl.export.card import model_card
 from unidad_pl.export.folder import INDEX, PIPELINE, WAY_OUT, is_text_export, note_files, read_record, refuse_foreign
-from unidad_pl.export.text_to_image import check_text_export, stored_as, write_text_pipeline
+from unidad_pl.export.text_to_image import check_text_export, is_text_network, stored_as, write_text_pipeline
 from unidad_pl.files import moved_aside, reading, recover, replacing
 from unidad_pl.runs.student import TrainedStudent, Weights, load_student
 from unidad_pl.sampling import FewStepSampler
@@ -62,16 +63,20 @@ def export_student(
     recover(target)
     refuse_foreign(target)
     student = load_student(ckpt_path, weights, config)
-    if not isinstance(student.network, (UNetDenoiser, StableDiffusionUNet)):
-        raise ValueError(f"only diffusers UNets can be exported, this student is a {type(student.network).__name__}")
-    if adapters and not isinstance(student.network, StableDiffusionUNet):
+    network = student.network
+    if not isinstance(network, UNetDenoiser) and not is_text_network(network):
+        raise ValueError(
+            f"only diffusers UNets and transformers that read prompts can be exported, this student is a "
+            f"{type(network).__name__}: sample it with 'unidad sample'"
+        )
+    if adapters and not is_text_network(network):
         raise ValueError("only text-to-image students can be trained as adapters: leave --adapters out")
     with replacing(target) as part:
         part.mkdir()
-        if isinstance(student.network, StableDiffusionUNet):
-            write_text_pipeline(student, student.network, part, adapters, stored)
-        else:
-            _write(student, student.network, part, stored)
+        if is_text_network(network):
+            write_text_pipeline(student, network, part, adapters, stored)
+        elif isinstance(network, UNetDenoiser):
+            _write(student, network, part, stored)
         (part / "README.md").write_text(model_card(student, Path(ckpt_path).name, adapters))
         note_files(part)
         refuse_foreign(target)  # again: writing took its time
@@ -94,11 +99,12 @@ def load_export(folder: str | Path) -> TrainedStudent:
         )
     record = read_record(place)
     model: DenoiserSource = check_text_export(place, record) if is_text_export(place) else PretrainedUNet(str(place))
-    with reading(place / "unet", "network", WAY_OUT):
+    folder_of_network = place / (TransformerNetwork.part if isinstance(model, Transformer) else "unet")
+    with reading(folder_of_network, "network", WAY_OUT):
         network, codec = model.build().requires_grad_(False), model.codec()
     if isinstance(codec, LatentCodec):
         _try_codec(codec, place, network.image_shape[0])
-    with reading(place / "unet", "network", WAY_OUT):
+    with reading(folder_of_network, "network", WAY_OUT):
         _try_network(network, codec, record)
         sampler = FewStepSampler(torch.tensor(record["sigmas"], dtype=torch.float64))
         classes = ClassLabels(network.num_classes, record.get("classes")).classes or None
@@ -125,6 +131,8 @@ def _try_network(network: Denoiser, codec: Codec, record: dict[str, Any]) -> Non
         for name in ("prediction", "sigma_data", "patch_size", "timestep"):
             if record[name] != getattr(network.spec, name):
                 raise ValueError(f"{name} is {record[name]!r} in {INDEX}, {getattr(network.spec, name)!r} in unet/")
+    if isinstance(network, TransformerNetwork):  # strictly loaded; tables that some keep would stay on the meta device
+        return
     cond = codec.embed([""]) if network.takes_prompts else network.blank_condition(1)
     # On the meta device a pass costs nothing, and still goes through every layer with its options and shapes.
     tensors = {name: value.to("meta") for name, value in (*network.named_parameters(), *network.named_buffers())}

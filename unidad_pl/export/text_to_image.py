@@ -1,30 +1,41 @@
-"""A text-to-image student as the diffusers pipeline its source was: plain ``StableDiffusionPipeline`` code runs it."""
+"""A text-to-image student as the diffusers pipeline its source was: plain diffusers code runs it."""
 
 from __future__ import annotations
 
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
 
 from unidad_pl.backbones.latents import ZEROS, LatentCodec
 from unidad_pl.backbones.lora import adapter_weights, merged
+from unidad_pl.backbones.sources import Transformer
 from unidad_pl.backbones.stable_diffusion import StableDiffusion, StableDiffusionUNet
+from unidad_pl.backbones.transformer import TransformerNetwork
+from unidad_pl.denoiser import Denoiser, DenoiserSource
 from unidad_pl.export.folder import RECORD
 from unidad_pl.runs.student import TrainedStudent, refuse_non_finite
 
+TextNetwork = StableDiffusionUNet | TransformerNetwork
+
+
+def is_text_network(network: Denoiser) -> TypeGuard[TextNetwork]:
+    """Whether a student of this kind becomes a pipeline of diffusers' own."""
+    flow = isinstance(network, TransformerNetwork) and network.takes_prompts and network.spec.prediction == "flow"
+    return flow or isinstance(network, StableDiffusionUNet)
+
 
 def write_text_pipeline(
-    student: TrainedStudent, network: StableDiffusionUNet, folder: Path, adapters: bool = False,
+    student: TrainedStudent, network: TextNetwork, folder: Path, adapters: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> None:  # fmt: skip
-    """Write UNet, VAE, text encoders, tokenizers, an ``LCMScheduler`` with the trained timesteps, and ``unidad.json``.
+    """Write network, VAE, text encoders, tokenizers, a scheduler that takes few steps, and ``unidad.json``.
 
     Args:
-        student: what to write; adapters are merged into the UNet.
+        student: what to write; adapters are merged into the network.
         network: its network.
         folder: where to.
         adapters: write ``pytorch_lora_weights.safetensors``, for diffusers' ``load_lora_weights``, and the scheduler
@@ -32,47 +43,59 @@ def write_text_pipeline(
         dtype: what the weights are stored in.
 
     Raises:
-        ValueError: the student's steps are not those that scheduler can hold; says which spacing can. Or it has no
+        ValueError: the student's steps are not those that the scheduler can hold; says which spacing can. Or it has no
             adapters.
     """
-    codec, sampler = student.codec, student.sampler
-    if not isinstance(codec, LatentCodec) or sampler.sigmas != network.even_sigmas(len(sampler)):
-        raise ValueError(
-            f"diffusers' LCMScheduler holds evenly spaced timesteps only, this student was trained at the sigmas "
-            f"{[round(sigma, 3) for sigma in sampler.sigmas]}: sample it with 'unidad sample', or train with the "
-            f"source's spacing: even"
-        )
-    scheduler = network.spec.scheduler("LCMScheduler", original_inference_steps=len(sampler), clip_sample=False)
+    codec, part = student.codec, network.part
+    assert isinstance(codec, LatentCodec)
+    scheduler = _scheduler(student, network)
     if adapters and not network.shared_weights:
         raise ValueError("this student was trained without adapters (its source has no lora): export it whole")
     pipeline = codec.parts
     kind: Any = type(pipeline)
     if adapters:
-        layers = {name: weight.to(dtype) for name, weight in adapter_weights(network.unet).items()}
+        layers = {name: weight.to(dtype) for name, weight in adapter_weights(network.net, part).items()}
         if any(not bool(weight.isfinite().all()) for weight in layers.values()):
             raise ValueError(f"the adapters have weights that {dtype} cannot hold: store them in bfloat16 or float32")
-        kind.save_lora_weights(folder, unet_lora_layers=layers)
+        kind.save_lora_weights(folder, **{f"{part}_lora_layers": layers})
         scheduler.save_pretrained(folder / "scheduler")
     else:
-        unet = merged(network.unet) if network.shared_weights else network.unet
-        unet.register_to_config(sample_size=network.image_shape[-1])  # the size that pipelines draw by default
-        settings = {"requires_safety_checker": False, ZEROS: pipeline.config.get(ZEROS)}
+        net: Any = merged(network.net) if network.shared_weights else network.net
+        if isinstance(network, StableDiffusionUNet):
+            net.register_to_config(sample_size=network.image_shape[-1])  # the size that pipelines draw by default
+        settings = {"requires_safety_checker": False, ZEROS: pipeline.config.get(ZEROS), "is_distilled": True}
         settings = {name: value for name, value in settings.items() if name in pipeline.config}
-        parts = pipeline.components | {"unet": unet, "scheduler": scheduler}
+        parts = pipeline.components | {part: net, "scheduler": scheduler}
         stored = {
-            name: stored_as(part, dtype, name) if isinstance(part, nn.Module) else part for name, part in parts.items()
+            name: stored_as(one, dtype, name) if isinstance(one, nn.Module) else one for name, one in parts.items()
         }
         kind(**stored | settings).save_pretrained(folder)
         for config in folder.glob("text_encoder*/config.json"):  # else transformers computes as it finds them stored,
-            content = json.loads(config.read_text())  # beside a UNet that diffusers makes float32
+            content = json.loads(config.read_text())  # beside a network that diffusers makes float32
             changed = {name: "float32" for name in ("dtype", "torch_dtype") if name in content}
             config.write_text(json.dumps(content | changed, indent=2) + "\n")
     record = {
-        "adapters": adapters, "sigmas": sampler.sigmas, "sigma_min": student.sigma_min,
+        "adapters": adapters, "sigmas": student.sampler.sigmas, "sigma_min": student.sigma_min,
         "resolution": network.resolution, "weights": student.weights, "iteration": student.iteration,
-        "token": student.token,
+        "token": student.token, "guidance": getattr(network, "guidance", None),
     }  # fmt: skip
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _scheduler(student: TrainedStudent, network: TextNetwork) -> Any:
+    """Of diffusers: one that denoises and adds fresh noise, step by step, at the student's noise levels."""
+    steps = len(student.sampler)
+    if isinstance(network, TransformerNetwork):  # a pipeline is given the levels; shifted ones, so no more of that
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        return FlowMatchEulerDiscreteScheduler(network.spec.train_timesteps, stochastic_sampling=True)
+    if student.sampler.sigmas != network.even_sigmas(steps):
+        raise ValueError(
+            f"diffusers' LCMScheduler holds evenly spaced timesteps only, this student was trained at the sigmas "
+            f"{[round(sigma, 3) for sigma in student.sampler.sigmas]}: sample it with 'unidad sample', or train with "
+            f"the source's spacing: even"
+        )
+    return network.spec.scheduler("LCMScheduler", original_inference_steps=steps, clip_sample=False)
 
 
 def stored_as(part: Any, dtype: torch.dtype, name: str) -> Any:
@@ -89,7 +112,7 @@ def stored_as(part: Any, dtype: torch.dtype, name: str) -> Any:
     return twin
 
 
-def check_text_export(folder: Path, record: dict[str, Any]) -> StableDiffusion:
+def check_text_export(folder: Path, record: dict[str, Any]) -> DenoiserSource:
     """The model in an export's folder.
 
     Raises:
@@ -100,4 +123,6 @@ def check_text_export(folder: Path, record: dict[str, Any]) -> StableDiffusion:
             f"{str(folder)!r} holds adapters only: load them in diffusers with load_lora_weights, or export the run "
             f"whole, without --adapters"
         )
+    if (folder / TransformerNetwork.part).is_dir():
+        return Transformer(str(folder), record.get("resolution"), guidance=record.get("guidance"))
     return StableDiffusion(str(folder), record.get("resolution"))
