@@ -1,5 +1,7 @@
 """diffusers' residual and attention blocks with fewer operations, and less kept for the backward pass: equal results.
 
+* Between a norm and the SiLU behind it nothing is kept: the backward pass computes the norm again, which is a hundredth
+  of the time and a quarter of the memory of a step.
 * The time embedding's scale and shift go into the second norm's own, one pair for each image: two operations over the
   whole feature map less, and one map less is kept.
 * Self-attention makes one contiguous copy of its tokens instead of one for each of query, key and value.
@@ -11,6 +13,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,18 +24,49 @@ def lean(unet: nn.Module) -> None:
     from diffusers.models.resnet import ResnetBlock2D
 
     for block in unet.modules():
-        if type(block) is ResnetBlock2D and block.time_embedding_norm == "scale_shift" and block.time_emb_proj:
+        if type(block) is ResnetBlock2D and block.time_emb_proj and isinstance(block.nonlinearity, nn.SiLU):
             block.__class__ = _lean_block()
         elif isinstance(block, Attention) and type(block.processor) is AttnProcessor2_0 and _is_plain(block):
             block.set_processor(SelfAttention())
 
 
-def normed(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """``norm(x) * (1 + scale) + shift`` of maps [B, C, H, W], with [B, C] scales and shifts, in one operation."""
-    rows, channels = scale.shape
-    weight, bias = norm.weight * (1 + scale), norm.bias * (1 + scale) + shift
-    flat = x.reshape(1, rows * channels, *x.shape[2:])  # a group norm knows one weight for each channel
-    return F.group_norm(flat, rows * norm.num_groups, weight.flatten(), bias.flatten(), norm.eps).view_as(x)
+class NormedSiLU(torch.autograd.Function):
+    """``silu(group_norm(x))`` of contiguous maps; of what the backward pass needs, ``x`` alone is a map."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+        ctx.how = (*x.shape[:2], x[0, 0].numel(), groups, eps)
+        normed, mean, rstd = torch.native_group_norm(x, weight, bias, *ctx.how)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        return F.silu(normed, inplace=True)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        *sizes, groups, eps = ctx.how
+        wanted = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # a second derivative is wanted: by operations that have one
+            inputs = [one for one, asked in zip((x, weight, bias), wanted, strict=True) if asked]
+            y = F.silu(F.group_norm(x, groups, weight, bias, eps))
+            found = iter(torch.autograd.grad(y, inputs, gradient, create_graph=True))
+            return *(next(found) if asked else None for asked in wanted), None, None
+        normed = torch.native_group_norm(x, weight, bias, *ctx.how)[0]
+        gradient = torch.ops.aten.silu_backward(gradient.contiguous(), normed)
+        found = torch.ops.aten.native_group_norm_backward(gradient, x, mean, rstd, weight, *sizes, groups, list(wanted))
+        return *found, None, None
+
+
+def normed_silu(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    """``silu(norm(x))`` of maps [B, C, H, W], or ``silu(norm(x) * (1 + scale) + shift)`` with [B, C] each."""
+    weight, bias, groups, shape = norm.weight, norm.bias, norm.num_groups, x.shape
+    if scale is not None and shift is not None:  # a group norm knows one weight for each channel
+        weight, bias = (weight * (1 + scale)).flatten(), (bias * (1 + scale) + shift).flatten()
+        x, groups = x.reshape(1, -1, *shape[2:]), groups * len(x)
+    place = x.device.type
+    if place != "meta" and torch.is_autocast_enabled(place):  # as autocast treats a group norm
+        x, weight, bias = x.float(), weight.float(), bias.float()
+    out: Tensor = NormedSiLU.apply(x.contiguous(), weight, bias, groups, norm.eps)
+    return out.view(shape)
 
 
 @cache
@@ -40,17 +74,22 @@ def _lean_block() -> type[nn.Module]:
     from diffusers.models.resnet import ResnetBlock2D
 
     class LeanResnetBlock2D(ResnetBlock2D):
-        """A block whose time embedding scales and shifts."""
+        """A block whose time embedding scales and shifts, or is added."""
 
         def forward(self, input_tensor: Tensor, temb: Tensor, *_: Any, **__: Any) -> Tensor:
-            h = self.nonlinearity(self.norm1(input_tensor))
+            h = normed_silu(self.norm1, input_tensor)
             resize = self.upsample if self.upsample is not None else self.downsample
             if resize is not None:
                 h, input_tensor = resize(h), resize(input_tensor)
             h = self.conv1(h)
-            scale, shift = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb)).chunk(2, dim=1)
-            h = self.dropout(self.nonlinearity(normed(self.norm2, h, scale, shift)))
-            h = self.conv2(h) + (input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor))
+            time = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
+            if self.time_embedding_norm == "scale_shift":
+                h = normed_silu(self.norm2, h, *time.chunk(2, dim=1))
+            else:
+                h = normed_silu(self.norm2, h + time[:, :, None, None])
+            h = self.conv2(self.dropout(h)) + (
+                input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
+            )
             return h if self.output_scale_factor == 1 else h / self.output_scale_factor
 
     return LeanResnetBlock2D
