@@ -150,6 +150,7 @@ def record(folder: Path, config: dict[str, Any], turns: str, monkeypatch: pytest
     torch.save({k: v for k, v in values.items() if k in ("x",) or k not in setup}, path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "turns", "loss"), [
     ({"num_denoising_step": 1, "batch_size": 1, "gan_adv_loss": "hinge"}, "generator", "generator_loss"),
     ({"num_denoising_step": 2, "batch_size": 3, "gan_head_layers": "x"}, "guidance", "guidance_loss"),

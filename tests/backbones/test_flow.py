@@ -123,6 +123,7 @@ def test_steps_of_a_student_follow_the_shift_unless_they_are_chosen(tmp_path: Pa
     assert chosen.sampler.sigmas == pytest.approx([20.0, 10**0.5, 0.5])
 
 
+@pytest.mark.slow
 def test_from_scratch_to_an_exported_student(tmp_path: Path) -> None:
     teacher = Diffusion(tiny_unet(prediction="flow"), **groups(denoising__weighting="flow"))
     fit(teacher, 2)

@@ -19,6 +19,7 @@ def run(module: Any, steps: int, place: Path, cost: Cost, **options: Any) -> pl.
     return fit(module, steps, callbacks=[cost], default_root_dir=place, **options)
 
 
+@pytest.mark.slow
 def test_iterations_of_one_kind_cost_the_same(tmp_path: Path) -> None:
     class EachOne(UniDAD):
         def iteration_kind(self) -> int:
@@ -96,6 +97,7 @@ def test_an_error_leaves_no_counting_behind(tmp_path: Path) -> None:
     run(Diffusion(tiny_unet()), 1, tmp_path, Cost())
 
 
+@pytest.mark.slow
 def test_records_of_evaluations_say_what_was_spent(tmp_path: Path) -> None:
     from unidad_pl.callbacks import IntraLPIPS
     from unidad_pl.cartoons import CartoonFeatures

@@ -181,6 +181,7 @@ def test_another_class_inherits_nothing(capsys: pytest.CaptureFixture[str]) -> N
     assert merged == trainer(logger=rows)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_options_from_the_environment(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNIDAD_FIT__TRAINER__LOG_EVERY_N_STEPS", "7")
@@ -219,6 +220,7 @@ def test_stray_variables_of_launchers(processes: int, environ: dict[str, str], m
             check_launcher(processes, environ)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_a_checkpoint_is_no_config(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning would import ``_class_path`` and let the hyperparameters win over the config."""

@@ -124,6 +124,7 @@ def test_autocast_is_off_inside() -> None:
         assert torch.equal(features(x), expected)
 
 
+@pytest.mark.slow
 def test_inception_equals_torch_fidelity(tmp_path: Path) -> None:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 

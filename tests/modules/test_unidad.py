@@ -257,6 +257,7 @@ class Broken(UniDAD):
         return loss * float("nan") if 2 <= int(self.iteration) < self.until else loss
 
 
+@pytest.mark.slow
 def test_a_non_finite_gradient_skips_only_its_own_step_and_finally_stops_the_run() -> None:
     module: Any = unidad(kind=Broken, student__update_every=1, training__max_skipped=3)
     module.until = 4

@@ -103,6 +103,7 @@ def test_the_folder_of_every_logger(logger: Logger | None, folder: str, here: Pa
         assert os.path.relpath(run_tree(run)[0]) == os.path.dirname(folder)
 
 
+@pytest.mark.slow
 def test_a_project_as_only_logger_keeps_config_numbers_and_checkpoints_together(here: Path) -> None:
     config = CONFIG["trainer"] | {"logger": [{"class_path": "tests.runs.test_folders.Project",
                                               "init_args": {"save_dir": "runs", "version": "k3x9"}}]}  # fmt: skip
@@ -119,6 +120,7 @@ class Delete(pl.Callback):
             shutil.rmtree("runs/tiny/version_0")
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_deleted_is_written_anew_and_said_in_the_end(here: Path) -> None:
     with (
         pytest.warns(UserWarning, match="was deleted or moved"),

@@ -118,6 +118,7 @@ def test_other_data_and_other_options_are_refused(four: Path, options: tuple[str
         fit(6, "--ckpt_path", "last", *options)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_auto_begins_where_there_is_nothing_and_goes_on_with_another_batch_size() -> None:
     assert fit(2, "--ckpt_path", "auto").config_init["fit"]["ckpt_path"] is None
@@ -160,6 +161,7 @@ def test_a_signal_saves_and_exits_and_last_goes_on(number: signal.Signals, monke
         assert start["packages"]["torch"] == version("torch")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_the_config_for_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
@@ -198,6 +200,7 @@ def test_last_for_the_other_commands(four: Path) -> None:
     assert len(list(Path("runs").rglob("predictions/*.png"))) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_an_explicit_folder_of_checkpoints_is_searched_too(tmp_path: Path) -> None:
     place = ("--trainer.callbacks.dirpath", "elsewhere")

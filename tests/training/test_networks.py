@@ -126,6 +126,7 @@ def test_options_are_checked() -> None:
     assert module.denoiser.unet.is_gradient_checkpointing
 
 
+@pytest.mark.slow
 def test_other_optimisers_by_class_path() -> None:
     plain, fused = (
         trained(precision="32-true", fake_score__optimizer=OptimizerOptions(lr=1e-3, warmup=0, arguments=arguments))

@@ -77,6 +77,7 @@ def test_every_group_is_unscaled_by_the_scale_its_loss_had() -> None:
         assert found == pytest.approx(expected, rel=0.02, nan_ok=True)
 
 
+@pytest.mark.slow
 def test_overflow_counts_as_a_skip_and_halves_the_scale_once_an_iteration() -> None:
     trainer = fit(unidad(), 2, **half(2.0**126))
     assert trainer.global_step == 2
