@@ -97,38 +97,42 @@ def spread(values: list[float | None], factor: float = 1, decimals: int = 2) -> 
 def charts(folder: Path, rows: Rows) -> None:
     """``quality.png``: Frechet distance against diversity; ``curves.png``: Frechet distance against TFLOPs."""
     try:
+        from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError:
         log.warning("no charts: they need matplotlib, pip install 'unidad_pl[study]'")
         return
     domains = list(grouped(rows, "domain"))
+    colours = {method: colormaps["tab20"](number) for number, (method,) in enumerate(grouped(rows, "method"))}
     for name in ("quality", "curves"):
         figure = Figure(figsize=(5.5 * len(domains), 5), layout="constrained")
         axes = figure.subplots(1, len(domains), squeeze=False)[0]
         for axis, (domain,) in zip(axes, domains, strict=True):
             of_domain = [row for row in rows if row["domain"] == domain]
             for (method,), same in grouped(of_domain, "method").items():
-                (_points if name == "quality" else _curve)(axis, method, same)
+                shape = _points(same) if name == "quality" else _curve(same)
+                axis.plot(*shape, "o" if name == "quality" else ".-", label=method, color=colours[method])
             axis.set(title=domain, yscale="log", ylabel="Frechet distance (lower is better)",
                      xlabel="diversity, share of held-out" if name == "quality" else "TFLOPs of training")  # fmt: skip
+            axis.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
             axis.grid(alpha=0.3)
-        axes[-1].legend(loc="upper right", fontsize=7)
+        shown = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        methods = [method for method in colours if method in shown]  # a domain may have some of them only
+        figure.legend([shown[method] for method in methods], methods, loc="outside lower center", ncols=5, fontsize=9)
         with replacing(folder / f"{name}.png") as part:
             figure.savefig(part, dpi=110, format="png")
 
 
-def _points(axis: Any, method: str, rows: Rows) -> None:
+def _points(rows: Rows) -> tuple[list[float], list[float]]:
+    """Each seed's diversity and Frechet distance."""
     values = [row["values"] for row in rows]
-    axis.plot([v.get("intra_lpips_relative") for v in values], [v["fid"] for v in values], "o", label=method)
+    return [v.get("intra_lpips_relative") for v in values], [v["fid"] for v in values]
 
 
-def _curve(axis: Any, method: str, rows: Rows) -> None:
+def _curve(rows: Rows) -> tuple[list[float], list[float]]:
     """The mean over seeds at every validation; a stage before it is on the axis and not in the line."""
     points = list(zip(*(row["curve"] for row in rows), strict=False))
-    axis.plot(
-        [mean(p["tflops"] for p in same) for same in points], [mean(p["fid"] for p in same) for same in points],
-        ".-", label=method,
-    )  # fmt: skip
+    return [mean(p["tflops"] for p in same) for same in points], [mean(p["fid"] for p in same) for same in points]
 
 
 def pictures(folder: Path, rows: Rows) -> None:
