@@ -23,24 +23,29 @@ def number(value: Any) -> str:
 
 
 def table(found: dict[str, Any]) -> list[str]:
-    """Rows of plain values first; then a table for each group of them, its own groups side by side."""
+    """Rows of plain values first; then groups of values, those of equal names side by side; then groups of groups."""
     plain = {name: value for name, value in found.items() if not isinstance(value, dict)}
-    lines = ["| | |", "|---|---|", *(f"| {name} | {number(value)} |" for name, value in plain.items()), ""] * bool(
-        plain
-    )
-    for name, group in found.items():
-        if not isinstance(group, dict):
-            continue
+    groups = {name: value for name, value in found.items() if isinstance(value, dict)}
+    nested = {name: group for name, group in groups.items() if any(isinstance(one, dict) for one in group.values())}
+    alike: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
+    for name in groups.keys() - nested.keys():
+        alike.setdefault(tuple(groups[name]), {})[name] = groups[name]
+    lines = [*_rows("", {"": plain})] * bool(plain)
+    for same in sorted(alike.values(), key=lambda same: min([*groups].index(name) for name in same)):
+        lines += _rows("", dict(sorted(same.items(), key=lambda item: [*groups].index(item[0]))))
+    for name, group in nested.items():
         rows = {key: value for key, value in group.items() if isinstance(value, dict)}
-        if not rows:
-            lines += [f"| {name} | |", "|---|---|", *(f"| {key} | {number(one)} |" for key, one in group.items()), ""]
-            continue
-        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-        lines += [f"| {name} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-        for key, row in rows.items():
-            lines.append(f"| {key} | " + " | ".join(number(row.get(column, "")) for column in columns) + " |")
-        lines.append("")
+        columns = dict.fromkeys(column for row in rows.values() for column in row)
+        lines += _rows(name, {column: {key: row.get(column, "") for key, row in rows.items()} for column in columns})
     return lines
+
+
+def _rows(name: str, columns: dict[str, dict[str, Any]]) -> list[str]:
+    """A table whose columns have the same keys, a row for each."""
+    lines = [f"| {name} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for key in next(iter(columns.values())):
+        lines.append(f"| {key} | " + " | ".join(number(column[key]) for column in columns.values()) + " |")
+    return [*lines, ""]
 
 
 def section(name: str, folder: Path) -> list[str]:
@@ -64,7 +69,7 @@ def page(folder: Path) -> str:
     lines = [
         "# Benchmarks", "",
         "Machines are shared and noisy: read ratios, which are measured by turns in one run, and counts (FLOPs, "
-        "bytes), which are exact. This page is written by `python -m tests.benchmarks page --results docs/benchmarks`.",
+        "bytes), which are\nexact. This page is written by `python -m tests.benchmarks page --results docs/benchmarks`.",
         "",
     ]  # fmt: skip
     for name in NAMES:
