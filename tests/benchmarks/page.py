@@ -69,7 +69,8 @@ def page(folder: Path) -> str:
     lines = [
         "# Benchmarks", "",
         "Machines are shared and noisy: read ratios, which are measured by turns in one run, and counts (FLOPs, "
-        "bytes), which are\nexact. This page is written by `python -m tests.benchmarks page --results docs/benchmarks`.",
+        "bytes), which are\nexact. This page is written by "
+        "`python -m tests.benchmarks page --results docs/benchmarks`.",
         "",
     ]  # fmt: skip
     for name in NAMES:
