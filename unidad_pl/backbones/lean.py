@@ -41,7 +41,7 @@ class NormedSiLU(torch.autograd.Function):
         return F.silu(normed, inplace=True)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         x, weight, bias, mean, rstd = ctx.saved_tensors
         *sizes, groups, eps = ctx.how
         wanted = ctx.needs_input_grad[:3]
@@ -58,7 +58,9 @@ class NormedSiLU(torch.autograd.Function):
 
 def normed_silu(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
     """``silu(norm(x))`` of maps [B, C, H, W], or ``silu(norm(x) * (1 + scale) + shift)`` with [B, C] each."""
-    weight, bias, groups, shape = norm.weight, norm.bias, norm.num_groups, x.shape
+    weight: Tensor = norm.weight
+    bias: Tensor = norm.bias
+    groups, shape = norm.num_groups, x.shape
     if scale is not None and shift is not None:  # a group norm knows one weight for each channel
         weight, bias = (weight * (1 + scale)).flatten(), (bias * (1 + scale) + shift).flatten()
         x, groups = x.reshape(1, -1, *shape[2:]), groups * len(x)
