@@ -28,11 +28,12 @@ def table(found: dict[str, Any]) -> list[str]:
     groups = {name: value for name, value in found.items() if isinstance(value, dict)}
     nested = {name: group for name, group in groups.items() if any(isinstance(one, dict) for one in group.values())}
     alike: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
-    for name in groups.keys() - nested.keys():
-        alike.setdefault(tuple(groups[name]), {})[name] = groups[name]
-    lines = [*_rows("", {"": plain})] * bool(plain)
-    for same in sorted(alike.values(), key=lambda same: min([*groups].index(name) for name in same)):
-        lines += _rows("", dict(sorted(same.items(), key=lambda item: [*groups].index(item[0]))))
+    for name, group in groups.items():
+        if name not in nested:
+            alike.setdefault(tuple(group), {})[name] = group
+    lines = _rows("", {"": plain}) if plain else []
+    for same in alike.values():
+        lines += _rows("", same)
     for name, group in nested.items():
         rows = {key: value for key, value in group.items() if isinstance(value, dict)}
         columns = dict.fromkeys(column for row in rows.values() for column in row)

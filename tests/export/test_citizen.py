@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tests.export.made import export, pixel_student, text_student
 from unidad_pl.condition import Condition
+from unidad_pl.denoiser import Codec
 from unidad_pl.export import load_export
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -101,3 +102,11 @@ def test_a_text_pipeline_in_half_precision_and_its_token(tmp_path: Path) -> None
     (half / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"model_index\.json' gives the part vae as \['antigravity'"):
         load_export(half)
+
+
+def test_a_student_without_vae_and_text_encoders_is_refused(tmp_path: Path) -> None:
+    student = text_student(tmp_path)
+    student.codec = Codec()
+    with pytest.raises(ValueError, match=r"needs a VAE and text encoders, .* has a Codec for them: sample it"):
+        export(student, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -44,10 +44,14 @@ def write_text_pipeline(
 
     Raises:
         ValueError: the student's steps are not those that the scheduler can hold; says which spacing can. Or it has no
-            adapters.
+            adapters, or its source no VAE and text encoders.
     """
     codec, part = student.codec, network.part
-    assert isinstance(codec, LatentCodec)
+    if not isinstance(codec, LatentCodec):
+        raise ValueError(
+            f"a pipeline needs a VAE and text encoders, this student's source has a {type(codec).__name__} for them: "
+            f"sample it with 'unidad sample', or train it from a diffusers folder"
+        )
     scheduler = _scheduler(student, network)
     if adapters and not network.shared_weights:
         raise ValueError("this student was trained without adapters (its source has no lora): export it whole")
