@@ -77,10 +77,11 @@ def qwen(name: str, width: int, layers: int) -> Any:
 
 def parts(kind: str, place: Path) -> dict[str, Any]:
     """Tiny text encoders and tokenizers of a pipeline."""
-    if kind == "sd3":
+    if kind.startswith("sd3"):
         words = clip_tokenizer(place)
-        found = dict(tokenizer=words, tokenizer_2=words, tokenizer_3=t5_tokenizer(place), text_encoder=clip(words))
-        return found | dict(text_encoder_2=clip(words), text_encoder_3=t5())
+        found = dict(tokenizer=words, tokenizer_2=words, text_encoder=clip(words), text_encoder_2=clip(words))
+        none = dict.fromkeys(("tokenizer_3", "text_encoder_3"))
+        return found | (none if kind != "sd3" else dict(tokenizer_3=t5_tokenizer(place), text_encoder_3=t5()))
     if kind == "flux":
         words = clip_tokenizer(place)
         found = dict(tokenizer=words, tokenizer_2=t5_tokenizer(place), text_encoder=clip(words, projected=False))
@@ -96,7 +97,7 @@ class Case(NamedTuple):
     theirs: Any
 
 
-KINDS: dict[str, Any] = dict(sd3=SD3, flux=Flux, flux2=Flux2, z_image=ZImage)
+KINDS: dict[str, Any] = dict(sd3=SD3, sd3_without_t5=SD3, flux=Flux, flux2=Flux2, z_image=ZImage)
 
 
 def saved(kind: str, folder: Path, seed: int = 0) -> Case:
@@ -109,7 +110,7 @@ def saved(kind: str, folder: Path, seed: int = 0) -> Case:
     if hasattr(vae, "bn"):
         vae.bn.running_mean.normal_()
         vae.bn.running_var.uniform_(0.5, 2.0)
-    sizes = {"sd3": dict(pooled_projection_dim=10), "flux": dict(pooled_projection_dim=8)}.get(kind, {})
+    sizes = dict(pooled_projection_dim=8) if kind == "flux" else {}
     net = getattr(diffusers, of.network.diffusers_class)(**of.config | sizes)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**{k: v for k, v in of.scheduler.items() if k[0] != "_"})
     text = parts(kind, folder.parent / "words")
@@ -161,6 +162,9 @@ def test_prompts_are_checked_by_the_tokenizer_that_reads_most_of_them(case: Case
         every_prompt = ("a " * 100,)
 
     codec = case.source.codec()
+    if getattr(case.pipe, "tokenizer_3", True) is None:
+        refused("has 102 tokens, 77 can be read", check_prompts, codec, Served())
+        return
     check_prompts(codec, Served())
     assert codec.embed(Served.every_prompt).tokens is not None
     Served.every_prompt = ("a dog", "a " * 600)
@@ -207,6 +211,23 @@ def test_a_missing_part_is_named(tmp_path: Path) -> None:
     refused("it is of a PixArtTransformer2DModel; supported are DiT", case.source.build)
     config.unlink()
     refused("has no transformer/config.json", case.source.build, error=FileNotFoundError)
+
+
+def test_a_part_to_do_without_is_left_out_by_the_index_alone(tmp_path: Path) -> None:
+    case = saved("sd3", tmp_path / "pipeline")
+    path, left_out = case.folder / "model_index.json", [None, None]
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps(index | {"tokenizer_3": left_out}))
+    refused("leave out text_encoder_3 and tokenizer_3, or neither", case.source.codec)
+    path.write_text(json.dumps(index | {"tokenizer_3": left_out, "text_encoder_3": left_out}))
+    tokens = case.source.codec().embed(["a dog"]).tokens
+    assert tokens is not None
+    assert tokens.shape == (1, 333, 12)
+    assert not tokens[:, 77:].any()
+    assert tokens[:, :77].any()
+    path.write_text(json.dumps(index))
+    (case.folder / "text_encoder_3").rename(case.folder / "elsewhere")
+    refused("must say text_encoder_3: .null, null.", case.source.codec, error=FileNotFoundError)
 
 
 def test_a_class_that_diffusers_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

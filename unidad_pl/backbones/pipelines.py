@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unidad_pl.backbones.folders import in_diffusers
+from unidad_pl.backbones.folders import CONFIG_FILE, in_diffusers
 from unidad_pl.backbones.latents import LatentCodec, check_length, need_transformers, read_vae
-from unidad_pl.backbones.sd_files import read_text_encoder, read_tokenizer
+from unidad_pl.backbones.sd_files import INDEX_FILE, read_text_encoder, read_tokenizer
 from unidad_pl.backbones.transformer import TransformerNetwork
 from unidad_pl.condition import Condition
 from unidad_pl.denoiser import Codec
-from unidad_pl.files import reading
+from unidad_pl.files import BrokenFile, read_json, reading
+
+
+def text_parts(folder: Path, network: type[TransformerNetwork]) -> Mapping[str, str]:
+    """The text encoders and tokenizers of the pipeline in ``folder`` -> their classes in transformers.
+
+    Raises:
+        BrokenFile: its index leaves out a text encoder but not its tokenizer, or the other way round.
+    """
+    path = folder / INDEX_FILE
+    index = read_json(path, "pipeline's index") if path.is_file() else {}
+    absent = [name for name in network.dispensable if index.get(name) == [None, None]]
+    if absent and len(absent) < len(network.dispensable):
+        raise BrokenFile(f"{str(path)!r} has no {absent[0]}: leave out {' and '.join(network.dispensable)}, or neither")
+    return {name: of for name, of in network.text_parts.items() if name not in absent}
 
 
 class PipelineCodec(LatentCodec):
@@ -40,23 +55,29 @@ class PipelineCodec(LatentCodec):
         if not self.network.takes_prompts:
             return
         need_transformers()
-        for name in self.network.text_parts:
+        for name in text_parts(folder, self.network):
             if not (folder / name).is_dir():
-                raise FileNotFoundError(f"source model {str(folder)!r} has no {name}/: the download is incomplete")
+                without = f"; to do without it, {INDEX_FILE} must say {name}: [null, null]"
+                hint = without if name in self.network.dispensable else ""
+                raise FileNotFoundError(f"source model {str(folder)!r} has no {name}/: the download is incomplete{hint}")
 
     def _read(self) -> Any:
-        kind = self.network
-        parts: dict[str, Any] = {"transformer": None, "scheduler": None, "vae": read_vae(self.folder / "vae", kind.vae)}
-        for name, of in kind.text_parts.items():
+        kind, present = self.network, text_parts(self.folder, self.network)
+        parts: dict[str, Any] = dict.fromkeys(("transformer", "scheduler", *kind.text_parts))
+        parts["vae"] = read_vae(self.folder / "vae", kind.vae)
+        for name, of in present.items():
             read = read_text_encoder if name.startswith("text_encoder") else read_tokenizer
             parts[name] = read(self.folder / name, of)
         with reading(self.folder, "pipeline"):
-            for name in kind.text_parts:
+            for name in present:
                 tokenizer, encoder = parts[name], parts[name.replace("tokenizer", "text_encoder")]
                 last = -1 if tokenizer is encoder else max(tokenizer.get_vocab().values())
                 if last >= encoder.config.vocab_size:
                     raise ValueError(f"{name} has tokens up to {last}, its text encoder {encoder.config.vocab_size}")
-            return in_diffusers(kind.pipeline)(**parts)
+            pipe = in_diffusers(kind.pipeline)(**parts)
+        config = read_json(self.folder / kind.part / CONFIG_FILE, "config of a transformer")
+        pipe.transformer = SimpleNamespace(config=SimpleNamespace(**config))  # prompts are as wide as it wants them
+        return pipe
 
     def _normalised(self, latents: Tensor) -> Tensor:
         if (norm := self._norm(latents)) is None:
@@ -88,7 +109,11 @@ class PipelineCodec(LatentCodec):
 
     def reader(self) -> tuple[Any, int] | None:
         network = self.network
-        return (getattr(self.parts, network.tokenizer), network.most_tokens) if network.takes_prompts else None
+        if not network.takes_prompts:
+            return None
+        if (reader := getattr(self.parts, network.tokenizer)) is not None:
+            return reader, network.most_tokens
+        return self.parts.tokenizer, self.parts.tokenizer.model_max_length
 
     def _embedding_of(self, prompt: str, device: torch.device | str) -> Condition:
         reader = self.reader()

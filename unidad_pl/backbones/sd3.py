@@ -35,6 +35,7 @@ class SD3Network(TransformerNetwork):
         "text_encoder_3": "T5EncoderModel", "tokenizer": "CLIPTokenizer", "tokenizer_2": "CLIPTokenizer",
         "tokenizer_3": "T5TokenizerFast",
     }  # fmt: skip
+    dispensable = ("text_encoder_3", "tokenizer_3")  # without T5 its tokens are zeros
     tokenizer, most_tokens = "tokenizer_3", T5_TOKENS
 
     @classmethod

@@ -98,10 +98,10 @@ class Transformer(DenoiserSource):
         return self._denoiser(kind, net, folder)
 
     def codec(self) -> Codec:
-        from unidad_pl.backbones.pipelines import PipelineCodec
+        from unidad_pl.backbones.pipelines import PipelineCodec, text_parts
 
         folder, kind = self._found()
-        encoders = [name for name in kind.text_parts if name.startswith("text_encoder")]
+        encoders = [name for name in text_parts(folder, kind) if name.startswith("text_encoder")]
         return PipelineCodec(folder, kind, self.resolution, lambda: self._found(("vae", *encoders))[0])
 
     def architecture(self) -> TransformerNetwork:

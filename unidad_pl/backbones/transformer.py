@@ -133,12 +133,15 @@ class TransformerNetwork(DiffusersNetwork):
     text_parts: Mapping[str, str] = {}
     """Parts of its pipeline that read prompts -> their classes in transformers."""
 
+    dispensable: tuple[str, ...] = ()
+    """Those of them that it can do without: a pipeline whose index says ``[null, null]`` of one has none."""
+
     tokenizer, most_tokens = "tokenizer", 77
     """The name of the tokenizer that reads most of a prompt, and how many tokens of it."""
 
     @classmethod
     def encoded(cls, pipe: Any, prompt: str, device: torch.device | str) -> Condition:
-        """A prompt by the ``encode_prompt`` of its pipeline ``pipe``, which has no transformer here."""
+        """A prompt by the ``encode_prompt`` of its pipeline ``pipe``, which has of its transformer the config alone."""
         raise NotImplementedError(f"{cls.__name__} takes prompts and must say how its pipeline encodes them")
 
     @classmethod

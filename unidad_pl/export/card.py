@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from unidad_pl.backbones.latents import LatentCodec
 from unidad_pl.backbones.transformer import TransformerNetwork
 from unidad_pl.callbacks.records import FILE, read_records
 from unidad_pl.export.text_to_image import TextNetwork, is_text_network
@@ -55,7 +56,7 @@ images = pipe({prompt!r}, num_inference_steps={steps}, guidance_scale=1.0).image
 
 ADAPTER_USAGE = """from diffusers import DiffusionPipeline, {scheduler}
 
-pipe = DiffusionPipeline.from_pretrained({base!r})  # the model that the adapters were trained over
+pipe = DiffusionPipeline.from_pretrained({base!r}{absent})  # the model that the adapters were trained over
 {other_weights}pipe.load_lora_weights("THIS_FOLDER")
 pipe.scheduler = {scheduler}.from_pretrained("THIS_FOLDER", subfolder="scheduler")
 """
@@ -64,7 +65,7 @@ images = pipe({prompt!r}, num_inference_steps={steps}, guidance_scale=1.0, **siz
 
 FLOW_USAGE = """from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER")
+pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER"{absent})
 """
 TIMED = """levels = dict(sigmas={times}, guidance_scale={guidance})  # as it was trained: without them it draws badly
 images = pipe(prompt={prompt!r}, num_inference_steps={steps}, height={side}, width={side}, **levels).images"""
@@ -85,6 +86,7 @@ def _usage(student: TrainedStudent, prompt: str, adapters: bool) -> str:
     if flow:
         use = TIMED if adapters else FLOW_USAGE + TIMED
     return (_adapted(student, network, flow) if adapters else "") + use.format(
+        absent=_absent(student),
         prompt=prompt, steps=len(student.sampler), side=network.resolution,
         times=[round(sigma / (1 + sigma), 6) for sigma in student.sampler.sigmas],
         guidance=getattr(network, "guidance", None) or 0.0,
@@ -100,7 +102,17 @@ def _adapted(student: TrainedStudent, network: TextNetwork, flow: bool) -> str:
     kind, part = "Transformer" if flow else "StableDiffusion", network.part
     other = OTHER_WEIGHTS.format(base=base, option=option, file=init.get(option), source=kind, part=part)
     scheduler = "FlowMatchEulerDiscreteScheduler" if flow else "LCMScheduler"
-    return ADAPTER_USAGE.format(base=base, other_weights=other if init.get(option) else "", scheduler=scheduler)
+    return ADAPTER_USAGE.format(
+        base=base, other_weights=other if init.get(option) else "", scheduler=scheduler, absent=_absent(student)
+    )
+
+
+def _absent(student: TrainedStudent) -> str:
+    """Parts that the model goes without, as diffusers wants to be told."""
+    network, codec = student.network, student.codec
+    if not (isinstance(network, TransformerNetwork) and isinstance(codec, LatentCodec)):
+        return ""
+    return "".join(f", {name}=None" for name in network.dispensable if getattr(codec.parts, name, None) is None)
 
 
 def model_card(student: TrainedStudent, checkpoint: str, adapters: bool = False) -> str:
