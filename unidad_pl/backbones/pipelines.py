@@ -57,9 +57,11 @@ class PipelineCodec(LatentCodec):
         need_transformers()
         for name in text_parts(folder, self.network):
             if not (folder / name).is_dir():
-                without = f"; to do without it, {INDEX_FILE} must say {name}: [null, null]"
-                hint = without if name in self.network.dispensable else ""
-                raise FileNotFoundError(f"source model {str(folder)!r} has no {name}/: the download is incomplete{hint}")
+                hint = f"; to do without it, {INDEX_FILE} must say {name}: [null, null]"
+                raise FileNotFoundError(
+                    f"source model {str(folder)!r} has no {name}/: the download is incomplete"
+                    f"{hint if name in self.network.dispensable else ''}"
+                )
 
     def _read(self) -> Any:
         kind, present = self.network, text_parts(self.folder, self.network)
