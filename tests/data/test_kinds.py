@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 import torch
-from PIL import Image, ImageCms, features
+from PIL import Image, ImageCms
 from torch import Tensor
 
 from tests.metrics.toys import refused
@@ -22,6 +23,9 @@ from unidad_pl.data import FewShotDataModule
 from unidad_pl.data.image_sets import open_images
 from unidad_pl.data.images import load_image, readable
 from unidad_pl.files import BrokenFile
+
+
+OLD_PILLOW = int(PIL.__version__.partition(".")[0]) < 13
 
 
 def shown(image: Image.Image, path: Path, **options: Any) -> Tensor:
@@ -69,8 +73,8 @@ WIDE = profile((0.64, 0.33), (0.30, 0.60), (0.15, 0.06), 1.0)  # sRGB's primarie
 
 @pytest.mark.parametrize("suffix", ["tif", "tiff", "gif", "jfif", "jpe", "jp2", "ppm", "tga", "qoi", "avif", "pcx"])
 def test_kinds_beside_png_and_jpeg_are_read(suffix: str, tmp_path: Path) -> None:
-    if suffix == "avif" and not features.check("avif"):
-        pytest.skip("this Pillow has no AVIF")
+    if suffix in ("avif", "qoi") and Image.registered_extensions().get(f".{suffix}") not in Image.SAVE:
+        pytest.skip("this Pillow cannot write it")
     colours = [Image.new("RGB", (8, 8), colour) for colour in ((200, 30, 40), (10, 20, 250))]
     options: Any = {"format": "JPEG"} if suffix in ("jfif", "jpe") else {}
     if suffix in ("gif", "tif", "avif"):  # of several frames the first counts
@@ -184,6 +188,7 @@ def test_an_srgb_profile_changes_no_bit_and_a_broken_one_is_warned_of(tmp_path: 
         assert len(seen) == 1
 
 
+@pytest.mark.skipif(OLD_PILLOW, reason="reads the whole block or nothing: a picture with such a block is warned of")
 def test_only_the_orientation_is_read_of_exif(tmp_path: Path) -> None:
     half = np.zeros((8, 8, 3), np.uint8)
     half[:4] = 255
@@ -234,7 +239,10 @@ def test_print_colours_become_rgb(tmp_path: Path) -> None:
         red, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
     )
     assert lab is not None
-    for name, image in (("lab.tif", lab), ("cmyk.tif", red.convert("CMYK")), ("ycc.tif", red.convert("YCbCr"))):
+    images = {"lab.tif": lab, "cmyk.tif": red.convert("CMYK"), "ycc.tif": red.convert("YCbCr")}
+    if OLD_PILLOW:  # writes the last so that it cannot read it
+        del images["ycc.tif"]
+    for name, image in images.items():
         assert (shown(image, tmp_path / name)[:, 0, 0].int() - torch.tensor([200, 40, 40])).abs().max() <= 4, name
 
 
