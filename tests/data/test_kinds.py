@@ -24,7 +24,6 @@ from unidad_pl.data.image_sets import open_images
 from unidad_pl.data.images import load_image, readable
 from unidad_pl.files import BrokenFile
 
-
 OLD_PILLOW = int(PIL.__version__.partition(".")[0]) < 13
 
 
