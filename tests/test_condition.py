@@ -66,7 +66,7 @@ def test_a_network_says_which_condition_it_takes(classes: int | None) -> None:
     labels = Condition(torch.tensor([1, 2]))
     assert network(x, sigma, network.blank_condition(2)).shape == x.shape
     for wrong in [Condition(tokens=TOKENS[:2]), labels if classes is None else None, labels[:1]]:
-        with pytest.raises(ValueError, match="this UNet takes"):
+        with pytest.raises(ValueError, match="this network takes"):
             network(x, sigma, wrong)
-        with pytest.raises(ValueError, match="this UNet takes"):
+        with pytest.raises(ValueError, match="this network takes"):
             network.taps(x, sigma, wrong)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unidad_pl.backbones.base import checked_labels
 from unidad_pl.backbones.folders import (
     CONFIG_FILE,
     MOST,
@@ -95,11 +96,11 @@ class UNetDenoiser(DiffusersUNet):
         return (emb if labels is None else emb + self.unet.class_embedding(labels).to(self.dtype)), {}
 
     def _labels(self, cond: Condition | None, count: int) -> Tensor | None:
-        labels = getattr(cond, "labels", None)
-        if not (cond is None if self.num_classes is None else labels is not None and len(labels) == count):
-            wanted = "no condition" if self.num_classes is None else f"a condition with {count} class labels"
-            raise ValueError(f"this UNet takes {wanted}, got {cond!r:.80}")
-        return labels
+        if self.num_classes is not None:
+            return checked_labels(cond, count).labels
+        if cond is not None:
+            raise ValueError(f"this network takes no condition, got {cond!r:.80}")
+        return None
 
     @property
     def tap_channels(self) -> dict[str, int]:
