@@ -44,6 +44,8 @@ def test_prompts_of_one_length_need_no_mask_and_others_get_one() -> None:
         ({"labels": torch.zeros(2), "tokens": TOKENS}, "equally many rows"),
         ({"mask": torch.ones(3, 5)}, "that of its tokens"),
         ({"tokens": TOKENS, "mask": torch.ones(3, 4)}, "that of its tokens"),
+        ({"tokens": TOKENS, "mask": torch.ones(3, 5, dtype=torch.int64)}, "must be bool, got torch.int64"),
+        ({"tokens": torch.zeros(3)}, r"must be \[B, L, D\]"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(parts: dict[str, Any], said: str) -> None:

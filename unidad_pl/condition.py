@@ -40,6 +40,10 @@ class Condition:
             raise ValueError(f"the parts of a condition must have equally many rows, at least one part, got {shapes}")
         if "mask" in shapes and shapes["mask"] != shapes.get("tokens", ())[:2]:
             raise ValueError(f"the mask of a condition must be that of its tokens [B, L], got {shapes}")
+        if self.tokens is not None and self.tokens.ndim != 3:
+            raise ValueError(f"the tokens of a condition must be [B, L, D], got {shapes}")
+        if self.mask is not None and self.mask.dtype != torch.bool:
+            raise ValueError(f"the mask of a condition must be bool, got {self.mask.dtype}: give mask.bool()")
 
     @property
     def parts(self) -> dict[str, Tensor]:

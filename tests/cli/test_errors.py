@@ -122,6 +122,10 @@ def test_broken_configs_end_every_command(name: str, capsys: pytest.CaptureFixtu
 def test_aliases_and_empty_files_are_read(here: Path) -> None:
     Path("fine.yaml").write_text("a: &a [1, 2]\nb: *a\nc: {<<: {x: 1}}\n")
     assert read_config("fine.yaml") == {"a": [1, 2], "b": [1, 2], "c": {"x": 1}}
+    for text in ("a: {b: 1}\na: {c: 2}", "x: {b: 1, b: 2}"):
+        Path("twice.yaml").write_text(text)
+        with pytest.raises(BrokenFile, match="stands twice in one mapping, in lines 1 and"):
+            read_config("twice.yaml")
     Path("empty.yaml").write_text("# nothing\n")
     assert read_config("empty.yaml") == {}
 

@@ -54,6 +54,14 @@ def test_the_table_has_the_latest_value_of_each_subject_and_their_mean(tmp_path:
     assert "0.9000" in report_subjects(str(tmp_path), stage="val")
 
 
+def test_a_subject_may_be_called_mean(tmp_path: Path) -> None:
+    write(tmp_path / "a", "mean", 0.9)
+    write(tmp_path / "b", "dog", 0.5)
+    rows = [line.split() for line in report_subjects(str(tmp_path)).splitlines()]
+    assert rows[1:3] == [["dog", "0.5000"], ["mean", "0.9000"]]
+    assert rows[-1] == ["mean", "0.7000"]
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -88,6 +88,15 @@ def test_of_two_that_want_other_steps_one_is_refused(
     assert json.loads((tmp_path / "sampling.json").read_text())["num_steps"] == 1
 
 
+def test_other_noise_levels_are_another_student(exported: Path, tmp_path: Path) -> None:
+    draw(exported, 1, tmp_path)
+    record = json.loads((tmp_path / "sampling.json").read_text())
+    record["sigmas"][-1] += 0.5
+    (tmp_path / "sampling.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"holds images drawn otherwise: .*sigmas"):
+        draw(exported, 1, tmp_path)
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"num_steps": NaN}', "[" * 10_000, "<html>"])
 def test_a_damaged_record_is_named(content: str, exported: Path, tmp_path: Path) -> None:
     (tmp_path / "sampling.json").write_text(content)

@@ -144,6 +144,13 @@ def test_every_method_of_the_shipped_studies_can_be_built() -> None:
         ({"methods": {"a": [{"config": "joint.yaml"}]}}, r"expected the entries .*'share'"),
         ({"methods": {"a": [HALF, HALF]}}, r"no stage of 'a' starts from its stage 1"),
         ({"methods": {"a": [HALF | {"starts": {"model.init_args.source": 1}}]}}, "from stage 1, but there are 0"),
+        ({"seeds": []}, "seeds must be a list of different"), ({"seeds": [0, 0]}, "seeds must be .* got .0, 0."),
+        ({"seeds": 3}, "seeds must be"), ({"seeds": [None]}, "seeds must be given"),
+        ({"domains": {}}, "domains must be"),
+        ({"methods": ["a"]}, "methods must be names"), ({"tflops": None}, "tflops must be given"),
+        ({"methods": {"a": None}}, "the method 'a' must be a config"), ({"methods": {"a": []}}, "'a' must be a config"),
+        ({"methods": {"a": [HALF]}}, "the shares of the stages of 'a' must add up to 1, got .0.5"),
+        ({"methods": {"a": [HALF | {"share": 3}]}}, "share must be"),
         ({"base": "nowhere.yaml"}, "nowhere"), ({"quick": {"tflop": 1}}, r"got \['tflop'\]"),
     ],
 )  # fmt: skip

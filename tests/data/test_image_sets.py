@@ -6,6 +6,7 @@ import os
 import re
 import struct
 import sys
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -167,6 +168,21 @@ def test_datasets_without_one_image_column_are_refused(tmp_path: Path) -> None:
     two = datasets.DatasetDict({"left": datasets.Dataset.from_dict({"a": [1]})})
     two.save_to_disk(str(tmp_path / "two"))
     refused("the splits left and no 'train'", open_images, tmp_path / "two")
+
+
+def test_two_pictures_of_one_name_in_a_zip_are_refused(tmp_path: Path) -> None:
+    for names in (("a.png", "a.png"), ("./b.png", "b.png")):
+        with warnings.catch_warnings(), zipfile.ZipFile(tmp_path / "twice.zip", "w") as made:
+            warnings.simplefilter("ignore")  # zipfile's own, of a name given twice
+            for name in names:
+                made.writestr(name, name)
+        refused(f"two of its entries are '{names[1]}'", open_images, tmp_path / "twice.zip")
+
+
+def test_no_place_is_not_the_current_folder() -> None:
+    refused("root must be a path, got ''", open_images, "")
+    refused("root must be a path, got ''", FewShotDataModule, "")
+    refused("root must be given", FewShotDataModule, None)
 
 
 def test_broken_and_encrypted_zips_are_named(folder: Path) -> None:

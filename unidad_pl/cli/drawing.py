@@ -133,7 +133,7 @@ class Drawing:
     def _record(self, folder: Path) -> None:
         """Note what the folder's images are drawn with; refuse to mix them with others."""
         now: dict[str, Any] = {"weights_sha256": content_hash(self.student.network)}
-        now |= {"num_steps": len(self.sampler), "classes": self.labels.classes}
+        now |= {"num_steps": len(self.sampler), "sigmas": self.sampler.sigmas, "classes": self.labels.classes}
         now |= {"prompts": self.prompts} if self.prompts else {}
         path = folder / RECORD
         # Before the record is looked for: another process writes that first.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from unidad_pl.checks import check_at_least, check_choices
+from unidad_pl.checks import check_choices, check_whole
 from unidad_pl.runs.config import build_module, merge_configs, read_config
 from unidad_pl.training.module import GenerativeModule
 from unidad_pl.training.rehearsal import Rehearsal, bytes_of
@@ -179,7 +179,8 @@ def report_memory(config: list[str], batch_size: int | None = None, precision: s
     merged = merge_configs([read_config(path) for path in config])
     module = build_module(merged, ", ".join(config))
     data = (merged.get("data") or {}).get("init_args") or {}
-    size = batch_size if batch_size is not None else int(data.get("batch_size", 1))
-    check_at_least(1, batch_size=size)
-    kind = precision if precision is not None else str((merged.get("trainer") or {}).get("precision", "32-true"))
+    size = batch_size if batch_size is not None else data.get("batch_size") or 1
+    check_whole(1, batch_size=size)
+    kind = precision if precision is not None else str((merged.get("trainer") or {}).get("precision") or "32-true")
+    kind = {"32": "32-true", "64": "64-true", "bf16": "bf16-mixed"}.get(kind, kind)  # as Lightning reads them
     return f"one process, batch {size}, {kind}\n{predict_memory(module, size, kind).table()}"

@@ -38,9 +38,9 @@ def report_subjects(runs: str, stage: str = "test", out: str | None = None) -> s
         )
     names = list(dict.fromkeys(name for record in found.values() for name in record["values"]))
     rows: dict[str, dict[str, float | None]] = {subject: found[subject]["values"] for subject in sorted(found)}
-    rows[MEAN] = {name: _mean([row.get(name) for row in rows.values()]) for name in names}
+    mean = {name: _mean([row.get(name) for row in rows.values()]) for name in names}
     table = [["subject", *names]]
-    for subject, row in rows.items():
+    for subject, row in [*rows.items(), (MEAN, mean)]:
         table.append([subject, *("" if (value := row.get(name)) is None else f"{value:.4f}" for name in names)])
     if out is not None:
         with replacing(Path(out)) as part, part.open("w", newline="", encoding="utf-8") as file:

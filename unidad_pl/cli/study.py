@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -23,16 +24,17 @@ from unidad_pl.callbacks.cost import FILE as COST_FILE
 from unidad_pl.callbacks.environment import git_commit
 from unidad_pl.callbacks.records import FILE as METRICS_FILE
 from unidad_pl.callbacks.records import read_records
-from unidad_pl.checks import check_positive, check_whole
+from unidad_pl.checks import check_given, check_positive, check_whole
 from unidad_pl.cli.errors import sentence_of
 from unidad_pl.cli.study_page import write_results
 from unidad_pl.export.student import export_student
-from unidad_pl.files import BrokenFile, replacing
+from unidad_pl.files import BrokenFile, read_json, reading, replacing
 from unidad_pl.runs.checkpoints import newest_intact
 from unidad_pl.runs.config import build_module, merge_configs, read_config
 from unidad_pl.training.rehearsal import Plan
 
 RESULT_FILE, RUNS = "result.json", "runs"
+AGAIN = "delete it: the same command makes it again from its run"
 EXPORT = "unidad_pl.PretrainedUNet"
 _PLANNING = Lock()  # torch's random state and its counting of FLOPs are the whole process's
 ENTRIES = {"base", "tflops", "seeds", "validations", "domains", "methods", "quick"}
@@ -141,8 +143,7 @@ def read_study(path: Path, out: Path, quick: bool = False) -> list[Cell]:
     _check_entries(path, smaller, ENTRIES - {"quick"}, set())
     if quick:
         content |= smaller
-    check_positive(tflops=content["tflops"])
-    check_whole(1, validations=content["validations"])
+    _check_sizes(path, content)
     read = cache(lambda name: read_config(path.parent / name))  # the same parts come in many cells
     base = read(content["base"])
     cells = []
@@ -163,6 +164,33 @@ def read_study(path: Path, out: Path, quick: bool = False) -> list[Cell]:
             raise BrokenFile(f"{str(path)!r}: no stage of {method!r} starts from its stage {runs.index(left[0]) + 1}")
         cells.append(Cell(method, domain, seed, runs[-1]))
     return cells
+
+
+def _check_sizes(path: Path, content: dict[str, Any]) -> None:
+    """Refuse entries that are no grid, or would count a seed twice or an unequal compute as equal."""
+    with reading(path, "study"):
+        check_given(tflops=content["tflops"], validations=content["validations"])
+        check_positive(tflops=content["tflops"])
+        check_whole(1, validations=content["validations"])
+        for name in ("methods", "domains"):
+            if not (isinstance(content[name], dict) and content[name]):
+                raise ValueError(f"{name} must be names and configs, got {content[name]!r:.80}")
+        seeds = content["seeds"]
+        if not isinstance(seeds, list) or not seeds or len(set(map(repr, seeds))) < len(seeds):
+            raise ValueError(f"seeds must be a list of different whole numbers, got {seeds!r:.80}")
+        for seed in seeds:
+            check_given(seeds=seed)
+            check_whole(0, seeds=seed)
+        for method, stages in content["methods"].items():
+            if not isinstance(stages, (str, dict)) and not (isinstance(stages, list) and stages):
+                raise ValueError(f"the method {method!r} must be a config or a list of stages, got {stages!r:.80}")
+            parts = stages if isinstance(stages, list) else [{"share": 1.0}]
+            shares = [stage.get("share") for stage in parts if isinstance(stage, dict)]
+            for share in shares:
+                check_given(share=share)
+                check_positive(1, share=share)
+            if not math.isclose(sum(shares), 1):
+                raise ValueError(f"the shares of the stages of {method!r} must add up to 1, got {shares}")
 
 
 def _check_entries(path: Path, given: Any, known: set[str], needed: set[str]) -> None:
@@ -188,7 +216,7 @@ def carry_out(run: Run, threads: int) -> dict[str, Any]:
     before = {one.folder: carry_out(one, threads)["tflops"] for one in run.starts.values()}
     with _alone(run.folder):
         if (run.folder / RESULT_FILE).is_file():
-            return json.loads((run.folder / RESULT_FILE).read_text(encoding="utf-8"))
+            return read_json(run.folder / RESULT_FILE, "result of a fit", AGAIN)
         with _PLANNING:
             config, iterations = _planned(run)
         every = max(1, iterations // run.validations)
@@ -286,5 +314,5 @@ def results(cells: list[Cell]) -> list[dict[str, Any]]:
         if path.is_file():
             run = f"{RUNS}/{cell.run.folder.name}"
             own = {"method": cell.method, "domain": cell.domain, "seed": cell.seed, "run": run}
-            rows.append(own | json.loads(path.read_text(encoding="utf-8")))
+            rows.append(own | read_json(path, "result of a fit", AGAIN))
     return rows

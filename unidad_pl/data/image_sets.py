@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from unidad_pl.cartoons.world import check_domain, render
+from unidad_pl.checks import check_path
 from unidad_pl.data.images import FORMATS, MAX_BYTES, WAY_OUT, ImageSet, load_image, readable
 from unidad_pl.data.packed import HUGGING_FACE, HuggingFaceImages, LMDBImages
 from unidad_pl.denoiser import to_uint8
@@ -37,6 +38,7 @@ def open_images(root: str | Path) -> ImageSet:
         ValueError: it cannot be read, or is of another layout.
         ImportError: the package that reads it is not installed; names the extra.
     """
+    check_path(root=root)
     text = str(root)
     if text.startswith(HUGGING_FACE):
         return HuggingFaceImages(text)
@@ -167,8 +169,15 @@ class ZipImages(ImageSet):
         self._opened: tuple[int, zipfile.ZipFile] | None = None
         with reading(path, "zip of pictures"):
             opened = self._open()
-            names = sorted(name for name in opened.namelist() if name[-1:] != "/")
-            entries = {PurePath(name).as_posix(): opened.getinfo(name) for name in names}
+            entries: dict[str, zipfile.ZipInfo] = {}
+            for entry in sorted(opened.infolist(), key=lambda entry: entry.filename):
+                name = PurePath(entry.filename).as_posix()
+                if name in entries and not entry.is_dir():
+                    raise ValueError(
+                        f"two of its entries are {name!r}: pack it anew, each picture under a name of its own"
+                    )
+                if not entry.is_dir():
+                    entries[name] = entry
         self._entries = [entries[name] for name in _sort_out("zip", path, list(entries), {})]
         self.names = [entry.filename for entry in self._entries]
 

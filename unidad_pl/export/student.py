@@ -77,7 +77,8 @@ def export_student(
             write_text_pipeline(student, network, part, adapters, stored)
         elif isinstance(network, UNetDenoiser):
             _write(student, network, part, stored)
-        (part / "README.md").write_text(model_card(student, Path(ckpt_path).name, adapters))
+        card = model_card(student, Path(ckpt_path).name, adapters)
+        (part / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
         note_files(part)
         refuse_foreign(target)  # again: writing took its time
     return target

@@ -41,7 +41,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: there is none.
         BrokenFile: it is not YAML, no mapping from names to values, asks for Python objects by a tag, or grows beyond
-            :data:`MOST` values when its aliases are written out.
+            :data:`MOST` values when its aliases are written out, or a name stands twice in one of its mappings.
     """
     import yaml
 
@@ -61,12 +61,18 @@ def _size(node: Any, known: dict[int, int]) -> int:
     """How many values a YAML node holds, those behind aliases counted wherever they stand.
 
     Raises:
-        ValueError: too many.
+        ValueError: too many, or a name that stands twice in a mapping, of which YAML would keep the last alone.
     """
     if id(node) in known:
         return known[id(node)]
     known[id(node)] = MOST  # an alias of what holds it has no end
     inner = node.value if isinstance(getattr(node, "value", None), list) else []
+    lines: dict[str, int] = {}
+    for name in (pair[0] for pair in inner if isinstance(pair, tuple) and isinstance(pair[0].value, str)):
+        line = name.start_mark.line + 1
+        if name.value in lines:
+            raise ValueError(f"{name.value!r} stands twice in one mapping, in lines {lines[name.value]} and {line}")
+        lines[name.value] = line
     size = 1 + sum(_size(part, known) for pair in inner for part in (pair if isinstance(pair, tuple) else (pair,)))
     if size > MOST:
         raise ValueError(f"more than {MOST} values when its aliases are written out")

@@ -117,10 +117,11 @@ def _version_of(root: Path, checkpoint: str) -> str | None:
 def _keep_rows(logger: CSVLogger) -> None:
     """Lightning's CSV logger deletes the file it finds in its folder: put the rows back."""
     path = Path(logger.log_dir) / "metrics.csv"
-    if not path.is_file():
-        return
     kept = path.with_suffix(".csv.kept")
-    path.replace(kept)
+    if not kept.is_file():  # else a start was killed below, and what it kept is the whole
+        if not path.is_file():
+            return
+        path.replace(kept)
     experiment = logger.experiment
     kept.replace(path)
     with path.open(newline="") as file:
