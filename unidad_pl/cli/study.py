@@ -185,7 +185,7 @@ def _check_sizes(path: Path, content: dict[str, Any]) -> None:
             if not isinstance(stages, (str, dict)) and not (isinstance(stages, list) and stages):
                 raise ValueError(f"the method {method!r} must be a config or a list of stages, got {stages!r:.80}")
             parts = stages if isinstance(stages, list) else [{"share": 1.0}]
-            shares = [stage.get("share") for stage in parts if isinstance(stage, dict)]
+            shares: list[Any] = [stage.get("share") for stage in parts if isinstance(stage, dict)]
             for share in shares:
                 check_given(share=share)
                 check_positive(1, share=share)
