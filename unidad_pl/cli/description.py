@@ -5,8 +5,10 @@ domain from about ten images, in one training run (Uni-DAD).
 
   unidad fit --config configs/quickstart.yaml           ten cartoon portraits with sunglasses, on any laptop
   unidad fit --config configs/quickstart.yaml --data.root FOLDER        your own images
-  unidad fit --help                                     every option of a subcommand
+  unidad fit --help                                     its options; those of a class: --model.help unidad_pl.UniDAD,
+                                                        --data.help unidad_pl.FewShotDataModule
   unidad fit --config FILE --print_config               the whole config a run would use
+  unidad test --config RUN/config.yaml --ckpt_path CHECKPOINT           metrics of it; validate and predict likewise
   unidad export --ckpt_path RUN/checkpoints/last.ckpt --out FOLDER      the student as a diffusers pipeline
   unidad sample --model FOLDER --num 64 --out IMAGES                    PNGs from it, or from a checkpoint
   unidad demo --model FOLDER                            a page to draw with it, on this machine ([demo])
