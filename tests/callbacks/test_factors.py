@@ -75,6 +75,13 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
         evaluate(FactorDistance(["hat"], Judge(), reference(0.0, 0.0, 0.0, 0.0)), tmp_path)
 
 
+def test_numbers_that_are_none_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = Judge()
+    monkeypatch.setattr(judge, "read", lambda images: {"brightness": torch.full((len(images),), float("nan"))})
+    with pytest.raises(ValueError, match="Judge reads numbers that are not finite"):
+        evaluate(FactorDistance(["brightness"], judge, reference(0.1, 0.2, 0.3, 0.4)), tmp_path)
+
+
 def test_the_cartoon_network_reads_what_was_drawn() -> None:
     index = range(20)
     read, truth = CartoonFeatures().read(render(index, "sunglasses")), factors(index, "sunglasses")

@@ -125,7 +125,7 @@ def test_stages_that_cells_share_are_run_once_and_names_are_their_content() -> N
 
 def test_every_method_of_the_shipped_studies_can_be_built() -> None:
     studies = [path for path in CONFIGS.glob("*.yaml") if "methods" in yaml.safe_load(path.read_text())]
-    assert {path.stem for path in studies} == {"stages", "ablations"}
+    assert {path.stem for path in studies} == {"stages", "ablations", "heads"}
     cells = [cell for path in studies for cell in read_study(path, Path("out"))]
     for cell in {cell.method: cell for cell in cells if cell.method not in OTHER_NUMBERS}.values():
         for run in (cell.run, *cell.run.starts.values()):
@@ -143,7 +143,8 @@ def test_every_method_of_the_shipped_studies_can_be_built() -> None:
         ({"budget": 3}, r"expected the entries .*got .*'budget'"), ({"tflops": -1}, "tflops must be"),
         ({"methods": {"a": [{"config": "joint.yaml"}]}}, r"expected the entries .*'share'"),
         ({"methods": {"a": [HALF, HALF]}}, r"no stage of 'a' starts from its stage 1"),
-        ({"methods": {"a": [HALF | {"starts": {"model.init_args.source": 1}}]}}, "from stage 1, but there are 0"),
+        ({"methods": {"a": [HALF | {"share": 1.0, "starts": {"model.init_args.source": 1}}]}},
+         "from stage 1, but there are 0"),
         ({"seeds": []}, "seeds must be a list of different"), ({"seeds": [0, 0]}, "seeds must be .* got .0, 0."),
         ({"seeds": 3}, "seeds must be"), ({"seeds": [None]}, "seeds must be given"),
         ({"domains": {}}, "domains must be"),

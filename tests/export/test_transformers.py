@@ -104,6 +104,8 @@ def test_plain_diffusers_draws_what_the_student_draws(case: Case, lora: LoRA | N
     again = load_export(out)
     torch.testing.assert_close(ours(again, case), expected, atol=1e-4, rtol=0)
     assert again.sampler.sigmas == student.sampler.sigmas
+    assert again.with_steps(2).sigmas == student.with_steps(2).sigmas
+    assert again.network.own_sigmas(4) == student.network.own_sigmas(4)  # the source's shift of time
     assert again.token == "prt"
     if lora is None:
         assert content_hash(again.network) == content_hash(student.network)

@@ -130,6 +130,16 @@ def test_prdc_equals_its_definition(kind: str, rows: int, monkeypatch: pytest.Mo
         assert prdc(x, y, k) == pytest.approx(plain_prdc(x, y, k), abs=1e-12)
 
 
+def test_prdc_of_many_copies_of_one_picture() -> None:
+    """Their balls have no size: a copy is inside none, however its distance is rounded."""
+    for seed in range(4, 12):
+        g = torch.Generator().manual_seed(seed)
+        point = torch.randn(1, 8, generator=g)
+        y = torch.cat([point.expand(20, -1), torch.randn(80, 8, generator=g)])
+        x = torch.cat([point.expand(50, -1), torch.randn(50, 8, generator=g)])
+        assert prdc(x, y, 5) == pytest.approx(plain_prdc(x, y, 5), abs=1e-12)
+
+
 def test_prdc_does_not_depend_on_what_torch_takes_for_float32() -> None:
     x, y = features(60, 64, 1), features(50, 64, 2)
     expected = prdc(x, y, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,9 @@ def read_text_encoder(folder: Path, name: str) -> nn.Module:
         )
         if wrong := {problem: keys for problem, keys in report.items() if keys and problem != "unexpected_keys"}:
             raise ValueError(f"weights and config do not fit: {wrong}")
+    if extra := sorted(report["unexpected_keys"]):
+        seen = f"{len(extra)} weights in {folder} are none of a {name} and are not used: {', '.join(extra[:3])}"
+        warnings.warn(seen, stacklevel=2)
     return encoder
 
 

@@ -21,7 +21,7 @@ from unidad_pl.backbones.hub import find_file, find_folder
 from unidad_pl.backbones.lora import LoRA, add_adapters, base_names, store_in_bfloat16
 from unidad_pl.backbones.sd3 import SD3Network
 from unidad_pl.backbones.sd_files import INDEX_FILE, TEXT
-from unidad_pl.backbones.spec import SCHEDULER_FILE
+from unidad_pl.backbones.spec import SCHEDULER_FILE, SOURCE_SCHEDULER_FILE
 from unidad_pl.backbones.transformer import DEPTHS, Taps, TransformerNetwork
 from unidad_pl.backbones.weights import NETWORK, Stems, fill, read_folder, read_weights
 from unidad_pl.backbones.z_image import ZImageNetwork
@@ -151,7 +151,9 @@ class Transformer(DenoiserSource):
         return read_json(path, "pipeline's index") if path.is_file() else {}
 
     def _network(self, kind: type[TransformerNetwork], net: Any, folder: Path) -> TransformerNetwork:
-        vae, scheduler = folder / "vae" / CONFIG_FILE, folder / "scheduler" / SCHEDULER_FILE
+        vae, scheduler = folder / "vae" / CONFIG_FILE, folder / "scheduler" / SOURCE_SCHEDULER_FILE
+        if not scheduler.is_file():  # it is in exports alone
+            scheduler = folder / "scheduler" / SCHEDULER_FILE
         entries = read_json(vae, "config of a VAE")
         with reading(vae, "config of a VAE"):
             scale = 2 ** (len(entries["block_out_channels"]) - 1) * kind.vae_fold

@@ -17,6 +17,8 @@ from unidad_pl.schedules import flow_sigmas, linear_abar
 
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 MOST_TIMESTEPS, MOST_PATCH, MOST_SIGMA_DATA, MOST_SHIFT = 100_000, 64, 1e6, 1000.0
+SOURCE_SCHEDULER_FILE = "source_scheduler_config.json"
+"""Beside the scheduler of an export that is given its noise levels: that of the model it was trained from."""
 SCHEDULER_FILE = "scheduler_config.json"
 SUPPORTED = (
     "DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",

@@ -65,6 +65,7 @@ class FactorDistance(EvaluationCallback):
         super().prepare(trainer, pl_module)
         self.reference.check(trainer, least=4)
         self._known = None  # another run may have another reference set
+        self._read(torch.zeros(1, 3, *(self._size or (32, 32)), device=self.metric.device))  # refuses unknown factors
 
     def _read(self, images: Tensor) -> Tensor:
         with evaluating(self.features):
@@ -74,7 +75,10 @@ class FactorDistance(EvaluationCallback):
                              f"{', '.join(read)}")  # fmt: skip
         columns = [read[factor].reshape(len(images), -1).float() for factor in self.factors]
         self._widths = [column.shape[1] for column in columns]
-        return torch.cat(columns, 1)
+        read_all = torch.cat(columns, 1)
+        if not bool(read_all.isfinite().all()):
+            raise ValueError(f"FactorDistance: {feature_name(self.features)} reads numbers that are not finite")
+        return read_all
 
     def update(self, trainer: pl.Trainer, pl_module: pl.LightningModule, images: Tensor, seeds: Tensor) -> None:
         self.metric.update(self._read(images), seeds)
@@ -90,7 +94,10 @@ class FactorDistance(EvaluationCallback):
         halves = known[::2], known[1::2]
         values = dict(zip(self.produces(), self._distances(samples, known), strict=True))
         floor = dict(zip(self.factors, self._distances(*halves), strict=True))
-        return Report(values, {"extractor": feature_name(self.features), "reference": len(known), "floor": floor})
+        details: dict[str, Any] = {"extractor": feature_name(self.features), "reference": len(known), "floor": floor}
+        if self.reference.are_shots(trainer):
+            details["reference_is_shots"] = True
+        return Report(values, details)
 
     def _rows(self) -> Tensor:
         if not self._widths:  # a rank without an image splits the columns of the others as they do

@@ -168,7 +168,7 @@ def read_study(path: Path, out: Path, quick: bool = False) -> list[Cell]:
 
 def _check_sizes(path: Path, content: dict[str, Any]) -> None:
     """Refuse entries that are no grid, or would count a seed twice or an unequal compute as equal."""
-    with reading(path, "study"):
+    with reading(path, "study", "correct it"):
         check_given(tflops=content["tflops"], validations=content["validations"])
         check_positive(tflops=content["tflops"])
         check_whole(1, validations=content["validations"])
@@ -185,7 +185,9 @@ def _check_sizes(path: Path, content: dict[str, Any]) -> None:
             if not isinstance(stages, (str, dict)) and not (isinstance(stages, list) and stages):
                 raise ValueError(f"the method {method!r} must be a config or a list of stages, got {stages!r:.80}")
             parts = stages if isinstance(stages, list) else [{"share": 1.0}]
-            shares: list[Any] = [stage.get("share") for stage in parts if isinstance(stage, dict)]
+            if not all(isinstance(stage, dict) and "share" in stage for stage in parts):
+                continue  # which entries a stage must have is said where they are read
+            shares: list[Any] = [stage["share"] for stage in parts]
             for share in shares:
                 check_given(share=share)
                 check_positive(1, share=share)
@@ -282,7 +284,11 @@ def launch(command: list[str], log: Path, threads: int) -> int:
 
 
 def _checkpoint(run: Run) -> Path:
-    path, _ = newest_intact(run.folder / "fit")
+    path, passed_over = newest_intact(run.folder / "fit")
+    if passed_over:
+        broken, why = next(iter(passed_over.items()))
+        raise BrokenFile(f"the last checkpoint of a stage is damaged ({why}): delete {str(broken)!r} and "
+                         f"{RESULT_FILE} beside its fit/, and the same command trains the rest again")  # fmt: skip
     if path is None:
         raise FileNotFoundError(f"no checkpoint in {run.folder / 'fit'}: delete {run.folder} to train again")
     return path

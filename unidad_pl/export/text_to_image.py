@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -13,6 +14,7 @@ from torch import nn
 from unidad_pl.backbones.latents import ZEROS, LatentCodec
 from unidad_pl.backbones.lora import adapter_weights, merged
 from unidad_pl.backbones.sources import Transformer
+from unidad_pl.backbones.spec import SCHEDULER_FILE, SOURCE_SCHEDULER_FILE
 from unidad_pl.backbones.stable_diffusion import StableDiffusion, StableDiffusionUNet
 from unidad_pl.backbones.transformer import TransformerNetwork
 from unidad_pl.denoiser import Denoiser, DenoiserSource
@@ -74,6 +76,9 @@ def write_text_pipeline(
             name: stored_as(one, dtype, name) if isinstance(one, nn.Module) else one for name, one in parts.items()
         }
         kind(**stored | settings).save_pretrained(folder)
+        if isinstance(network, TransformerNetwork):
+            levels = (codec.folder / "scheduler" / name for name in (SOURCE_SCHEDULER_FILE, SCHEDULER_FILE))
+            shutil.copyfile(next(filter(Path.is_file, levels)), folder / "scheduler" / SOURCE_SCHEDULER_FILE)
         for config in folder.glob("text_encoder*/config.json"):  # else transformers computes as it finds them stored,
             content = json.loads(config.read_text())  # beside a network that diffusers makes float32
             changed = {name: "float32" for name in ("dtype", "torch_dtype") if name in content}

@@ -87,7 +87,9 @@ def _radii(x: _Points, neighbours: int) -> Tensor:
     least = nearest[:, -1] - x.doubt(x.fast_norms, x.fast_norms.max())
     unsure = (least <= radii).nonzero().flatten() if most < count else numbers[:0, 0]
     for part in unsure.split(ROWS):
-        radii[part] = x.measured(part, x).topk(neighbours + 1, dim=1, largest=False).values[:, -1]
+        near = x.measured(part, x).topk(neighbours + 1, dim=1, largest=False).indices
+        for some, row in zip(near.split(CACHED), part.split(CACHED), strict=True):  # of copies exactly 0
+            radii[row] = (x.rows[some] - x.rows[row, None]).square_().sum(2).amax(1)
     return radii * (1 - TIE)
 
 
