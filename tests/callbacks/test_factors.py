@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tests.callbacks.toys import SIZE, Data, Toy
 from unidad_pl import CartoonFeatures, FactorDistance
+from unidad_pl.callbacks.outputs import Samples
 from unidad_pl.cartoons.world import CATEGORIES, RANGES, factors, render
 
 
@@ -80,6 +81,22 @@ def test_numbers_that_are_none_are_refused(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(judge, "read", lambda images: {"brightness": torch.full((len(images),), float("nan"))})
     with pytest.raises(ValueError, match="Judge reads numbers that are not finite"):
         evaluate(FactorDistance(["brightness"], judge, reference(0.1, 0.2, 0.3, 0.4)), tmp_path)
+
+
+def test_shots_as_the_reference_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    callback = FactorDistance(["brightness"], Judge(), reference(0.1, 0.2, 0.3, 0.4))
+    assert "reference_is_shots" not in evaluate(callback, tmp_path)[1]
+    monkeypatch.setattr(callback.reference, "are_shots", lambda trainer: True)
+    assert evaluate(callback, tmp_path)[1]["reference_is_shots"] is True
+
+
+def test_a_sanity_step_finds_unknown_factors(tmp_path: Path) -> None:
+    callback = FactorDistance(["hat"], Judge(), reference(0.0, 0.0, 0.0, 0.0))
+    trainer = pl.Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    trainer.strategy.connect(Grey())
+    samples = Samples(reference(0.0, 0.1), torch.arange(2), None, None, None)
+    with pytest.raises(ValueError, match="reads no 'hat'"):
+        callback.inspect(trainer, samples)
 
 
 def test_the_cartoon_network_reads_what_was_drawn() -> None:

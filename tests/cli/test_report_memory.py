@@ -178,5 +178,8 @@ def test_what_cannot_be_reported_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(yaml.safe_dump({"data": {}}))
     with pytest.raises(ValueError, match="no entry 'model'"):
         report_memory([str(tmp_path / "a.yaml")])
+    (tmp_path / "none.yaml").write_text("data: {init_args: {batch_size: 0}}")
+    with pytest.raises(ValueError, match=r"batch_size must be .* got 0"):
+        report_memory([str(CONFIGS / "quickstart.yaml"), str(tmp_path / "none.yaml")])
     with pytest.raises(ValueError, match="batch_size must be"):
         report_memory([str(CONFIGS / "quickstart.yaml")], batch_size=0)

@@ -16,10 +16,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from lightning.pytorch.loggers import CSVLogger
 
 from tests.worlds import nested, weights_sha
 from unidad_pl.cli.lightning import UnidadCLI, run
 from unidad_pl.cli.main import main
+from unidad_pl.runs.resume import _keep_rows
 from unidad_pl.strategies import ManualDDPStrategy
 
 CONFIG: dict[str, Any] = {
@@ -207,3 +209,18 @@ def test_an_explicit_folder_of_checkpoints_is_searched_too(tmp_path: Path) -> No
     fit(2, *place)
     found = fit(3, *place, "--ckpt_path", "last").config_init["fit"]["ckpt_path"]
     assert found == str(tmp_path / "elsewhere" / "step=2.ckpt")
+
+
+def test_rows_that_a_killed_start_had_put_aside_come_back(tmp_path: Path) -> None:
+    """Killed while Lightning's logger was made anew, which deletes the file it finds."""
+    rows = "a,step\n1.0,0\n"
+    for there in (False, True):  # a new file, or none yet
+        logger = CSVLogger(tmp_path, "run", str(there))
+        folder = Path(logger.log_dir)
+        folder.mkdir(parents=True)
+        (folder / "metrics.csv.kept").write_text(rows)
+        if there:
+            (folder / "metrics.csv").write_text("")
+        _keep_rows(logger)
+        assert (folder / "metrics.csv").read_text() == rows
+        assert not (folder / "metrics.csv.kept").exists()

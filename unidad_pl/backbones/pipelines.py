@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unidad_pl.backbones.folders import CONFIG_FILE, in_diffusers
 from unidad_pl.backbones.latents import LatentCodec, check_length, need_transformers, read_vae
-from unidad_pl.backbones.sd_files import INDEX_FILE, read_text_encoder, read_tokenizer
+from unidad_pl.backbones.sd_files import INDEX_FILE, index_if_any, read_text_encoder, read_tokenizer
 from unidad_pl.backbones.transformer import TransformerNetwork
 from unidad_pl.condition import Condition
 from unidad_pl.denoiser import Codec
@@ -26,11 +26,11 @@ def text_parts(folder: Path, network: type[TransformerNetwork]) -> Mapping[str, 
     Raises:
         BrokenFile: its index leaves out a text encoder but not its tokenizer, or the other way round.
     """
-    path = folder / INDEX_FILE
-    index = read_json(path, "pipeline's index") if path.is_file() else {}
+    index = index_if_any(folder)
     absent = [name for name in network.dispensable if index.get(name) == [None, None]]
     if absent and len(absent) < len(network.dispensable):
-        raise BrokenFile(f"{str(path)!r} has no {absent[0]}: leave out {' and '.join(network.dispensable)}, or neither")
+        both = " and ".join(network.dispensable)
+        raise BrokenFile(f"{str(folder / INDEX_FILE)!r} has no {absent[0]}: leave out {both}, or neither")
     return {name: of for name, of in network.text_parts.items() if name not in absent}
 
 

@@ -95,6 +95,12 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
+def index_if_any(folder: Path) -> dict[str, Any]:
+    """What the ``model_index.json`` in ``folder`` says, of any pipeline; empty where there is none."""
+    path = folder / INDEX_FILE
+    return read_json(path, "pipeline's index") if path.is_file() else {}
+
+
 def text_parts(folder: Path) -> list[str]:
     """The names of the pipeline's text encoders and tokenizers.
 

@@ -20,8 +20,8 @@ from unidad_pl.backbones.folders import (
 from unidad_pl.backbones.hub import find_file, find_folder
 from unidad_pl.backbones.lora import LoRA, add_adapters, base_names, store_in_bfloat16
 from unidad_pl.backbones.sd3 import SD3Network
-from unidad_pl.backbones.sd_files import INDEX_FILE, TEXT
-from unidad_pl.backbones.spec import SCHEDULER_FILE, SOURCE_SCHEDULER_FILE
+from unidad_pl.backbones.sd_files import TEXT, index_if_any
+from unidad_pl.backbones.spec import SCHEDULER_FILE, find_scheduler
 from unidad_pl.backbones.transformer import DEPTHS, Taps, TransformerNetwork
 from unidad_pl.backbones.weights import NETWORK, Stems, fill, read_folder, read_weights
 from unidad_pl.backbones.z_image import ZImageNetwork
@@ -137,7 +137,7 @@ class Transformer(DenoiserSource):
             if name not in known:
                 raise ValueError(f"it is of a {name!s:.60}; supported are {', '.join(known)}")
             check_whole(0, MOST_BLOCKS, null=True, **{depth: config.get(depth) for depth in DEPTHS})
-        pipeline = self._index(folder).get("_class_name", known[name].pipeline)
+        pipeline = index_if_any(folder).get("_class_name", known[name].pipeline)
         if pipeline != known[name].pipeline:  # those that edit pictures have the same network
             raise ValueError(
                 f"source model {self.path!r} is a {pipeline!s:.60}, which is not supported: give the text-to-image "
@@ -145,15 +145,9 @@ class Transformer(DenoiserSource):
             )
         return known[name]
 
-    def _index(self, folder: Path) -> dict[str, Any]:
-        """What ``model_index.json`` says, if it is there."""
-        path = folder / INDEX_FILE
-        return read_json(path, "pipeline's index") if path.is_file() else {}
-
     def _network(self, kind: type[TransformerNetwork], net: Any, folder: Path) -> TransformerNetwork:
-        vae, scheduler = folder / "vae" / CONFIG_FILE, folder / "scheduler" / SOURCE_SCHEDULER_FILE
-        if not scheduler.is_file():  # it is in exports alone
-            scheduler = folder / "scheduler" / SCHEDULER_FILE
+        vae, scheduler = folder / "vae" / CONFIG_FILE, find_scheduler(folder)
+        assert scheduler is not None  # it was looked for when the folder was found
         entries = read_json(vae, "config of a VAE")
         with reading(vae, "config of a VAE"):
             scale = 2 ** (len(entries["block_out_channels"]) - 1) * kind.vae_fold
@@ -172,7 +166,7 @@ class Transformer(DenoiserSource):
 
     def _denoiser(self, kind: type[TransformerNetwork], net: Any, folder: Path) -> TransformerNetwork:
         network = self._network(kind, net, folder)
-        network.distilled |= self._index(folder).get("is_distilled") is True
+        network.distilled |= index_if_any(folder).get("is_distilled") is True
         if self.lora is not None:
             add_adapters(network.transformer, self.lora, network.output_layer, network.adapted)
             network.shared_weights = base_names(network)

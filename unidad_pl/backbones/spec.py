@@ -110,11 +110,10 @@ class UNetSpec:
 
 def find_scheduler(folder: Path) -> Path | None:
     """The scheduler config that belongs to the network in ``folder``: beside it, below it, or in a pipeline folder
-    beside ``unet/``; None if there is none."""
-    for place in (folder, folder / "scheduler", folder.parent / "scheduler"):
-        if (place / SCHEDULER_FILE).is_file():
-            return place / SCHEDULER_FILE
-    return None
+    beside ``unet/``; None if there is none. In an export that has two, the one of its source."""
+    places = (folder, folder / "scheduler", folder.parent / "scheduler")
+    files = (place / name for place in places for name in (SOURCE_SCHEDULER_FILE, SCHEDULER_FILE))
+    return next(filter(Path.is_file, files), None)
 
 
 def spec_of_scheduler(path: Path, tokens: int | None = None) -> UNetSpec:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from unidad_pl.callbacks.base import EvaluationCallback, Report, feature_name
 from unidad_pl.callbacks.given_images import GivenImages, Images, share
+from unidad_pl.callbacks.outputs import Samples
 from unidad_pl.metrics.features import check_network, evaluating
 from unidad_pl.metrics.gather import NumberedRows
 from unidad_pl.metrics.wasserstein import wasserstein
@@ -33,7 +34,8 @@ class FactorDistance(EvaluationCallback):
         common: see :class:`~unidad_pl.callbacks.base.EvaluationCallback`.
 
     Raises:
-        ValueError: no factor. In ``setup``: one that the network does not know, or fewer than 4 reference images.
+        ValueError: no factor. In ``setup``: fewer than 4 reference images. In a sanity step, or the first evaluation
+            where there is none: a factor that the network does not know, or numbers that are not finite.
         TypeError: ``features`` is no module, or has no ``read``.
     """
 
@@ -65,7 +67,13 @@ class FactorDistance(EvaluationCallback):
         super().prepare(trainer, pl_module)
         self.reference.check(trainer, least=4)
         self._known = None  # another run may have another reference set
-        self._read(torch.zeros(1, 3, *(self._size or (32, 32)), device=self.metric.device))  # refuses unknown factors
+
+    def inspect(self, trainer: pl.Trainer, samples: Samples) -> None:
+        self.reference.check_size(trainer, (samples.images.shape[2], samples.images.shape[3]))
+        self.begin(trainer.lightning_module)  # the network has to be where the samples are
+        if len(samples.images):
+            with torch.no_grad():
+                self._read(samples.images)
 
     def _read(self, images: Tensor) -> Tensor:
         with evaluating(self.features):

@@ -14,7 +14,7 @@ from torch import nn
 from unidad_pl.backbones.latents import ZEROS, LatentCodec
 from unidad_pl.backbones.lora import adapter_weights, merged
 from unidad_pl.backbones.sources import Transformer
-from unidad_pl.backbones.spec import SCHEDULER_FILE, SOURCE_SCHEDULER_FILE
+from unidad_pl.backbones.spec import SOURCE_SCHEDULER_FILE, find_scheduler
 from unidad_pl.backbones.stable_diffusion import StableDiffusion, StableDiffusionUNet
 from unidad_pl.backbones.transformer import TransformerNetwork
 from unidad_pl.denoiser import Denoiser, DenoiserSource
@@ -77,8 +77,9 @@ def write_text_pipeline(
         }
         kind(**stored | settings).save_pretrained(folder)
         if isinstance(network, TransformerNetwork):
-            levels = (codec.folder / "scheduler" / name for name in (SOURCE_SCHEDULER_FILE, SCHEDULER_FILE))
-            shutil.copyfile(next(filter(Path.is_file, levels)), folder / "scheduler" / SOURCE_SCHEDULER_FILE)
+            scheduler_file = find_scheduler(codec.folder)
+            assert scheduler_file is not None  # the source was built with it
+            shutil.copyfile(scheduler_file, folder / "scheduler" / SOURCE_SCHEDULER_FILE)
         for config in folder.glob("text_encoder*/config.json"):  # else transformers computes as it finds them stored,
             content = json.loads(config.read_text())  # beside a network that diffusers makes float32
             changed = {name: "float32" for name in ("dtype", "torch_dtype") if name in content}
