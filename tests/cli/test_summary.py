@@ -96,6 +96,20 @@ def test_paths_are_quoted_too(here: Path, capsys: pytest.CaptureFixture[str]) ->
     assert shlex.split(lines["measure"])[-1] == checkpoint
 
 
+def test_brackets_and_colons_are_printed_as_they_are(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To rich they would be markup and emoji, if it were let."""
+    monkeypatch.setattr("unidad_pl.cli.summary.can_write", lambda: False)  # without the extra
+    arguments = {"save_dir": str(here / "[red]" / ":bomb:"), "name": "tiny"}
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": arguments}
+    fit(2, "--trainer.logger", json.dumps([logger]))
+    lines = {line[:13].strip(): line[14:] for line in capsys.readouterr().out.splitlines()}
+    (folder,) = shlex.split(lines["run folder"])
+    assert Path(folder) == here / "[red]" / ":bomb:" / "tiny" / "version_0"
+    assert lines["report"].startswith("pip install 'unidad_pl[report]' && ")
+
+
 def rows(module: pl.LightningModule, capsys: pytest.CaptureFixture[str], **trainer: Any) -> dict[str, list[str]]:
     """Network -> its other cells, of the table that a fit begins with; and the caption's words."""
     settings: dict[str, Any] = dict(is_global_zero=True, precision="32-true", world_size=1, ckpt_path=None)

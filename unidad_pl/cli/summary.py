@@ -62,7 +62,7 @@ def _print_networks(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         devices = ", ".join(sorted({str(p.device) for p in own}))
         learns = _learns(name, network, module)
         table.add_row(ROLES.get(name, name), _count(own), learns, dtypes, devices, origins.get(name, ""))
-    console = Console()
+    console = Console(markup=False, emoji=False)  # paths and names are printed as they are
     console.print(table, highlight=False)
     console.print(caption, soft_wrap=True, highlight=False)
 
@@ -121,7 +121,7 @@ def fit_summary(
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(markup=False, emoji=False)  # paths and names are printed as they are
     if after:
         own = getattr(getattr(trainer, "datamodule", None), "reference_is_shots", False)
         note = "the reference of the metrics is the shots themselves" if own else None
