@@ -225,6 +225,15 @@ def test_help_explains_every_option(unidad: Any) -> None:
         assert phrase in " ".join(text.split())
 
 
+def test_help_offers_what_works_and_says_what_it_does_here(unidad: Any) -> None:
+    text = " ".join(unidad("fit", "--help").split())
+    assert "--optimizer" not in text  # each network has its own, in the model's options
+    assert "--lr_scheduler" not in text
+    for phrase in ("auto: the same, but begin where there is none", "null: checkpoints/ in the run folder",
+                   "false, which would run code in them, is refused"):  # fmt: skip
+        assert phrase in text
+
+
 @pytest.mark.slow
 def test_print_config_is_complete_and_a_config(unidad: Any) -> None:
     small = (*SMALL, *BOTH, "--data.batch_size", "2", "--data.reference.root", "builtin:sunglasses:30")

@@ -45,6 +45,13 @@ from unidad_pl.training.module import GenerativeModule
 from unidad_pl.training.refusals import refuse_idle_options
 
 THREADS_PER_CORE = 4
+HELP = {
+    "ckpt_path": "a checkpoint to go on from, or whose weights are evaluated: a path; last: the newest intact one of "
+    "this config's runs; auto: the same, but begin where there is none",
+    "checkpoint.dirpath": "where checkpoints are written; null: checkpoints/ in the run folder",
+    "weights_only": "checkpoints are read as tensors and plain data; false, which would run code in them, is refused",
+}
+"""Option -> what it does here, where Lightning's own text says otherwise."""
 IN_PLACE_OF: dict[type[pl.Callback], type[pl.Callback]] = {
     ModelSummary: NetworkTable, RichModelSummary: NetworkTable, RichProgressBar: PhaseBar, TQDMProgressBar: PhaseBar,
 }  # fmt: skip
@@ -79,9 +86,12 @@ class UnidadCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """Options of the wanted subcommand only: those of one are a thousand, and take their time."""
-        if subcommand in self.wanted:
-            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        return self.init_parser(**kwargs)
+        if subcommand not in self.wanted:
+            return self.init_parser(**kwargs)
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        for action in parser._actions:
+            action.help = HELP.get(action.dest, action.help)
+        return parser
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser whose help explains all groups."""
@@ -268,6 +278,7 @@ def run(args: Sequence[str] | None) -> UnidadCLI:
             pl.LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
+            auto_configure_optimizers=False,  # the modules have several, each with its options
             seed_everything_default=0,
             trainer_defaults=TRAINER_DEFAULTS,
             args=list(sys.argv[1:] if args is None else args),

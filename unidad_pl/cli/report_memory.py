@@ -30,29 +30,31 @@ class MemoryReport:
     Attributes:
         parameters: network -> number of parameters.
         weights: network -> bytes of its parameters and buffers.
-        gradients: bytes of the gradients of all trained networks together.
         optimizers: bytes of the optimisers' states (two per parameter, as Adam's; one byte each for 8-bit ones).
-        activations: the most bytes that are held beside all of these at any moment of an iteration.
-        peak: the most bytes held at any moment.
+        working: the most bytes of activations and gradients that are held at one moment of an iteration.
         elsewhere: networks that are kept on another device; not in the peak.
     """
 
     parameters: dict[str, int]
     weights: dict[str, int]
-    gradients: int
     optimizers: int
-    activations: int
-    peak: int
+    working: int
     elsewhere: tuple[str, ...]
+
+    @property
+    def peak(self) -> int:
+        """The most bytes held on the device at one moment."""
+        here = sum(size for name, size in self.weights.items() if name not in self.elsewhere)
+        return here + self.optimizers + self.working
 
     def table(self) -> str:
         """Lines of text, in GiB."""
+        where = dict.fromkeys(self.elsewhere, ", on another device: not in the peak")
         rows = [
-            (f"{name} ({self.parameters[name]:,} parameters{', elsewhere' if name in self.elsewhere else ''})", size)
+            (f"{name} ({self.parameters[name]:,} parameters{where.get(name, '')})", size)
             for name, size in self.weights.items()
         ]
-        rows += [("gradients", self.gradients), ("optimiser states", self.optimizers)]
-        rows += [("activations", self.activations)]
+        rows += [("optimiser states", self.optimizers), ("activations and gradients", self.working)]
         width = max(len(name) for name, _ in rows)
         lines = [f"{name:<{width}}  {size / GIB:9.3f} GiB" for name, size in rows]
         return "\n".join([*lines, f"{'peak':<{width}}  {self.peak / GIB:9.3f} GiB", ""])
@@ -137,12 +139,8 @@ def _predict(module: Any, batch_size: int, precision: str) -> MemoryReport:
     live = LiveBytes()
     rehearsal.iteration(module.costliest_iteration(), live)
     states = sum(_states(module, name, parameters) for name, parameters in rehearsal.groups().items())
-    fixed = sum(size for name, size in weights.items() if name not in elsewhere) + states
-    total = sum(rehearsal.gradients.values())
-    return MemoryReport(
-        {name: sum(p.numel() for p in parameters) for name, parameters in own.items()}, weights, total, states,
-        max(0, live.peak - total), fixed + live.peak, tuple(elsewhere),
-    )  # fmt: skip
+    counts = {name: sum(p.numel() for p in parameters) for name, parameters in own.items()}
+    return MemoryReport(counts, weights, states, live.peak, tuple(elsewhere))
 
 
 def _own_parameters(networks: dict[str, nn.Module]) -> dict[str, list[nn.Parameter]]:

@@ -14,7 +14,7 @@ from unidad_pl.runs.config import LOGGER
 
 REQUIRED = "(required)"
 OWN_COMMAND = {"summary": True, "threads": None, "predictions_folder": None, "seed_everything": 0, "ckpt_path": None,
-               "weights_only": None, "optimizer": None, "lr_scheduler": None}  # fmt: skip
+               "weights_only": None}  # fmt: skip
 """Options of ``unidad fit`` beside those of classes."""
 
 LOGGED_TO = ("trainer.logger.save_dir", "trainer.logger.name", "trainer.logger.version")

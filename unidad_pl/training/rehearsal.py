@@ -53,7 +53,6 @@ class Rehearsal:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch asks a copied parameter where its storage is
             module.configure_model()
-        self.gradients: dict[str, int] = {}
         self._without_trainer()
 
     def _without_trainer(self) -> None:
@@ -61,7 +60,6 @@ class Rehearsal:
 
         def backward_into(loss: Tensor, group: str) -> None:
             (loss / self.module.accumulate).backward(inputs=groups[group])
-            self.gradients[group] = bytes_of([p.grad for p in groups[group] if p.grad is not None])
 
         def step(group: str) -> bool:
             for parameter in groups[group]:
