@@ -302,7 +302,10 @@ class Numbers(pl.LightningDataModule):
 def test_other_peoples_modules_run_too(unidad: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "other_project.py").write_text(OTHER)
     monkeypatch.syspath_prepend(str(tmp_path))
-    theirs = ("--model", "other_project.Line", "--data", "other_project.Numbers", "--trainer.accelerator", "cpu",
-              "--trainer.logger", "false")  # fmt: skip
-    assert "run folder" in unidad("fit", *theirs, "--trainer.max_epochs", "1")
-    unidad("predict", *theirs)
+    theirs = ("--model", "other_project.Line", "--data", "other_project.Numbers", "--trainer.accelerator", "cpu")
+    silent = ("--trainer.logger", "false")
+    assert "run folder" in unidad("fit", *theirs, *silent, "--trainer.max_epochs", "1")
+    unidad("predict", *theirs, *silent)
+    unidad("fit", *theirs, "--trainer.max_epochs", "1", "--trainer.default_root_dir", "elsewhere")
+    assert [p.name for p in Path("elsewhere/unidad/version_0").iterdir() if p.is_dir()] == ["checkpoints"]
+    assert not Path("runs").exists()

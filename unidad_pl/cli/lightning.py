@@ -145,7 +145,7 @@ class UnidadCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """``seed_everything`` seeds the model and the data too, wherever they take a seed and were not given one; the
-        run is called after its first config."""
+        run is called after its first config, and lies in ``trainer.default_root_dir`` where one is given."""
         config = self.config[self.subcommand]
         if config.threads is not None:
             check_at_least(1, THREADS_PER_CORE * (os.cpu_count() or 1), threads=config.threads)
@@ -157,8 +157,11 @@ class UnidadCLI(LightningCLI):
                 init["seed"] = seed
         trainer = config.trainer
         logger = trainer.logger
-        if getattr(logger, "class_path", None) == LOGGER["class_path"] and logger.init_args.name is None:
-            logger.init_args.name = Path(str(config.config[0])).stem if config.config else "unidad"
+        if getattr(logger, "class_path", None) == LOGGER["class_path"]:
+            if logger.init_args.name is None:
+                logger.init_args.name = Path(str(config.config[0])).stem if config.config else "unidad"
+            if trainer.default_root_dir is not None and logger.init_args.save_dir == LOGGER["init_args"]["save_dir"]:
+                logger.init_args.save_dir = trainer.default_root_dir
         if trainer.val_check_interval is None and trainer.check_val_every_n_epoch is None:
             trainer.check_val_every_n_epoch = 1
 

@@ -8,7 +8,10 @@ from typing import Any
 from unidad_pl.files import BrokenFile, reading
 
 CONFIG_FILE = "config.yaml"
-LOGGER = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "runs", "name": None}}
+LOGGER: dict[str, Any] = {
+    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+    "init_args": {"save_dir": "runs", "name": None},
+}
 """A name of null is that of the first config."""
 # A sanity step finds what cannot be evaluated before hours of training; it runs nothing else.
 TRAINER_DEFAULTS: dict[str, Any] = {
