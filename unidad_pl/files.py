@@ -127,6 +127,29 @@ def write_first(path: Path, text: str) -> str:
     return path.read_text()
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Others who want the same folder, in this process or another one, wait; the lock of a killed process is free.
+
+        >>> with alone_in(Path("runs")):
+        ...     sorted(path.name for path in Path("runs").iterdir())
+        ['lock']
+
+    Raises:
+        OSError: its filesystem has no locks.
+    """
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise OSError(f"the filesystem of {str(folder)!r} has no locks ({error}), by which processes share it: "
+                          f"choose a folder on another one") from error  # fmt: skip
+        yield
+
+
 class BrokenFile(ValueError):
     """A file whose content is not what it should be; the message names the file, the reason and the way out.
 
@@ -194,6 +217,20 @@ def mistaken(path: str | Path) -> str | None:
     return None if head else f"{str(path)!r} is empty: download it again"
 
 
+def whole_number(text: str) -> int:
+    """A whole number in JSON, which has no limit there.
+
+    >>> whole_number("12")
+    12
+
+    Raises:
+        ValueError: it is larger than any float, so that nothing could be done with it.
+    """
+    if not text or len(text) > 300:
+        raise ValueError(f"a number of {len(text)} digits ({text[:10]}...) is beyond any measured one")
+    return int(text)
+
+
 def read_json(
     path: str | Path,
     what: str = "JSON object",
@@ -208,7 +245,8 @@ def read_json(
 
     Raises:
         FileNotFoundError: there is no such file.
-        BrokenFile: it is no JSON object, is nested deeply, or has a number in it that is refused.
+        BrokenFile: it is no JSON object, is nested deeply, or has a number in it that is refused; so is, always, a
+            whole number of more than 300 digits.
     """
 
     def number(text: str) -> float:
@@ -219,7 +257,8 @@ def read_json(
     if not Path(path).is_file():  # a pipe of that name would be waited for
         raise FileNotFoundError(f"there is no file {str(path)!r}, which should be the {what}: {way_out}")
     with reading(path, what, way_out):
-        content = json.loads(Path(path).read_text(encoding="utf-8"), parse_float=number, parse_constant=number)
+        content = json.loads(Path(path).read_text(encoding="utf-8"), parse_float=number, parse_int=whole_number,
+                             parse_constant=number)  # fmt: skip
         if not isinstance(content, dict):
             raise ValueError(f"it must be a JSON object, and is a {type(content).__name__}")
         return content

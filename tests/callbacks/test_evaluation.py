@@ -249,17 +249,24 @@ def test_images_from_arguments(tmp_path: Path) -> None:
 
 def test_records_survive_killed_runs_and_say_why_they_fail(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    append_record(path, {"a": 1})
+    append_record(path, {"step": 1, "stage": "val", "values": {}})
     with path.open("a") as file:
         file.write('{"half": ')
+    said: list[str] = []
+    assert [record["step"] for record in read_records(path, said)] == [1]
+    assert said == ["metrics.jsonl: line 2 was cut short when the run was killed, and is left out"]
     fit(tmp_path, Counting())
     records = read_records(path)
-    assert [record.get("a", record.get("step")) for record in records] == [1, 3, 6]
+    assert [record["step"] for record in records] == [1, 3, 6]
     assert records[1]["values"] == {"count": 24.0, "broken": None}  # JSON knows no NaN
     assert records[1]["own"] == [None, 1.0]
     for line in path.read_text().splitlines():
-        if line != '{"half": ':
-            json.loads(line)
+        json.loads(line)
+    for end, kept in (('{"step": 7, "stage": "val", "values": {}}', [7, 8]), ("noise", [8])):  # only its end is missing
+        path.write_text(end)
+        append_record(path, {"step": 8, "stage": "val", "values": {}})
+        assert [record["step"] for record in read_records(path, said)] == kept
+    assert "line 1 cannot be used (no JSON: Expecting value)" in said[-1]
     path.unlink()
     path.mkdir()  # nothing can be written there
     refused(r"cannot write .*metrics\.jsonl \(IsADirectoryError.*resume", fit, tmp_path, Counting(), error=RuntimeError)

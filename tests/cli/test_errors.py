@@ -67,7 +67,8 @@ def test_one_sentence(options: tuple[str, ...], code: int, named: str, capsys: p
 def test_tools_take_no_abbreviations(capsys: pytest.CaptureFixture[str]) -> None:
     assert refused("report", "subjects", "--run", "x", capsys=capsys)[1] == 2
     assert refused("report", "memory", "--config", "nowhere.yaml", capsys=capsys)[1] == 1
-    assert refused("report", "everything", capsys=capsys)[1] == 2
+    assert refused("report", "memories", capsys=capsys)[1] == 2
+    assert refused("report", "everything", capsys=capsys)[1] == 1  # not near a command: a folder that is not there
 
 
 @pytest.mark.usefixtures("here")

@@ -70,21 +70,34 @@ def test_a_subject_may_be_called_mean(tmp_path: Path) -> None:
         {"step": None},
         {"time": 3},
         {"values": None},
+        {"values": {"clip_i": 10**400}},
+        {"values": {"clip_i": True}},
+        {"stage": 3},
     ],
-    ids=str,
+    ids=lambda wrong: str(wrong)[:40],
 )
 def test_a_record_of_other_types_is_named(wrong: dict[str, Any], tmp_path: Path) -> None:
     write(tmp_path / "a", "dog", 0.5)
     write(tmp_path / "b", "can", 0.5, **wrong)
-    with pytest.raises(BrokenFile, match=rf"b/metrics\.jsonl' has a record whose {next(iter(wrong))} is"):
+    reason = "a number of 401 digits" if "1" + "0" * 400 in str(wrong) else f"its entry '{next(iter(wrong))}' is"
+    with pytest.raises(BrokenFile, match=rf"b/metrics\.jsonl': line 1 cannot be used \({reason}"):
         report_subjects(str(tmp_path))
 
 
-def test_lines_that_are_no_records_are_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "line", [b"[" * 9000, b"3", b"null", b"[]", b"\xff\xfe\x00", b"{'a': 1}", b"1" * 5000, b'{"stage": "te', b"{}"],
+    ids=lambda line: str(line[:9]),
+)  # fmt: skip
+def test_lines_that_are_no_records_are_named(line: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path / "a", "dog", 0.5)
-    with (tmp_path / "a" / "metrics.jsonl").open("ab") as file:
-        file.write(b"[" * 9000 + b"\n3\nnull\n[]\n\xff\xfe\x00\n{'a': 1}\n" + b"1" * 5000 + b'\n{"stage": "te')
+    place = tmp_path / "a" / "metrics.jsonl"
+    whole = place.read_bytes()
+    place.write_bytes(whole + line + b"\n" + whole)
+    with pytest.raises(BrokenFile, match=r"a/metrics\.jsonl': line 2 cannot be used"):
+        report_subjects(str(tmp_path))
+    place.write_bytes(whole + b'{"stage": "te')  # what a killed run leaves
     assert "0.5000" in report_subjects(str(tmp_path))
+    assert "metrics.jsonl': line 2 was cut short when the run was killed" in caplog.text
 
 
 def test_the_command_prints_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,27 @@ def test_cells_that_are_not_there_and_fits_that_fail(place: Path, monkeypatch: p
     cores = os.cpu_count() or 1
     with pytest.raises(RuntimeError, match=rf"joint/hats/0: the fit failed \({cores} {cores}\): see .*log\.txt"):
         study("study.yaml", "out", cell=0)
+
+
+def test_a_damaged_checkpoint_of_a_stage_is_named(place: Path) -> None:
+    """An older one beside it is whole, and is not taken instead: the stage would have had less compute."""
+    study("study.yaml", "out", only="two stages/*")
+    (cell,) = [cell for cell in read_study(Path("study.yaml"), Path("out")) if cell.method == "two stages"]
+    (stage,) = cell.run.starts.values()
+    newest = next((stage.folder / "fit").rglob("*.ckpt"))
+    shutil.copyfile(newest, newest.with_name("older.ckpt"))
+    os.utime(newest.with_name("older.ckpt"), (0, 0))
+    newest.write_bytes(newest.read_bytes()[:-100])
+    shutil.rmtree(stage.folder / "export")
+    (cell.run.folder / "result.json").unlink()
+    said = rf"two stages/hats/0: the last checkpoint of a stage is damaged .*delete '.*{newest.name}' and result\.json"
+    with pytest.raises(RuntimeError, match=said):
+        study("study.yaml", "out", only="two stages/*")
+    assert not (stage.folder / "export").exists()
+    assert "joint" not in (place / "out" / "README.md").read_text()  # the table of what is left is written
+    newest.unlink()  # the way out that the sentence names
+    (stage.folder / "result.json").unlink()
+    assert "| two stages | 1 |" in study("study.yaml", "out", only="two stages/*")
 
 
 def test_spreads() -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from tests.export.made import export, pixel_student
 from unidad_pl.export import load_export
+from unidad_pl.export.card import config_of_card
 from unidad_pl.files import moved_aside, recover, replacing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +37,58 @@ def test_a_folder_with_foreign_files_is_refused_and_left_as_it_is(name: str, tmp
         export(student, out)
     assert tree(out) == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("1" * 400, "a number of 400 digits"), ("[" * 9000, "recursion"), ("[]", "no JSON object but a list"),
+        ("\0" * 40, "no JSON: Expecting value"), ("{}", "no entry 'step'"),
+        ('{"step": 3, "stage": "val"}', "no entry 'values'"),
+        ('{"step": 3, "stage": "val", "values": ["fid"]}', "its entry 'values' is ['fid']"),
+        (f'{{"step": 3, "stage": "val", "values": {{"fid": {"1" * 400}}}}}', "a number of 400 digits"),
+        ('{"step": 3, "stage": "val", "values": {"fid": "low"}}', "its entry 'values' is"),
+        ('{"step": 3, "stage": "val", "values": {}, "metric": []}', "its entry 'metric' is []"),
+        ('{"step": 3, "stage": "val", "values": {"kid": NaN, "fid": 1e999}}', None),
+    ],
+    ids=lambda value: repr(value)[:40],
+)  # fmt: skip
+def test_odd_lines_of_metrics_are_named_in_the_card(
+    line: str, reason: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = '{"metric": "FID", "step": 7, "stage": "val", "values": {"fid": 12.5}, "samples": 9}\n'
+    (tmp_path / "metrics.jsonl").write_text(f'{whole}{line}\n{whole}{{"metric": "FI')
+    card = (export(replace(pixel_student(), folder=tmp_path), tmp_path / "out") / "README.md").read_text()
+    assert "| fid | 12.5 | val | 7 | 9 |" in card
+    assert "| kid |" not in card  # JSON knows no NaN: nothing was measured
+    assert "\n- metrics.jsonl: line 4 was cut short when the run was killed, and is left out\n" in card
+    assert ("- metrics.jsonl: line 2 cannot be used (" in card) == (reason is not None)
+    assert (reason or "") in card
+    assert "not in the model card: metrics.jsonl: line 4 was cut short" in caplog.text
+
+
+def test_the_card_is_utf_8_whatever_the_locale(tmp_path: Path) -> None:
+    code = """
+import locale, sys
+from dataclasses import replace
+from pathlib import Path
+from tests.export.made import export, pixel_student
+from unidad_pl.export.folder import read_record
+assert locale.getpreferredencoding(False) not in ("UTF-8", "utf-8")
+config = {"data": {"init_args": {"root": "photos/\\u30c1\\u30e3\\u30a6", "class_word": "caf\\u00e9"}}}
+(Path(sys.argv[1]) / "metrics.jsonl").write_bytes(
+    '{"step": 1, "stage": "val", "values": {"share/caf\\u00e9": 0.5}}'.encode())
+out = export(replace(pixel_student(), config=config, folder=Path(sys.argv[1])), Path(sys.argv[1]) / "out")
+assert read_record(out)["files"]
+"""
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=os.environ | plain,
+                          capture_output=True, text=True, timeout=120, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    card = (tmp_path / "out" / "README.md").read_bytes().decode("utf-8")
+    assert "# \u30c1\u30e3\u30a6\n" in card
+    assert "| share/caf\u00e9 | 0.5 |" in card
+    assert config_of_card(tmp_path / "out")["data"]["init_args"]["class_word"] == "caf\u00e9"
 
 
 @pytest.mark.parametrize("name", ["empty", "to_a_file", "to_a_folder"])

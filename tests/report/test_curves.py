@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -38,8 +39,9 @@ def test_what_a_killed_run_left(tmp_path: Path) -> None:
 def test_a_csv_file_does_too(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("epoch,loss/fake,step\n0,1.5,3\n0,,4\n0,0.5,5\n")
     assert read_logged(tmp_path).curves["loss/fake"] == Curve([3, 5], [1.5, 0.5])
-    (tmp_path / "metrics.csv").write_text("loss/fake,step\nx,3\n")
-    assert "metrics.csv cannot be read" in read_logged(tmp_path).problems[0]
+    for wrong in ("x,3", "1,inf", f"1,{'1' * 400}"):
+        (tmp_path / "metrics.csv").write_text(f"loss/fake,step\n{wrong}\n")
+        assert "metrics.csv cannot be read" in read_logged(tmp_path).problems[0]
 
 
 @pytest.mark.parametrize("most", [2, 10, 11, 500])
@@ -50,3 +52,17 @@ def test_thinning_loses_no_peak(most: int) -> None:
     assert len(thin.steps) <= most
     assert {9.0, -9.0} <= set(thin.values)
     assert thin.steps == sorted(thin.steps)
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("most", [20, 100])
+def test_thinning_beside_what_is_not_finite(odd: float, most: int) -> None:
+    values = [0.0, odd, 0.5, odd] * 200 + [odd] * 200
+    values[122], values[678] = 9.0, -9.0
+    thin = Curve(list(range(1000)), values).thinned(most)
+    finite = [value for value in thin.values if math.isfinite(value)]
+    assert (max(finite), min(finite)) == (9.0, -9.0)
+    assert len(thin.steps) <= most
+    assert 0 < sum(step < 800 for step in thin.steps) == len(finite)
+    assert not any(map(math.isfinite, thin.values[len(finite) :]))  # the run diverged: the line ends there
+    assert thin.steps[-1] >= 800

@@ -83,28 +83,45 @@ def test_what_files_hold_is_escaped(tmp_path: Path) -> None:
     assert "&lt;script&gt;alert(1)" in html
 
 
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+def cut(path: Path, end: int = 0) -> None:
+    """Without its ``end`` last bytes, or its second half."""
+    path.write_bytes(path.read_bytes()[: -end or path.stat().st_size // 2])
+
+
+def spoil(path: Path) -> None:
+    """Odd lines among those that are there."""
+    lines = path.read_text().splitlines()
+    odd = evaluation(15, 1.0)
+    lines[2:2] = ["[1]", json.dumps(odd | {"values": {"fid": "low"}}), json.dumps(odd | {"step": "x"}), '{"step": 1}']
+    path.write_text("\n".join(lines) + "\n")
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no config": (lambda run: (run / "config.yaml").unlink(), "no config.yaml"),
+    "no config": (lambda run: (run / "config.yaml").unlink(), "there is no config.yaml, so how"),
     "no mapping": (lambda run: (run / "config.yaml").write_text("- 1"), "config.yaml cannot be read"),
     "tags": (lambda run: (run / "config.yaml").write_text("a: !!python/name:os.system"), "config.yaml cannot be read"),
     "odd config": (lambda run: (run / "config.yaml").write_text("model: 3\ntrainer: [x]\ndata: {init_args: 1}"), ""),
-    "no metrics": (lambda run: (run / "metrics.jsonl").unlink(), "no metrics.jsonl"),
-    "half a line": (lambda run: cut(run / "metrics.jsonl"), ""),
+    "no metrics": (lambda run: (run / "metrics.jsonl").unlink(), "there is no metrics.jsonl, so no evaluation"),
+    "half a line": (lambda run: cut(run / "metrics.jsonl", 9), "metrics.jsonl: line 4 was cut short when the run was"),
+    "odd lines": (lambda run: spoil(run / "metrics.jsonl"), "metrics.jsonl: line 3 cannot be used (it is no JSON obj"),
+    "half a start": (lambda run: cut(run / "environment.jsonl"), "environment.jsonl: line 1 was cut short"),
     "no record": (lambda run: (run / "metrics.jsonl").write_text('[1]\n{"values": 3}\n{"step": "x"}'), "neither shots"),
     "no environment": (lambda run: (run / "environment.jsonl").unlink(), "versions and hardware are not known"),
+    "endless environment": (lambda run: (run / "environment.jsonl").write_text(f'{{"cores": {"1" * 5000}}}\n'),
+                            "environment.jsonl: line 1 cannot be used (a number of 5000 digits"),
     "odd environment": (lambda run: (run / "environment.jsonl").write_text('{"packages": 3, "gpus": {}}'), ""),
     "cost": (lambda run: (run / "cost.json").write_text("["), "cost.json cannot be read"),
+    "endless cost": (lambda run: (run / "cost.json").write_text(f'{{"tflops": {"1" * 400}}}'), "of 400 digits"),
     "odd cost": (lambda run: (run / "cost.json").write_text('{"tflops": "x", "evaluations": [1]}'), ""),
     "events cut": (lambda run: cut(next(run.glob("events*"))), ""),
     "events": (lambda run: next(run.glob("events*")).write_bytes(b"no events"), "no TensorBoard events"),
-    "picture cut": (lambda run: cut(run / "samples/val_step00000010.png"), "a picture is left out"),
+    "picture cut": (lambda run: cut(run / "samples/val_step00000010.png"), "a picture cannot be shown"),
     "no pictures": (lambda run: (run / "samples").rename(run / "other"), "no samples of the teachers"),
     "clusters": (lambda run: cut(run / "samples/clusters/val_step00000020.png"), "clusters cannot be shown"),
     "no checkpoints": (lambda run: (run / "checkpoints").rename(run / "other"), "There is no checkpoint"),
+    "no picture": (lambda run: (run / "samples/networks/val_step00000030").mkdir(), "30 has 0 pictures"),
+    "endless table": (lambda run: (next(run.glob("events*")).unlink(), (run / "metrics.csv").write_text(
+        f"loss/fake,step\n1,{'1' * 400}\n")), "metrics.csv cannot be read"),
 }  # fmt: skip
 
 
@@ -145,7 +162,13 @@ def test_many_large_pictures_are_thinned(tmp_path: Path) -> None:
     assert [frame.step for frame in whole.samples] == [10, 20, *range(30, 40)]
     assert 1 < len(some.samples) < len(whole.samples)
     assert (some.samples[0].step, some.samples[-1].step) == (10, 39)
-    assert any("evaluations in samples/ are left out" in one for one in some.missing)
+    assert (
+        f"only {len(some.samples)} of the 12 evaluations in samples/ are shown, to keep the page small" in some.missing
+    )
+    cut(run / "samples/val_step00000035.png")
+    missing = read_pictures(read_run_folder(run), 10**7).missing
+    assert any("a picture cannot be shown" in one for one in missing)
+    assert not any("to keep the page small" in one for one in missing)  # it is there, and damaged
     assert sum(len(one) for frame in some.samples for one in frame.pictures.values()) <= 600_000
 
 
@@ -154,7 +177,36 @@ def test_the_monitor_names_the_best(tmp_path: Path) -> None:
     assert run.best() == ("fid", 20, 7.0)
     run = read_run_folder(make_run(tmp_path / "other", checkpoint={"monitor": "val/nothing"}))
     assert run.best() is None
-    assert "No best checkpoint" in page.best_text(run)
+    assert "none has a value of nothing" in page.best_text(run)
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize("odd", ["NaN", "Infinity", "-Infinity", "1e999", "null"])
+def test_what_is_not_finite_is_never_the_best(odd: str, mode: str, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", checkpoint={"monitor": "val/fid", "mode": mode})
+    lines = [
+        json.dumps(evaluation(step, fid)) for step, fid in ((5, 0.25), (10, 5.0), (15, 0.25), (20, 7.0), (25, 0.25))
+    ]
+    (folder / "metrics.jsonl").write_text("\n".join(lines).replace("0.25", odd) + "\n")
+    run = read_run_folder(folder)
+    assert run.best() == (("fid", 10, 5.0) if mode == "min" else ("fid", 20, 7.0))
+    assert "At iteration 5, 15, 25 fid has no finite value." in page.best_text(run)
+    (folder / "metrics.jsonl").write_text(lines[0].replace("0.25", odd) + "\n")
+    assert read_run_folder(folder).best() is None
+
+
+def test_more_shots_than_the_page_shows_are_told(tmp_path: Path) -> None:
+    run, shots = make_run(tmp_path / "run"), 26
+    many = clusters(20) | {
+        "clusters": clusters(20)["clusters"] * 13,
+        "cluster_sizes": [3] * 26,
+        "cluster_means": [1] * 26,
+    }
+    (run / "metrics.jsonl").write_text(json.dumps(many) + "\n")
+    noise(run / "samples/clusters/val_step00000020.png", shots * 8, 7 * 8)
+    html = written(run)
+    assert "only the first 24 of 26 shots and their clusters are shown" in html
+    assert "The run was trained on 26, the first of them are these 24." in html
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,9 +219,12 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     main(["report", "--out", "made/here.html", "first"])
     assert (tmp_path / "made" / "here.html").is_file()
     (tmp_path / "empty").mkdir()
+    make_run(tmp_path / "deep" / "a" / "version_0")
     for words, code, said in (
-        (["empty"], 1, "is no run folder"), (["runs/none"], 1, "no folder 'runs/none'"), (["memori"], 2, "use one of"),
-        ([str(tmp_path)], 1, "one in it is, such as"), ([], 2, "runs"),
+        (["empty"], 1, "is no run folder"), (["runs/none"], 1, "no folder 'runs/none': a run folder is what"),
+        (["nowhere"], 1, "'unidad fit --config configs/quickstart.yaml' makes one"), (["memori"], 2, "use one of"),
+        ([str(first / "config.yaml")], 1, "is a file and no run folder: a run folder is what 'unidad fit' writes"),
+        ([str(tmp_path)], 1, "first' in it is one"), (["deep"], 1, "'deep/a/version_0' in it is one"), ([], 2, "runs"),
     ):  # fmt: skip
         with pytest.raises(SystemExit) as ended:
             main(["report", *words])
@@ -177,6 +232,16 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         assert ended.value.code == code, words
         assert said in err
         assert err.count("\n") == 1
+
+
+def test_its_help_says_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["report", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for part in ("runs run folders. One is what unidad fit makes",
+                 "What is missing or damaged in a run folder is listed",
+                 "See also: unidad report memory, unidad report subjects"):  # fmt: skip
+        assert part in said
 
 
 def test_the_extra_is_named_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,7 +17,11 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
+from unidad_pl.files import BrokenFile, whole_number
+
 FILE = "metrics.jsonl"
+MOST_SAID = 5  # lines of one file that are named one by one
+log = logging.getLogger(__name__)
 
 
 def run_folder(trainer: pl.Trainer) -> Path:
@@ -69,7 +75,7 @@ def _plain(value: Any) -> Any:
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
-    """Add one line to a JSON-lines file. A line that a killed run left unfinished stays a line of its own.
+    """Add one line to a JSON-lines file. A last line that a killed run left unfinished is taken out, with a warning.
 
     Raises:
         OSError: the folder cannot be made, or the file not written.
@@ -77,27 +83,112 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(_plain(record), allow_nan=False) + "\n"
     with path.open("a+b") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                line = "\n" + line
+        file.seek(0)
+        before, _, last = file.read().rpartition(b"\n")
+        if is_unfinished(last):  # further up it would be damage, and no longer what a killed run leaves
+            log.warning("the last line of %r was cut short when a run was killed: it is taken out", str(path))
+            file.truncate(len(before) + 1 if before else 0)
+        elif last:
+            line = "\n" + line
         file.write(line.encode())
 
 
-def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """All whole lines of a JSON-lines file, in order; unfinished ones, and what is no mapping, are left out.
+def is_unfinished(line: bytes) -> bool:
+    """Whether a line that has no end is the beginning of a record.
+
+    >>> is_unfinished(b'{"step": 3, "val'), is_unfinished(b'{"step": 3}')
+    (True, False)
+    """
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return line.startswith(b"{")
+    return False
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(type(one) in (int, float, NoneType) for one in value.values())
+
+
+ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "step": (lambda value: type(value) is int and value >= 0, "a whole number of at least 0"),
+    "stage": (lambda value: isinstance(value, str), "a word"),
+    "values": (_are_numbers, "names, each with a number or null"),
+    "metric": (lambda value: isinstance(value, str), "a word"),
+    "time": (lambda value: isinstance(value, str), "a word"),
+    "subject": (lambda value: isinstance(value, (str, NoneType)), "a word or null"),
+    "tflops": (lambda value: type(value) in (int, float, NoneType), "a number or null"),
+    "floor": (_are_numbers, "names, each with a number or null"),
+}
+"""What readers count on in a line of ``metrics.jsonl``: entry -> whether a value will do, and what it must be."""
+NEEDED = ("step", "stage", "values")
+"""Entries that every line has."""
+
+
+def check_record(record: dict[str, Any]) -> None:
+    """Refuse what no evaluation writes.
+
+        >>> check_record({"step": 3, "stage": "val", "values": {"fid": "low"}})
+        Traceback (most recent call last):
+        ...
+        ValueError: its entry 'values' is {'fid': 'low'}, and must be names, each with a number or null
+
+    Raises:
+        ValueError: names the entry, its value and what it must be.
+    """
+    for name, (fits, what) in ENTRIES.items():
+        if name in record and not fits(record[name]):
+            raise ValueError(f"its entry {name!r} is {record[name]!r:.60}, and must be {what}")
+        if name in NEEDED and name not in record:
+            raise ValueError(f"it has no entry {name!r}, which must be {what}")
+
+
+def read_records(path: str | Path, left_out: list[str] | None = None) -> list[dict[str, Any]]:
+    """The evaluations in a ``metrics.jsonl``, in order; with null for numbers that are not finite.
+
+    Args:
+        path: the file.
+        left_out: gets a sentence for each line that cannot be used, and the others are returned. None: such a line is
+            an error, only a last one that a killed run left unfinished is a warning.
 
     Raises:
         FileNotFoundError: no such file.
+        BrokenFile: names file and line, and what is wrong there.
     """
-    records = []
-    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
+    return read_lines(path, check_record, left_out)
+
+
+def read_lines(
+    path: str | Path, check: Callable[[dict[str, Any]], None], left_out: list[str] | None = None
+) -> list[dict[str, Any]]:
+    """The objects in any JSON-lines file, as :func:`read_records`; ``check`` raises a ValueError of a wrong one."""
+    records: list[dict[str, Any]] = []
+    damaged: list[str] = []
+    unfinished: list[str] = []
+    lines = Path(path).read_bytes().split(b"\n")  # the last one is empty where the last line is whole
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
             continue
-        if isinstance(record, dict):
+        try:
+            record = _plain(json.loads(line.decode(), parse_int=whole_number))
+            if not isinstance(record, dict):
+                raise ValueError(f"it is no JSON object but a {type(record).__name__}")
+            check(record)
             records.append(record)
+        except (ValueError, RecursionError) as error:
+            if number == len(lines) and is_unfinished(line):
+                unfinished.append(f"line {number} was cut short when the run was killed, and is left out")
+                continue
+            known = f"no JSON: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
+            damaged.append(f"line {number} cannot be used ({known}): correct that line, or delete it")
+    if left_out is not None:
+        more = [f"{len(damaged) - MOST_SAID} more lines cannot be used"] if len(damaged) > MOST_SAID else []
+        left_out += [f"{Path(path).name}: {one}" for one in (*damaged[:MOST_SAID], *more, *unfinished)]
+    elif damaged:
+        raise BrokenFile(f"{str(path)!r}: {damaged[0]}")
+    else:
+        for one in unfinished:
+            log.warning("%r: %s", str(path), one)
     return records
 
 

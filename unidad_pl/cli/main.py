@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from contextlib import suppress
+from difflib import get_close_matches
 from inspect import signature
 from os.path import exists
 from typing import TYPE_CHECKING
@@ -98,6 +99,7 @@ def _run_tool(given: Sequence[str]) -> None:
     """Run a command of :data:`TOOLS`."""
     from importlib import import_module
 
+    import docstring_parser
     from jsonargparse import ArgumentParser
 
     class Parser(StrictParser, ArgumentParser):
@@ -105,15 +107,23 @@ def _run_tool(given: Sequence[str]) -> None:
 
     name = _named(given)
     same = [f"unidad {command}" for command in TOOLS if command.split()[0] == given[0]]
-    mistyped = len(same) > 1 and name == given[0] and given[1:] and given[1].isidentifier() and not exists(given[1])
+    others = [command.split()[1] for command in TOOLS if command.split()[0] == given[0] and " " in command]
+    near = get_close_matches(given[1], others) if name == given[0] and given[1:] else []
+    mistyped = near and not exists(given[1])
     if name not in TOOLS or mistyped:
         refuse(f"unidad {given[0]}: use one of: " + ", ".join(same), 2)
     module, _, function_name = TOOLS[name].partition(":")
     function: Callable[..., Path | str] = getattr(import_module(module), function_name)
-    parser = Parser(prog=f"unidad {name}", description=(function.__doc__ or "").partition("\n\n")[0])
+    told = docstring_parser.parse(function.__doc__ or "")
+    parser = Parser(
+        prog=f"unidad {name}",
+        description=f"{told.short_description} {told.long_description or ''}",
+        epilog=f"See also: {', '.join(one for one in same if one != f'unidad {name}')}" if len(same) > 1 else None,
+    )
     words = [one.name for one in signature(function).parameters.values() if one.kind == one.VAR_POSITIONAL]
     for word in words:
-        parser.add_argument(word, nargs="+", type=str, help="one or more")
+        about = next((one.description for one in told.params if one.arg_name == word), None)
+        parser.add_argument(word, nargs="+", type=str, help=about or "one or more")
     parser.add_function_arguments(function, as_group=False)
     options = [_spelled_out(option, function) for option in given[len(name.split()) :]]
     values = dict(parser.instantiate_classes(parser.parse_args(options)))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from unidad_pl.callbacks.records import FILE, read_records
-from unidad_pl.files import BrokenFile, replacing
+from unidad_pl.files import replacing
 
 SIMILARITY, DIVERSITY = "SubjectSimilarity", "PromptDiversity"
 MEAN = "mean"
@@ -56,13 +55,12 @@ def collect_subjects(runs: Path, stage: str) -> dict[str, dict[str, Any]]:
     """Subject -> its latest record of similarity, with the values of its run's latest record of diversity.
 
     Raises:
+        BrokenFile: a line of a record file is damaged.
         ValueError: a record names no subject, or records differ in what they were measured with.
     """
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(runs.rglob(FILE)):
         records = [record for record in read_records(path) if record.get("stage") == stage]
-        for record in records:
-            _check(record, path)
         similar = [record for record in records if record.get("metric") == SIMILARITY]
         if not similar:
             continue
@@ -73,29 +71,10 @@ def collect_subjects(runs: Path, stage: str) -> dict[str, dict[str, Any]]:
         values = record["values"] | (varied[-1]["values"] if varied else {})
         merged = record | {"values": values, "path": str(path)}
         before = found.get(record["subject"])
-        if before is None or before["time"] <= record["time"]:
+        if before is None or before.get("time", "") <= record.get("time", ""):
             found[record["subject"]] = merged
     _check_alike(list(found.values()))
     return found
-
-
-def _check(record: dict[str, Any], path: Path) -> None:
-    """Refuse a record whose entries are not of the types that callbacks write.
-
-    Raises:
-        BrokenFile: names file and entry.
-    """
-    subject, values = record.get("subject"), record.get("values")
-    wrong = [name for name, kind in (("step", int), ("time", str)) if not isinstance(record.get(name), kind)]
-    if not isinstance(values, dict) or not all(isinstance(v, (int, float, NoneType)) for v in values.values()):
-        wrong.append("values")
-    if subject is not None and not isinstance(subject, str):
-        wrong.append("subject")
-    if wrong:
-        raise BrokenFile(
-            f"{str(path)!r} has a record whose {wrong[0]} is {record.get(wrong[0])!r}, which no callback writes: take "
-            f"its line out, or measure again"
-        )
 
 
 def _check_alike(records: list[dict[str, Any]]) -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cache
@@ -28,12 +25,13 @@ from unidad_pl.checks import check_given, check_positive, check_whole
 from unidad_pl.cli.errors import sentence_of
 from unidad_pl.cli.study_page import write_results
 from unidad_pl.export.student import export_student
-from unidad_pl.files import BrokenFile, read_json, reading, replacing
+from unidad_pl.files import BrokenFile, alone_in, read_json, reading, replacing
 from unidad_pl.runs.checkpoints import newest_intact
 from unidad_pl.runs.config import build_module, merge_configs, read_config
 from unidad_pl.training.rehearsal import Plan
 
 RESULT_FILE, RUNS = "result.json", "runs"
+RESULT = ("tflops", "iterations", "values", "floor", "curve", "picture", "commit")
 AGAIN = "delete it: the same command makes it again from its run"
 EXPORT = "unidad_pl.PretrainedUNet"
 _PLANNING = Lock()  # torch's random state and its counting of FLOPs are the whole process's
@@ -121,7 +119,8 @@ def study(
             carry_out(one.run, threads)
         except (RuntimeError, OSError, ValueError) as error:
             failed[one.name] = sentence_of(error)
-        write_results(folder, results(cells))
+        with alone_in(folder):  # or who read the results first could write them last, without the newest cell
+            write_results(folder, results(cells))
 
     with ThreadPoolExecutor(parallel) as pool:
         list(pool.map(work, chosen))
@@ -216,39 +215,39 @@ def carry_out(run: Run, threads: int) -> dict[str, Any]:
         RuntimeError: the fit failed; names its log.
     """
     before = {one.folder: carry_out(one, threads)["tflops"] for one in run.starts.values()}
-    with _alone(run.folder):
+    with alone_in(run.folder):
         if (run.folder / RESULT_FILE).is_file():
-            return read_json(run.folder / RESULT_FILE, "result of a fit", AGAIN)
+            return read_result(run.folder / RESULT_FILE)
+        starts = {option: _exported(one) for option, one in run.starts.items()}
         with _PLANNING:
-            config, iterations = _planned(run)
+            config, iterations = _planned(run, starts)
         every = max(1, iterations // run.validations)
-        _fit(run, config, every * max(1, iterations // every), every, sum(before.values()), threads)
-        result = _result(run)
+        iterations = every * max(1, iterations // every)
+        _fit(run, config, iterations, every, sum(before.values()), threads)
+        result = _result(run, iterations)
         with replacing(run.folder / RESULT_FILE) as part:
             part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         return result
 
 
-def _planned(run: Run) -> tuple[Any, int]:
+def _exported(run: Run) -> Path:
+    """The network of a run that is done. The first who starts from it exports it, others wait and find it there."""
+    start = run.folder / "export"
+    # In this order, as in carry_out: who has _PLANNING waits for no folder.
+    with alone_in(run.folder), _PLANNING:
+        if not start.exists():
+            export_student(str(_checkpoint(run)), str(start))
+    return start
+
+
+def _planned(run: Run, starts: dict[str, Path]) -> tuple[Any, int]:
     """The config of a run with the networks it starts from, and how many iterations its TFLOPs are enough for."""
     config = run.config
-    for option, before in run.starts.items():
-        start = before.folder / "export"
-        if not start.exists():
-            export_student(str(_checkpoint(before)), str(start))
+    for option, start in starts.items():
         config = starting_from(str(start), option, config)
     module = build_module(config, str(run.folder))
     plan = Plan(module, int(config["data"]["init_args"]["batch_size"]))
     return config, plan.iterations_within(run.tflops)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Others who want the same run, in this process or another one, wait."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def starting_from(path: str, option: str, config: Any) -> Any:
@@ -294,18 +293,21 @@ def _checkpoint(run: Run) -> Path:
     return path
 
 
-def _result(run: Run) -> dict[str, Any]:
+def _result(run: Run, iterations: int) -> dict[str, Any]:
     """The values of every validation by iteration, the last ones, the cost and where it came from."""
     folder = _checkpoint(run).parents[1]
-    curve: dict[int, dict[str, float]] = {}
-    floor: dict[str, float] = {}
-    for record in read_records(folder / METRICS_FILE):
-        curve.setdefault(record["step"], {"tflops": record["tflops"]}).update(record["values"])
+    curve: dict[int, dict[str, float | None]] = {}
+    floor: dict[str, float | None] = {}
+    measured = folder / METRICS_FILE
+    for record in read_records(measured) if measured.is_file() else ():  # there is none where no callback measures
+        curve.setdefault(record["step"], {"tflops": record.get("tflops")}).update(record["values"])
         floor |= record.get("floor", {})
-    cost = json.loads((folder / COST_FILE).read_text(encoding="utf-8"))
+    cost = folder / COST_FILE, "cost of a fit", f"delete {str(run.folder)!r} to train again"
+    with reading(*cost):
+        tflops = float(read_json(*cost, finite=True)["tflops"])
     pictures = sorted((folder / "samples").glob("*.png"))
     return {
-        "tflops": cost["tflops"], "iterations": max(curve), "values": curve[max(curve)], "floor": floor,
+        "tflops": tflops, "iterations": iterations, "values": curve[max(curve)] if curve else {}, "floor": floor,
         "curve": [{"step": step, **values} for step, values in sorted(curve.items())],
         "picture": str(pictures[-1].relative_to(run.folder)) if pictures else None,
         "commit": git_commit(Path(__file__).parent),
@@ -320,5 +322,16 @@ def results(cells: list[Cell]) -> list[dict[str, Any]]:
         if path.is_file():
             run = f"{RUNS}/{cell.run.folder.name}"
             own = {"method": cell.method, "domain": cell.domain, "seed": cell.seed, "run": run}
-            rows.append(own | read_json(path, "result of a fit", AGAIN))
+            rows.append(own | read_result(path))
     return rows
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """What :func:`carry_out` wrote of a run.
+
+    Raises:
+        BrokenFile: it is damaged, or lacks an entry.
+    """
+    with reading(path, "result of a fit", AGAIN):
+        found = read_json(path, "result of a fit", AGAIN)
+        return {name: found[name] for name in RESULT}

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from collections import defaultdict
+from itertools import zip_longest
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from unidad_pl.files import replacing
+from unidad_pl.files import BrokenFile, replacing
+from unidad_pl.report.pictures import open_png
 
 log = logging.getLogger(__name__)
 Column = tuple[str, float, int]
@@ -34,10 +36,10 @@ def write_results(folder: Path, rows: Rows) -> None:
         return
     with replacing(folder / "study.json") as part:
         part.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    lacking = charts(folder, rows) + pictures(folder, rows)
     with replacing(folder / "README.md") as part:
-        part.write_text(tables(rows), encoding="utf-8")
-    charts(folder, rows)
-    pictures(folder, rows)
+        listed = ["Missing:", "", *lacking, ""] if lacking else []
+        part.write_text("\n".join([tables(rows), *listed]), encoding="utf-8")
 
 
 def grouped(rows: Rows, *names: str) -> dict[tuple[Any, ...], Rows]:
@@ -94,14 +96,24 @@ def spread(values: list[float | None], factor: float = 1, decimals: int = 2) -> 
     return middle if len(known) == 1 else f"{middle} ± {stdev(known):.{decimals}f}"
 
 
-def charts(folder: Path, rows: Rows) -> None:
-    """``quality.png``: Frechet distance against diversity; ``curves.png``: Frechet distance against TFLOPs."""
+def _lacking(what: str, cells: Rows) -> list[str]:
+    """A point of a list that says what is missing, and of which cells; nothing where it is of none."""
+    names = [f"{row['method']}/{row['domain']}/{row['seed']}" for row in cells]
+    return [f"- {what}: {', '.join(names)}"] if names else []
+
+
+def charts(folder: Path, rows: Rows) -> list[str]:
+    """``quality.png``: Frechet distance against diversity; ``curves.png``: Frechet distance against TFLOPs.
+
+    Returns:
+        What is missing in them.
+    """
     try:
         from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError:
         log.warning("no charts: they need matplotlib, pip install 'unidad_pl[study]'")
-        return
+        return ["- the charts: they need matplotlib, pip install 'unidad_pl[study]'"]
     domains = list(grouped(rows, "domain"))
     colours = {method: colormaps["tab20"](number) for number, (method,) in enumerate(grouped(rows, "method"))}
     for name in ("quality", "curves"):
@@ -121,28 +133,54 @@ def charts(folder: Path, rows: Rows) -> None:
         figure.legend([shown[method] for method in methods], methods, loc="outside lower center", ncols=5, fontsize=9)
         with replacing(folder / f"{name}.png") as part:
             figure.savefig(part, dpi=110, format="png")
+    return [
+        *_lacking("in quality.png, no fid or no intra_lpips_relative was measured", [
+            row for row in rows if not _points([row])[0]]),
+        *_lacking("in curves.png, no fid was measured at some validations or at all", [
+            row for row in rows if not row["curve"] or len(_curve([row])[0]) < len(row["curve"])]),
+    ]  # fmt: skip
+
+
+def _known(values: Rows, *names: str) -> list[tuple[float, ...]]:
+    """The values of ``names`` where all of them were measured."""
+    return [tuple(one[name] for name in names) for one in values if all(one.get(name) is not None for name in names)]
 
 
 def _points(rows: Rows) -> tuple[list[float], list[float]]:
-    """Each seed's diversity and Frechet distance."""
-    values = [row["values"] for row in rows]
-    return [v.get("intra_lpips_relative") for v in values], [v["fid"] for v in values]
+    """Each seed's diversity and Frechet distance, where it has both."""
+    found = _known([row["values"] for row in rows], "intra_lpips_relative", "fid")
+    return [diversity for diversity, _ in found], [fid for _, fid in found]
 
 
 def _curve(rows: Rows) -> tuple[list[float], list[float]]:
     """The mean over seeds at every validation; a stage before it is on the axis and not in the line."""
-    points = list(zip(*(row["curve"] for row in rows), strict=False))
-    return [mean(p["tflops"] for p in same) for same in points], [mean(p["fid"] for p in same) for same in points]
+    validations = zip_longest(*(row["curve"] for row in rows), fillvalue={})
+    points = [found for same in validations if (found := _known(list(same), "tflops", "fid"))]
+    return [mean(cost for cost, _ in same) for same in points], [mean(fid for _, fid in same) for same in points]
 
 
-def pictures(folder: Path, rows: Rows) -> None:
-    """``pictures_DOMAIN.png``: a row of samples for each method, the same seeds in each column."""
+def pictures(folder: Path, rows: Rows) -> list[str]:
+    """``pictures_DOMAIN.png``: a row of samples for each method, of its first seed that has a picture; the samples in a
+    column have the same noise.
+
+    Returns:
+        What is missing in them.
+    """
     import numpy as np
     from PIL import Image, ImageDraw
 
+    lacking: Rows = []
     for (domain,), of_domain in grouped(rows, "domain").items():
-        firsts = [same[0] for same in grouped(of_domain, "method").values() if same[0]["picture"]]
-        strips = [(row["method"], Image.open(folder / row["run"] / row["picture"]).convert("RGB")) for row in firsts]
+        strips: list[tuple[str, Any]] = []
+        for (method,), same in grouped(of_domain, "method").items():
+            for row in same:
+                try:
+                    strip = open_png(folder / row["run"] / (row["picture"] or "no.png"))
+                except (BrokenFile, OSError):
+                    lacking.append(row)
+                else:
+                    strips.append((method, strip))
+                    break
         if not strips:
             continue
         label, height = 200, max(strip.height for _, strip in strips) + 4
@@ -152,3 +190,4 @@ def pictures(folder: Path, rows: Rows) -> None:
             ImageDraw.Draw(page).text((4, number * height + height // 2 - 6), method, fill="black")
         with replacing(folder / f"pictures_{domain}.png") as part:
             Image.fromarray(np.asarray(page)).save(part, format="png")
+    return _lacking("no picture of samples (of the callback SampleGrid), or one that cannot be read", lacking)

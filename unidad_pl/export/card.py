@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from unidad_pl.callbacks.records import FILE, read_records
 from unidad_pl.export.text_to_image import TextNetwork, is_text_network
 from unidad_pl.runs.student import TrainedStudent
 
+log = logging.getLogger(__name__)
 CARD = """---
 license: other  # fill in: it depends on the source model's and the images' licences
 library_name: diffusers
@@ -150,15 +152,19 @@ def config_of_card(folder: Path) -> dict[str, Any]:
 
 
 def _metrics_table(folder: Path | None) -> str:
-    """The last record of every metric and stage of a run as a Markdown table."""
+    """The last record of every metric and stage of a run as a Markdown table, and below it what could not be read."""
     path = None if folder is None else folder / FILE
     if path is None or not path.is_file():
         return "None were recorded."
-    last = {(r.get("metric"), r.get("stage")): r for r in read_records(path)}
+    left_out: list[str] = []  # the student is whole whatever became of a line about it
+    last = {(r.get("metric"), r["stage"]): r for r in read_records(path, left_out)}
+    for one in left_out:
+        log.warning("not in the model card: %s", one)
     rows = [
-        f"| {name} | {value:.4g} | {r.get('stage')} | {r.get('step')} | {r.get('samples')} | {r.get('extractor', '')} |"
+        f"| {name} | {value:.4g} | {r['stage']} | {r['step']} | {r.get('samples')} | {r.get('extractor', '')} |"
         for r in last.values()
-        for name, value in (r.get("values") or {}).items()
-        if isinstance(value, (int, float))
+        for name, value in r["values"].items()
+        if value is not None
     ]
-    return "\n".join(["| metric | value | stage | step | samples | extractor |", "|---|---:|---|---:|---:|---|", *rows])
+    table = ["| metric | value | stage | step | samples | extractor |", "|---|---:|---|---:|---:|---|", *rows]
+    return "\n".join(table + (["", "Not in this table:", ""] if left_out else []) + [f"- {one}" for one in left_out])

@@ -30,7 +30,9 @@ class Curve:
     def thinned(self, most: int) -> Curve:
         """About ``most`` points at most: the smallest and the largest of each stretch, so that no peak is lost.
 
-        >>> Curve(list(range(6)), [0, 9, 1, 2, -5, 3]).thinned(4).values
+        NaN and infinities are neither; a stretch of nothing else keeps one of them, which is a gap in the line.
+
+        >>> Curve(list(range(6)), [0, 9, math.nan, 2, -5, 3]).thinned(4).values
         [0, 9, -5, 3]
         """
         count = len(self.steps)
@@ -39,8 +41,8 @@ class Curve:
         bounds = [round(i * count / max(1, most // 2)) for i in range(max(1, most // 2) + 1)]
         kept: list[int] = []
         for start, end in pairwise(bounds):
-            stretch = sorted(range(start, end), key=lambda i: self.values[i])
-            kept += sorted({stretch[0], stretch[-1]})
+            finite = [i for i in range(start, end) if math.isfinite(self.values[i])] or [start]
+            kept += sorted({min(finite, key=self.values.__getitem__), max(finite, key=self.values.__getitem__)})
         return Curve([self.steps[i] for i in kept], [self.values[i] for i in kept])
 
 
@@ -82,7 +84,7 @@ def read_logged(folder: Path) -> Logged:
     if not logged.curves and table.is_file():
         try:
             logged.add(_csv(table))
-        except (OSError, ValueError, csv.Error) as error:
+        except (OSError, ValueError, OverflowError, csv.Error) as error:
             logged.problems.append(f"metrics.csv cannot be read ({error})")
     return logged
 

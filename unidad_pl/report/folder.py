@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,13 +12,17 @@ from typing import Any
 from unidad_pl.callbacks.cost import FILE as COST_FILE
 from unidad_pl.callbacks.environment import FILE as ENVIRONMENT_FILE
 from unidad_pl.callbacks.records import FILE as METRICS_FILE
-from unidad_pl.callbacks.records import read_records
+from unidad_pl.callbacks.records import read_lines, read_records
 from unidad_pl.files import BrokenFile, read_json
 from unidad_pl.report.curves import Curve, Logged, read_logged
 from unidad_pl.runs.config import CONFIG_FILE, read_config
 
 MARKS = (CONFIG_FILE, METRICS_FILE, ENVIRONMENT_FILE, "checkpoints", "samples", "metrics.csv", "events.out.tfevents.*")
 """What a run leaves: a folder with none of these is none."""
+WHAT_IT_IS = (
+    "a run folder is what 'unidad fit' writes and names at its end, runs/NAME/version_N with config.yaml, "
+    "metrics.jsonl, checkpoints/ and samples/ in it; 'unidad fit --config configs/quickstart.yaml' makes one"
+)
 LOWER, HIGHER = "min", "max"
 
 
@@ -77,12 +82,12 @@ class Run:
         return value
 
     def metrics(self, stage: str = "val") -> dict[str, Curve]:
-        """Metric -> its values over iterations; of several at one iteration the last."""
+        """Metric -> its finite values over iterations; of several at one iteration the last."""
         found: dict[str, dict[int, float]] = {}
         for record in self.records:
             if record.get("stage") == stage:
                 for name, value in record["values"].items():
-                    if value is not None:
+                    if value is not None and math.isfinite(value):
                         found.setdefault(name, {})[record["step"]] = value
         return {name: Curve([*sorted(of)], [of[step] for step in sorted(of)]) for name, of in found.items()}
 
@@ -92,9 +97,10 @@ class Run:
                 if isinstance(record.get("tflops"), (int, float))}  # fmt: skip
 
     def best(self) -> tuple[str, int, float] | None:
-        """(metric, iteration, value) of the best evaluation: by what the run's checkpoints monitor, else by ``fid``."""
+        """(metric, iteration, value) of the best evaluation: by what the run's checkpoints monitor, else by ``fid``.
+        One without a value that is finite is never the best."""
         metrics = self.metrics()
-        name, mode = self._monitor()
+        name, mode = self.monitor()
         curve = metrics.get(name)
         if curve is None:
             return None
@@ -102,7 +108,8 @@ class Run:
         value, step = better(zip(curve.values, curve.steps, strict=True))
         return name, step, value
 
-    def _monitor(self) -> tuple[str, str]:
+    def monitor(self) -> tuple[str, str]:
+        """(metric, ``min`` or ``max``) by which the best evaluation is chosen."""
         callbacks = self.option("trainer", "callbacks")
         own = (
             [one.get("init_args") for one in callbacks if isinstance(one, dict)] if isinstance(callbacks, list) else []
@@ -132,53 +139,42 @@ def read_run_folder(folder: Path) -> Run:
         ValueError: it is the folder of no run.
     """
     if not folder.exists():
-        raise FileNotFoundError(f"no folder {str(folder)!r}: give the one that unidad fit named, runs/NAME/version_N")
+        raise FileNotFoundError(f"there is no folder {str(folder)!r}: {WHAT_IT_IS}")
+    if not folder.is_dir():
+        raise ValueError(f"{str(folder)!r} is a file and no run folder: {WHAT_IT_IS}")
     if not is_run(folder):
-        inner = (
-            sorted(path.parent for mark in MARKS[:3] for path in folder.glob(f"*/{mark}")) if folder.is_dir() else []
-        )
-        instead = f"one in it is, such as {str(inner[0])!r}" if inner else "there is nothing in it that a run writes"
-        raise ValueError(f"{str(folder)!r} is no run folder: {instead}")
+        inner = sorted(path.parent for mark in MARKS[:3] for deep in ("*", "*/*")
+                       for path in folder.glob(f"{deep}/{mark}"))  # fmt: skip
+        instead = f"but {str(inner[0])!r} in it is one" if inner else f"and nothing in it is one: {WHAT_IT_IS}"
+        raise ValueError(f"{str(folder)!r} is no run folder, {instead}")
     whole = folder.resolve()
     run = Run(folder, "/".join(whole.parts[-2:]) if whole.name.startswith("version_") else whole.name)
-    run.config = _read(run, CONFIG_FILE, read_config, "how it differs from the defaults is not known") or {}
-    run.records = [one for one in _lines(run, METRICS_FILE, "no evaluation is shown") if is_evaluation(one)]
-    run.starts = _lines(run, ENVIRONMENT_FILE, "versions and hardware are not known")
-    run.cost = _read(run, COST_FILE, read_json, "written at the end of a run with the callback Cost") or {}
+    run.config = _read(run, CONFIG_FILE, read_config, "so how its options differ from the defaults is not known") or {}
+    run.records = (
+        _read(run, METRICS_FILE, lambda path: read_records(path, run.missing), "so no evaluation is shown") or []
+    )
+    run.starts = _read(run, ENVIRONMENT_FILE, lambda path: read_lines(path, lambda _: None, run.missing),
+                       "so versions and hardware are not known") or []  # fmt: skip
+    run.cost = _read(run, COST_FILE, read_json, "which the callback Cost writes at the end of a run") or {}
     run.logged = read_logged(folder)
     run.missing += run.logged.problems
     if not run.logged.curves:
-        run.missing.append("no TensorBoard events and no metrics.csv: losses and gradients are not shown")
+        run.missing.append("there are no TensorBoard events and no metrics.csv, so losses and gradients are not shown")
     for path in sorted((folder / "checkpoints").glob("*.ckpt")):
         step = re.search(r"step=(\d+)", path.name)
         run.checkpoints[path] = int(step.group(1)) if step else None
     if not run.checkpoints:
-        run.missing.append("no checkpoints: there is nothing to go on from, sample or export")
+        run.missing.append("there are no checkpoints, so there is nothing to go on from, to draw with or to export")
     return run
 
 
 def _read(run: Run, name: str, read: Callable[[Path], Any], otherwise: str) -> Any:
     path = run.folder / name
     if not path.is_file():
-        run.missing.append(f"no {name}: {otherwise}")
+        run.missing.append(f"there is no {name}, {otherwise}")
         return None
     try:
         return read(path)
     except (BrokenFile, OSError, ValueError) as error:
         run.missing.append(f"{name} cannot be read: {error}")
         return None
-
-
-def _lines(run: Run, name: str, otherwise: str) -> list[dict[str, Any]]:
-    return _read(run, name, read_records, otherwise) or []
-
-
-def is_evaluation(record: dict[str, Any]) -> bool:
-    """Whether a line of metrics.jsonl is one that an evaluation callback may have written.
-
-    >>> is_evaluation({"values": {"fid": "low"}, "step": 3})
-    False
-    """
-    values, step = record.get("values"), record.get("step")
-    plain = isinstance(values, dict) and all(isinstance(v, (int, float, type(None))) for v in values.values())
-    return plain and isinstance(step, int) and isinstance(record.get("stage"), str)

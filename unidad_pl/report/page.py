@@ -27,9 +27,14 @@ FEW_STEP = ("UniDAD",)
 def report(*runs: str, out: str | None = None) -> Path:
     """Write one HTML page about a run, or about several side by side; it holds its pictures and opens offline.
 
+    Shown are the shots and their clusters, samples over training, losses, metrics, what the config changes, versions,
+    and the commands that come next. Reading needs no GPU and changes nothing, while a run is going on too. What is
+    missing or damaged in a run folder is listed at the top of the page.
+
     Args:
-        runs: run folders.
-        out: the file; null: report.html in the run folder, or here for several runs.
+        runs: run folders. One is what unidad fit makes and names at its end, such as runs/quickstart/version_0, which
+            unidad fit --config configs/quickstart.yaml writes.
+        out: the file to write; null: report.html in the run folder, or for several runs in the folder you are in.
 
     Returns:
         The file.
@@ -139,14 +144,19 @@ def best_text(run: Run) -> str:
     """Which evaluation was the best, and where its weights are."""
     best = run.best()
     if best is None:
-        return "No best checkpoint: there is no evaluation with fid, nor with what checkpoint.monitor names."
+        metric = run.monitor()[0]
+        return (f"No evaluation is the best: none has a value of {metric}. Evaluations are compared by what "
+                f"checkpoint.monitor names, or by fid where it names nothing.")  # fmt: skip
     name, step, value = best
     files = [path.name for path, own in run.checkpoints.items() if own == step]
     if step == run.iterations and not files and (last := run.last_checkpoint()):
         files = [last.name]
     where = f"its weights are in checkpoints/{files[0]}" if files else (
         f"no checkpoint of it was kept: --checkpoint.monitor val/{name} keeps the best")  # fmt: skip
-    return f"Best evaluation (a star in the plots): iteration {step}, {name} {number(value)}; {where}."
+    steps = sorted({one["step"] for one in run.records if one.get("stage") == "val" and name in one["values"]})
+    without = [str(one) for one in steps if one not in run.metrics()[name].steps]
+    nothing = f" At iteration {', '.join(without)} {name} has no finite value." if without else ""
+    return f"Best evaluation (a star in the plots): iteration {step}, {name} {number(value)}; {where}.{nothing}"
 
 
 def reference_text(run: Run, pictures: Pictures) -> str:

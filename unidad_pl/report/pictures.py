@@ -92,17 +92,24 @@ def read_pictures(run: Run, budget: int) -> Pictures:
     found = Pictures()
     found.networks = _frames(run.folder / "samples" / "networks", budget // 2, found)
     if not found.networks:
-        found.missing.append("no samples of the teachers: the callback TeacherGrid draws them beside the student's")
+        found.missing.append(
+            "there are no samples of the teachers: the callback TeacherGrid draws them beside the student's"
+        )
     found.samples = _frames(run.folder / "samples", budget // 4 if found.networks else budget * 3 // 4, found)
     if not found.samples:
-        found.missing.append("no samples/*.png: the callback SampleGrid draws them")
+        found.missing.append("there are no pictures samples/*.png: the callback SampleGrid draws them")
     shown = [
         one for one in run.records if isinstance(one.get("picture"), str) and isinstance(one.get("clusters"), list)
     ]
     if not shown:
-        found.missing.append("neither shots nor clusters: the callback IntraLPIPS draws them (pictures: 3)")
+        found.missing.append(
+            "neither shots nor their clusters are shown: the callback IntraLPIPS draws them with its option pictures: 3"
+        )
         return found
     found.evaluation = shown[-1]
+    if len(shown[-1]["clusters"]) > MOST_CLUSTERS:
+        found.missing.append(f"only the first {MOST_CLUSTERS} of {len(shown[-1]['clusters'])} shots and their clusters "
+                             f"are shown, to keep the page small")  # fmt: skip
     try:
         found.clusters = _clusters(run.folder, shown[-1])
     except (BrokenFile, OSError, ValueError, KeyError, IndexError, TypeError) as error:
@@ -120,7 +127,7 @@ def open_png(path: Path) -> Any:
     """
     from PIL import Image
 
-    with reading(path, "PNG"):
+    with reading(path, "PNG", "delete it, or copy it again"):
         picture = Image.open(path, formats=["PNG"])
         if picture.width * picture.height > LARGEST_PIXELS:
             raise ValueError(f"{picture.width}x{picture.height} pixels are too many")
@@ -144,8 +151,10 @@ def _frames(folder: Path, budget: int, found: Pictures) -> list[Frame]:
     for path in sorted(folder.glob("*_step*")):
         if named := STEP.match(path.stem if path.is_file() else path.name):
             inner = sorted(path.glob("*.png"), key=lambda one: (ORDER.get(one.stem, len(ORDER)), one.name))
-            own = inner[:MOST_IN_FRAME] if path.is_dir() else [path]
-            places[int(named["step"]), named["stage"]] = own
+            places[int(named["step"]), named["stage"]] = inner[:MOST_IN_FRAME] if path.is_dir() else [path]
+            if path.is_dir() and not 0 < len(inner) <= MOST_IN_FRAME:
+                found.missing.append(f"{folder.name}/{path.name} has {len(inner)} pictures, of which "
+                                     f"{min(len(inner), MOST_IN_FRAME)} are shown")  # fmt: skip
     evaluations = _evenly(sorted(places), MOST_FRAMES)
     for side in SIDES:
         frames = list(_encoded(evaluations, places, side, found))
@@ -153,9 +162,9 @@ def _frames(folder: Path, budget: int, found: Pictures) -> list[Frame]:
         if size * 2 <= budget * len(frames) or side == SIDES[-1]:  # at least two fit
             break
     fitting = len(frames) if size <= budget else max(1, budget * len(frames) // size)
-    if fitting < len(places):
-        found.missing.append(f"{len(places) - fitting} of {len(places)} evaluations in {folder.name}/ are left out, "
-                             f"to keep the page small")  # fmt: skip
+    if fitting < len(frames) or len(evaluations) < len(places):  # pictures that are damaged are told one by one
+        found.missing.append(f"only {fitting} of the {len(places)} evaluations in {folder.name}/ are shown, to keep "
+                             f"the page small")  # fmt: skip
     return _evenly(frames, fitting)
 
 
@@ -169,7 +178,7 @@ def _encoded(
             try:
                 frame.pictures[label] = data_uri(open_png(path), side)
             except (BrokenFile, OSError, ValueError) as error:
-                if (message := f"a picture is left out: {error}") not in found.missing:
+                if (message := f"a picture cannot be shown: {error}") not in found.missing:
                     found.missing.append(message)
         if frame.pictures:
             yield frame
