@@ -81,6 +81,6 @@ def test_what_a_config_sets_is_what_differs(capsys: pytest.CaptureFixture[str], 
     run = Run(tmp_path, "run", yaml.safe_load(capsys.readouterr().out))
     rows = {name: values[0] for name, values, _ in config_rows([run])}
     assert rows["model.student.sigma_min"] == "0.3"
-    assert rows["trainer.max_steps"] == "1350"
+    assert rows["trainer.max_steps"] == "1050"
     assert rows["checkpoint.every_n_train_steps"] == "100"
     assert not {"trainer.devices", "trainer.logger", "checkpoint.save_last", "model.student.num_steps"} & set(rows)
