@@ -18,6 +18,25 @@ from uuid import uuid4
 ABANDONED = 3600.0  # seconds after which a temporary folder belongs to a process that was killed while it wrote
 
 
+def expanded(path: str | Path) -> Path:
+    """``path`` with ``~`` and ``~USER`` as their home folders.
+
+        >>> expanded("runs/version_0").as_posix()
+        'runs/version_0'
+
+    Raises:
+        FileNotFoundError: nobody knows whose home that is.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        name = str(path).partition("/")[0]
+        raise FileNotFoundError(
+            f"there is no {str(path)!r}: {name!r} is the home folder of nobody here; write it out, or ./{name} for a "
+            f"folder of that name"
+        ) from error
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A place beside ``path`` for a file or a folder, which takes the place of ``path`` when the block ends well.

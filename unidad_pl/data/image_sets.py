@@ -17,7 +17,7 @@ from unidad_pl.checks import check_path
 from unidad_pl.data.images import FORMATS, MAX_BYTES, WAY_OUT, ImageSet, load_image, readable
 from unidad_pl.data.packed import HUGGING_FACE, HuggingFaceImages, LMDBImages
 from unidad_pl.denoiser import to_uint8
-from unidad_pl.files import reading
+from unidad_pl.files import expanded, reading
 
 BUILTIN = "builtin:"
 HELD_OUT = 1000
@@ -47,7 +47,7 @@ def open_images(root: str | Path) -> ImageSet:
         if count and not (count.isdecimal() and int(count)):
             raise ValueError(f"{text!r}: the number of renders must be a whole number above 0, got {count!r}")
         return CartoonImages(domain, range(int(count or HELD_OUT)))
-    place = Path(os.path.expanduser(root))
+    place = expanded(root)
     if place.is_file():
         return ZipImages(place)
     if (place / "data.mdb").is_file():
