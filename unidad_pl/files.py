@@ -185,7 +185,7 @@ def reading(path: str | Path, what: str, way_out: str = "write or download it ag
             it = mistake.removeprefix(repr(str(path)))
             raise BrokenFile(f"{str(path)!r} is no readable {what}: it{it}, or {way_out}") from error
         # Only the first line: libraries go on with advice, torch's is to load the file unsafely.
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:300].removesuffix(": ")
         raise BrokenFile(f"{str(path)!r} is no readable {what} ({reason}): {way_out}") from error
 
 

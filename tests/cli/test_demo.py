@@ -112,8 +112,11 @@ SOURCE: dict[str, Any] = {"class_path": "unidad_pl.NewUNet", "init_args": SMALL}
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        ("x", "does not say"), ({"init_args": [1]}, "does not say"), ({"init_args": {"source": "x"}}, "does not say"),
-        ({"init_args": {"source": {}}}, "does not say"), ({"init_args": {"source": {"init_args": {}}}}, "does not say"),
+        ("x", "does not say"),
+        ({"init_args": [1]}, "does not say"),
+        ({"init_args": {"source": "x"}}, "does not say"),
+        ({"init_args": {"source": {}}}, "does not say"),
+        ({"init_args": {"source": {"init_args": {}}}}, "does not say"),
         ({"init_args": {"source": SOURCE | {"init_args": 3}}}, "init_args of unidad_pl.NewUNet must be a mapping"),
         ({"init_args": {"source": SOURCE | {"class_path": ["x"]}}}, "is no class that this program has imported"),
         ({"init_args": {"source": SOURCE | {"more": 1}}}, "describes none"),

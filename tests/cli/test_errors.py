@@ -75,7 +75,8 @@ NOBODY = "~nosuchuser/x"
 
 
 @pytest.mark.parametrize("words", [
-    ("sample", "--model", NOBODY, "--num", "1", "--out", "o"), ("sample", "--model", "m", "--num", "1", "--out", NOBODY),
+    ("sample", "--model", NOBODY, "--num", "1", "--out", "o"),
+    ("sample", "--model", "m", "--num", "1", "--out", NOBODY),
     ("demo", "--model", NOBODY), ("export", "--ckpt_path", NOBODY, "--out", "o"), ("report", NOBODY),
     ("import", "adm", "--checkpoint", NOBODY, "--preset", "ffhq256", "--out", "o"), ("study", "--config", NOBODY),
     ("report", "memory", "--config", NOBODY), ("report", "subjects", "--runs", NOBODY),

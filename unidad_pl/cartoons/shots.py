@@ -45,8 +45,8 @@ def choose_shots(domain: str, count: int, seed: int) -> list[int]:
     Raises:
         ValueError: an unknown domain, or a count or a seed out of range.
     """
-    check_whole(1, MOST_SHOTS, **{f"the number of shots of {domain!r}": count})
-    check_whole(0, MOST_SEED, **{f"the seed of shots of {domain!r}": seed})
+    check_whole(1, MOST_SHOTS, shots=count)
+    check_whole(0, MOST_SEED, seed=seed)
     start = SHOTS_START * (seed + 1)
     candidates = range(start, start + max(CANDIDATES, 2 * count))
     vectors = factor_vectors(world.factors(candidates, domain))
