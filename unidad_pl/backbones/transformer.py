@@ -155,6 +155,9 @@ class TransformerNetwork(DiffusersNetwork):
     dispensable: tuple[str, ...] = ()
     """Those of them that it can do without: a pipeline whose index says ``[null, null]`` of one has none."""
 
+    chats = False
+    """Whether its pipeline writes prompts into its tokenizer's chat template."""
+
     tokenizer, most_tokens = "tokenizer", 77
     """The name of the tokenizer that reads most of a prompt, and how many tokens of it."""
 

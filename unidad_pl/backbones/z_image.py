@@ -38,7 +38,7 @@ class ZImageNetwork(TransformerNetwork):
             check_whole(least, MOST_SIDE, **{f"axes_lens[{axis}]": config["axes_lens"][axis]})
 
     text_parts = {"text_encoder": "Qwen3Model", "tokenizer": "Qwen2TokenizerFast"}  # noqa: RUF012
-    most_tokens = QWEN3_TOKENS - QWEN3_TEMPLATE
+    most_tokens, chats = QWEN3_TOKENS - QWEN3_TEMPLATE, True
 
     @classmethod
     def encoded(cls, pipe: Any, prompt: str, device: torch.device | str) -> Condition:
