@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from unidad_pl.checks import check_at_least
-from unidad_pl.files import expanded
+from unidad_pl.files import expanded, sharing
 
 
 def sample(
@@ -25,7 +25,8 @@ def sample(
 ) -> Path:
     """Draw images with a few-step student, one PNG per seed; images that are there already, and whole, are kept.
 
-    Several processes may draw into one folder: each leaves out what another has drawn by then.
+    Several processes may draw into one folder: each leaves out what another has drawn by then. What one that was killed
+    had begun to write is deleted.
 
     Args:
         model: a directory that ``unidad export`` wrote, or a checkpoint.
@@ -55,7 +56,8 @@ def sample(
 
     folder, seeds = expanded(out), range(seed, seed + num)
     drawing = Drawing(expanded(model), weights, config, num_steps, class_labels, prompts)
-    drawing.draw(folder, seeds, batch_size, device)
-    if grid:
-        write_grid(folder, seeds)
+    with sharing(folder):
+        drawing.draw(folder, seeds, batch_size, device)
+        if grid:
+            write_grid(folder, seeds)
     return folder
