@@ -63,7 +63,7 @@ def rebuild(value: Any, known: Mapping[str, Callable[..., Any]]) -> Any:
     """What :func:`describe` described. Nothing is imported: a class is one of ``known``.
 
     Raises:
-        ValueError: it names another class.
+        ValueError: it names another class, or gives it no mapping of arguments.
     """
     if isinstance(value, (list, tuple)):
         return type(value)([rebuild(item, known) for item in value])
@@ -71,8 +71,10 @@ def rebuild(value: Any, known: Mapping[str, Callable[..., Any]]) -> Any:
         return value
     if set(value) != {CLASS, ARGUMENTS}:
         return {key: rebuild(item, known) for key, item in value.items()}
-    if value[CLASS] not in known:
+    if not isinstance(value[CLASS], str) or value[CLASS] not in known:
         raise ValueError(f"{value[CLASS]!r} is no class that this program has imported: import its module first")
+    if not isinstance(value[ARGUMENTS], dict):
+        raise ValueError(f"{ARGUMENTS} of {value[CLASS]} must be a mapping, got {value[ARGUMENTS]!r:.80}")
     return known[value[CLASS]](**{name: rebuild(item, known) for name, item in value[ARGUMENTS].items()})
 
 

@@ -15,7 +15,26 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-ABANDONED = 3600.0  # seconds after which a temporary folder belongs to a process that was killed while it wrote
+ABANDONED = 3600.0  # seconds after which a temporary file or folder belongs to a process that was killed while it wrote
+
+
+def expanded(path: str | Path) -> Path:
+    """``path`` with ``~`` and ``~USER`` as their home folders.
+
+        >>> expanded("runs/version_0").as_posix()
+        'runs/version_0'
+
+    Raises:
+        FileNotFoundError: nobody knows whose home that is.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        name = str(path).partition("/")[0]
+        raise FileNotFoundError(
+            f"there is no {str(path)!r}: {name!r} is the home folder of nobody here; write it out, or ./{name} for a "
+            f"folder of that name"
+        ) from error
 
 
 @contextmanager
@@ -104,6 +123,48 @@ def _leftovers(path: Path, ends: str) -> list[Path]:
     return [folder for folder in beside if ours.fullmatch(folder.name) and folder.is_dir()]
 
 
+@contextmanager
+def sharing(folder: Path) -> Iterator[None]:
+    """The block writes files into ``folder``, which is made, by :func:`replacing` or :func:`write_first`; so may others
+    that came here. What those of them left that were killed is deleted whenever one is alone, as it begins or ends.
+
+        >>> with sharing(Path("images")), replacing(Path("images/0.txt")) as part:
+        ...     _ = part.write_text("all of it")
+
+    Raises:
+        OSError: the folder cannot be made or read.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        _sweep(folder, lock)
+        try:
+            yield
+        finally:
+            _sweep(folder, lock)
+    finally:
+        os.close(lock)
+
+
+def _sweep(folder: Path, lock: int) -> None:
+    """Delete temporary files that no process owns: all of them if nobody else holds the folder's ``lock``, where a
+    filesystem has none those that are old; and hold it, together with others, from then on."""
+    import fcntl
+
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        alone = True
+    except OSError:
+        alone = False
+    for part in folder.glob(".*.part"):
+        with suppress(OSError):  # what cannot be deleted is in nobody's way
+            old = time.time() - part.stat().st_mtime > ABANDONED
+            if (alone or old) and re.fullmatch(r"\..+\.[0-9a-f]{8}\.part", part.name) and part.is_file():
+                part.unlink()
+    with suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_SH)
+
+
 def write_first(path: Path, text: str) -> str:
     """Write ``text`` to ``path`` unless a file is there; of several processes that do so at once, one is the first.
 
@@ -189,7 +250,7 @@ def reading(path: str | Path, what: str, way_out: str = "write or download it ag
             it = mistake.removeprefix(repr(str(path)))
             raise BrokenFile(f"{str(path)!r} is no readable {what}: it{it}, or {way_out}") from error
         # Only the first line: libraries go on with advice, torch's is to load the file unsafely.
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:300].removesuffix(": ")
         raise BrokenFile(f"{str(path)!r} is no readable {what} ({reason}): {way_out}") from error
 
 

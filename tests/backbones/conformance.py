@@ -90,7 +90,10 @@ class Conformance:
 
     @pytest.fixture(scope="class")
     def folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        folder = tmp_path_factory.mktemp("pipeline")
+        return self.save(tmp_path_factory.mktemp("pipeline"))
+
+    def save(self, folder: Path) -> Path:
+        """Its pipeline in ``folder``, tiny and without text parts."""
         torch.manual_seed(0)
         net = getattr(diffusers, self.network.diffusers_class)(**self.config)
         with torch.no_grad():

@@ -201,14 +201,25 @@ def test_plain_data_that_is_no_weights(tmp_path: Path) -> None:
     ({"down_block_types": ["os.system", "DownBlock2D"]}, "os.system"), ({"mid_block_type": "os.system"}, "os.system"),
     ({"num_class_embeds": 10**12}, "num_class_embeds"), ({"flip_sin_to_cos": "False"}, "flip_sin_to_cos"),
     ({"time_embedding_type": "fourier"}, "time_embedding_type 'fourier'"), ({"freq_shift": 4}, "freq_shift"),
-    ({"class_embed_type": "timestep"}, "class_embed_type 'timestep'"), ({"attention_head_dim": 3}, "attention"),
+    ({"class_embed_type": "timestep"}, "class_embed_type 'timestep'"), ({"attention_head_dim": 0}, "ZeroDivisionError"),
 ])  # fmt: skip
 def test_configs_that_no_network_has_are_refused_before_anything_is_built(
     ddpm: Path, change: dict[str, Any], message: str
 ) -> None:
     path = ddpm / "unet" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    refused(message, PretrainedUNet(str(ddpm)).build)
+    for build in (PretrainedUNet(str(ddpm)).build, PretrainedUNet(str(ddpm)).architecture):
+        refused(rf"unet/config\.json' is no readable .*{message}", build, error=BrokenFile)
+
+
+@pytest.mark.parametrize("change", [
+    {"norm_num_groups": 0}, {"act_fn": "x"}, {"up_block_types": []}, {"sample_size": None}, {"attention_head_dim": 0},
+])  # fmt: skip
+def test_a_text_to_images_config_is_looked_at_before_its_size_is_asked_for(sd: Path, change: dict[str, Any]) -> None:
+    path = sd / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    for build in (StableDiffusion(str(sd)).build, StableDiffusion(str(sd)).architecture):
+        refused(r"unet/config\.json' is no readable config of a UNet2DConditionModel", build, error=BrokenFile)
 
 
 @pytest.mark.parametrize("change", [

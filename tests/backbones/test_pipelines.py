@@ -22,6 +22,7 @@ from tests.metrics.toys import refused
 from tests.tiny_sd import tokenizer as clip_tokenizer
 from tests.worlds import save_pictures
 from unidad_pl import Transformer, export_student
+from unidad_pl.files import BrokenFile
 from unidad_pl.training.conditions import check_prompts
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -228,6 +229,47 @@ def test_a_part_to_do_without_is_left_out_by_the_index_alone(tmp_path: Path) -> 
     path.write_text(json.dumps(index))
     (case.folder / "text_encoder_3").rename(case.folder / "elsewhere")
     refused("must say text_encoder_3: .null, null.", case.source.codec, error=FileNotFoundError)
+
+
+@pytest.mark.parametrize("length", [None, 10**30, 500])
+def test_a_tokenizer_without_a_length_is_named_when_it_is_read(length: int | None, tmp_path: Path) -> None:
+    case = saved("sd3", tmp_path / "pipeline")
+    for name in ("tokenizer", "tokenizer_2"):
+        path = case.folder / name / "tokenizer_config.json"
+        whole = json.loads(path.read_text())
+        other = {key: value for key, value in whole.items() if key != "model_max_length"}
+        path.write_text(json.dumps(other | ({} if length is None else {"model_max_length": length})))
+        seen = "model_max_length 500" if length == 500 else "no model_max_length"
+        refused(
+            rf"pipeline/{name}' .*tokenizer_config.json has {seen}, its text encoder reads 77 tokens",
+            lambda: case.source.codec().parts, error=BrokenFile,  # type: ignore[attr-defined]
+        )  # fmt: skip
+        path.write_text(json.dumps(whole))
+    assert case.source.codec().parts.tokenizer_2.model_max_length == 77  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", ["flux2", "z_image"])
+def test_a_tokenizer_without_a_chat_template_is_named_when_it_is_read(kind: str, tmp_path: Path) -> None:
+    case = saved(kind, tmp_path / "pipeline")
+    path = case.folder / "tokenizer" / "chat_template.jinja"
+    for template, message in (
+        ("hello", "its chat template leaves out what is said"), ("{% for %}", "TemplateSyntaxError"),
+        (None, "it has no chat template, neither as chat_template.jinja nor in tokenizer_config.json"),
+    ):  # fmt: skip
+        path.unlink() if template is None else path.write_text(template)
+        refused(rf"pipeline/tokenizer' .*{message}", lambda: case.source.codec().parts, error=BrokenFile)  # type: ignore[attr-defined]
+
+
+def test_weights_that_no_text_encoder_has_are_said(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    case = saved("flux", tmp_path / "pipeline")
+    file = case.folder / "text_encoder" / "model.safetensors"
+    save_file(load_file(file) | {"more.weight": torch.ones(2), "logit_scale": torch.ones(1)}, file)
+    said = r"2 weights in .*/text_encoder are none of a CLIPTextModel and are not used: .*more\.weight"
+    with pytest.warns(UserWarning, match=said):
+        tokens = case.source.codec().embed(["a dog"]).tokens
+    assert tokens is not None
 
 
 def test_a_class_that_diffusers_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

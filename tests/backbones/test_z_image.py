@@ -21,7 +21,7 @@ class TestZImage(Conformance):
     network = ZImageNetwork
     config: ClassVar = dict(
         in_channels=16, dim=16, n_layers=3, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=12,
-        axes_dims=[2, 2, 4], axes_lens=[640, 32, 32],
+        axes_dims=[2, 2, 4], axes_lens=[640, 64, 64],
     )  # fmt: skip
     latent_channels = 16
     vae: ClassVar = dict(scaling_factor=0.3611, shift_factor=0.1159)

@@ -24,7 +24,7 @@ from unidad_pl.cli import demo as command
 from unidad_pl.cli.demo_studio import SOURCE_STEPS, Studio, slerp, walking_noise
 from unidad_pl.cli.sample import sample
 from unidad_pl.data.pictures import as_uint8
-from unidad_pl.sampling import heun, sampling_sigmas, seeded_noise
+from unidad_pl.sampling import FewStepSampler, heun, sampling_sigmas, seeded_noise
 
 SMALL: dict[str, Any] = dict(resolution=8, channels=[8, 16], attention_levels=[], head_channels=8, norm_groups=4)
 
@@ -106,6 +106,48 @@ def test_a_card_that_was_edited_is_no_error(folder: Path, tmp_path: Path) -> Non
         assert "does not say" in Studio(copy, device="cpu").original.why
 
 
+SOURCE: dict[str, Any] = {"class_path": "unidad_pl.NewUNet", "init_args": SMALL}
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("x", "does not say"),
+        ({"init_args": [1]}, "does not say"),
+        ({"init_args": {"source": "x"}}, "does not say"),
+        ({"init_args": {"source": {}}}, "does not say"),
+        ({"init_args": {"source": {"init_args": {}}}}, "does not say"),
+        ({"init_args": {"source": SOURCE | {"init_args": 3}}}, "init_args of unidad_pl.NewUNet must be a mapping"),
+        ({"init_args": {"source": SOURCE | {"class_path": ["x"]}}}, "is no class that this program has imported"),
+        ({"init_args": {"source": SOURCE | {"more": 1}}}, "describes none"),
+        (
+            {"init_args": {"source": {"class_path": "unidad_pl.backbones.lora.LoRA", "init_args": {}}}},
+            "not shown: .* describes none",
+        ),
+        ({"init_args": {"source": SOURCE, "matching": {"guidance_scale": [1]}}}, "guidance_scale must be at least 0"),
+        ({"init_args": {"source": SOURCE, "matching": 3}}, "NewUNet"),
+    ],
+)
+def test_a_card_of_other_types_is_a_sentence(model: Any, said: str, folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    (copy / "README.md").write_text(f"## Config\n\n```yaml\n{json.dumps({'model': model})}\n```\n")
+    studio = Studio(copy, device="cpu")
+    assert re.search(said, studio.original.why)
+    assert studio.sample(0, 1).shape == (1, 3, 8, 8)
+    (copy / "README.md").write_text(f"## Config\n\n```yaml\n{'[' * 3000}\n```\n")
+    assert "does not say" in Studio(copy, device="cpu").original.why
+
+
+def test_a_student_of_many_steps_is_drawn_with_all_of_them(studio: Studio, tmp_path: Path) -> None:
+    student = pixel_student()
+    student.sampler = FewStepSampler(torch.linspace(80, 0.5, 20))
+    many = Studio(export(student, tmp_path / "out"), device="cpu")
+    assert (many.most_steps, studio.most_steps) == (20, 16)
+    assert torch.equal(many.sample(0, 1), many.sample(0, 1, 20))
+    with pytest.raises(ValueError, match=r"num_steps must be in \[1, 20\], got 21"):
+        many.sample(0, 1, 21)
+
+
 def test_a_walk_begins_and_ends_at_its_seeds(studio: Studio) -> None:
     walk = studio.walk(2, 9, 5, 2)
     assert torch.equal(walk[[0, -1]], torch.cat([studio.sample(2, 1, 2), studio.sample(9, 1, 2)]))
@@ -150,7 +192,7 @@ def test_classes_and_prompts(tmp_path: Path) -> None:
         (lambda s: s.sample(0, 0), "count"), (lambda s: s.sample(0, 65), "count"), (lambda s: s.sample(-1, 1), "seed"),
         (lambda s: s.sample(0, 1, 0), "num_steps"), (lambda s: s.sample(0, 1, 17), "num_steps"),
         (lambda s: s.walk(0, 1, 1), "count"), (lambda s: s.walk(0, -1, 2), "last"),
-        (lambda s: s.source_samples(0, 1, 0), "steps"),
+        (lambda s: s.source_samples(0, 1, 0), "steps"), (lambda s: s.sample(10**30, 1), "seed"),
     ],
 )  # fmt: skip
 def test_numbers_out_of_range_are_named(call: Any, name: str, studio: Studio) -> None:
@@ -187,7 +229,13 @@ def test_the_pages_files_are_the_pictures(studio: Studio, tmp_path: Path) -> Non
 
     page = demo_page.Page(studio, tmp_path)
     with pytest.raises(demo_page.gr.Error, match="seed must be"):  # which the page shows
-        demo_page._in_words(page.sample)(-1, 2, 2)
+        demo_page._in_words(page.sample, ["First seed"])(-1, 2, 2)
+    with pytest.raises(demo_page.gr.Error, match="First seed is empty: write a whole number"):
+        demo_page._in_words(page.sample, ["First seed"])(None, 2, 2)
+    student = pixel_student()
+    student.sampler = FewStepSampler(torch.linspace(80, 0.5, 20))
+    many = demo_page.Page(Studio(export(student, tmp_path / "many"), device="cpu"), tmp_path)
+    assert many._steps().maximum == 20
     pictures, grid = page.sample(3, 10, 2)
     assert [label for _, label in pictures] == [f"seed {s}" for s in range(3, 13)]
     assert pictures[0][0].size == (128, 128)  # enlarged 16 times, no pixel mixed with another
@@ -240,7 +288,7 @@ def ask(address: str, name: str, *values: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_the_server_draws_over_http(server: str, studio: Studio) -> None:
+def test_the_server_draws_over_http(server: str, studio: Studio, tmp_path: Path) -> None:
     pictures, grid = ask(server, "sample", 4, 2, 2)
     assert [one["caption"] for one in pictures] == ["seed 4", "seed 5"]
     with urllib.request.urlopen(grid["url"], timeout=60) as answer, Image.open(answer) as picture:
@@ -251,5 +299,12 @@ def test_the_server_draws_over_http(server: str, studio: Studio) -> None:
     assert len(ask(server, "walk", 0, 1, 4, 2)[0]) == 4
     with pytest.raises(AssertionError, match="less than minimum value 0"):
         ask(server, "sample", -4, 2, 2)
+    with pytest.raises(AssertionError, match="First seed is empty: write a whole number"):
+        ask(server, "sample", None, 2, 2)
+    with pytest.raises(AssertionError, match="To seed is empty"):
+        ask(server, "walk", 0, None, 4, 2)
+    printed = (tmp_path / "log").read_text()
+    assert f"the demo is at {server}" in printed
+    assert "public link" not in printed
     page = urllib.request.urlopen(server, timeout=60).read().decode()
     assert not re.search(r"fonts\.g(oogleapis|static)|googletagmanager", page)

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from tests.runs.test_resume import CONFIG
+from unidad_pl import files
 from unidad_pl.cli.errors import Refused
 from unidad_pl.cli.launch import check_launcher
 from unidad_pl.cli.main import main, processor_ticks, wait_passively_where_busy
@@ -69,6 +70,30 @@ def test_tools_take_no_abbreviations(capsys: pytest.CaptureFixture[str]) -> None
     assert refused("report", "memory", "--config", "nowhere.yaml", capsys=capsys)[1] == 1
     assert refused("report", "memories", capsys=capsys)[1] == 2
     assert refused("report", "everything", capsys=capsys)[1] == 1  # not near a command: a folder that is not there
+
+
+NOBODY = "~nosuchuser/x"
+
+
+@pytest.mark.parametrize("words", [
+    ("sample", "--model", NOBODY, "--num", "1", "--out", "o"),
+    ("sample", "--model", "m", "--num", "1", "--out", NOBODY),
+    ("demo", "--model", NOBODY), ("export", "--ckpt_path", NOBODY, "--out", "o"), ("report", NOBODY),
+    ("import", "adm", "--checkpoint", NOBODY, "--preset", "ffhq256", "--out", "o"), ("study", "--config", NOBODY),
+    ("report", "memory", "--config", NOBODY), ("report", "subjects", "--runs", NOBODY),
+    ("fit", "--config", "config.yaml", "--data.root", NOBODY),
+    ("fit", "--config", "config.yaml", "--ckpt_path", NOBODY),
+])  # fmt: skip
+@pytest.mark.usefixtures("here")
+def test_the_home_of_nobody_is_named(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    line, code = refused(*words, capsys=capsys)
+    assert code == 1
+    assert "there is no '~nosuchuser/x': '~nosuchuser' is the home folder of nobody here; write it out" in line
+
+
+def test_one_place_knows_home_folders() -> None:
+    package = Path(files.__file__).parent
+    assert [path.name for path in package.rglob("*.py") if "expanduser" in path.read_text()] == ["files.py"]
 
 
 @pytest.mark.usefixtures("here")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -69,6 +72,38 @@ def test_several_draw_into_one_folder_at_once(exported: Path, tmp_path: Path) ->
     assert not failures
     assert {p.name: p.read_bytes() for p in (tmp_path / "shared").glob("*.png")} == alone
     assert {p.name for p in (tmp_path / "shared").iterdir()} == {*alone, "sampling.json"}
+
+
+def test_what_a_killed_one_left_is_deleted_by_the_next_that_is_alone(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import os\nfrom pathlib import Path\nfrom unidad_pl.files import replacing, sharing\n"
+    code += "with sharing(Path('.')), replacing(Path('000001.png')) as part:\n    part.write_text('half')\n"
+    code += "    print('here', flush=True)\n    input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    ) as other:  # fmt: skip
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"here\n"
+        foreign = (".notes.part", ".000002.png.0123abcd.partial", "000002.png.0123abcd.part")
+        for name in foreign:
+            (tmp_path / name).write_text("mine")
+        (left,) = tmp_path.glob(".000001.png.*.part")
+        draw(exported, 2, tmp_path)
+        assert left.read_text() == "half"  # another one is at it
+        other.kill()
+    assert left.exists()
+    write_first = module.write_first
+
+    def begun(path: Path, text: str) -> str:
+        assert not left.exists()  # as it begins
+        left.write_text("half again")
+        return write_first(path, text)
+
+    monkeypatch.setattr(module, "write_first", begun)
+    draw(exported, 2, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"000000.png", "000001.png", "sampling.json", *foreign}
 
 
 def test_of_two_that_want_other_steps_one_is_refused(

@@ -129,7 +129,7 @@ def test_every_argument_acts(folder: Path) -> None:
     whole = FewShotDataModule("builtin:faces").reference
     assert len(whole) == 1000
     assert torch.equal(open_images("builtin:faces:3").load(32), whole[:3])
-    refused("whole number above 0, got '-3'", open_images, "builtin:faces:-3")
+    refused("from 1 to 1000000, where the shots begin, got '-3'", open_images, "builtin:faces:-3")
     loaders = {"val": data.val_dataloader(), "test": data.test_dataloader(), "predict": data.predict_dataloader()}
     seeds = {k: torch.cat([b["seeds"] for b in loader]).tolist() for k, loader in loaders.items()}
     assert seeds == {k: list(range(100, 100 + n)) for k, n in (("val", 7), ("test", 8), ("predict", 9))}

@@ -80,6 +80,14 @@ def saved_dataset(place: Path) -> Path:
     return place
 
 
+@pytest.mark.parametrize("count", ["0", "-1", "x", "1.5", "1000001", f"{10**12}", f"{10**400}", "9" * 5000])
+def test_renders_have_an_end(count: str) -> None:
+    refused(
+        r"'builtin:cats:.*' *: .* from 1 to 1000000, where the shots begin, got ", open_images, f"builtin:cats:{count}"
+    )
+    assert len(open_images("builtin:cats:1000000")) == 1_000_000
+
+
 def by_value(images: Tensor) -> list[Any]:
     return sorted(images.flatten(1).tolist())
 

@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 from unidad_pl.backbones.folders import MOST, MOST_SIDE
 from unidad_pl.backbones.spec import MOST_TIMESTEPS, UNetSpec
 from unidad_pl.checks import check_at_least, check_given, check_whole
-from unidad_pl.files import read_json, reading
+from unidad_pl.files import expanded, read_json, reading
 
 CHANNEL_MULT = {512: "0.5,1,1,2,2,4,4", 256: "1,1,2,2,4,4", 128: "1,1,2,3,4", 64: "1,2,3,4"}
 """What an empty ``channel_mult`` means, by image size."""
@@ -166,7 +166,7 @@ class ADMConfig:
         """
         if str(name) in PRESETS:
             return PRESETS[str(name)]
-        name = Path(name).expanduser()
+        name = expanded(name)
         if not name.is_file():
             raise FileNotFoundError(
                 f"ADM config {str(name)!r} is neither a file nor a preset ({', '.join(PRESETS)}). Write the flags the "

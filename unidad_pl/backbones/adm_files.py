@@ -11,7 +11,7 @@ import torch
 from unidad_pl.backbones.adm import ADMStateDictAdapter, read_adm
 from unidad_pl.backbones.adm_config import ADMConfig
 from unidad_pl.backbones.weights import read_weights
-from unidad_pl.files import reading, replacing
+from unidad_pl.files import expanded, reading, replacing
 
 FLAGS_FILE = "adm.json"
 
@@ -40,11 +40,11 @@ def import_adm(checkpoint: str, out: str, preset: str | None = None, config: str
     """
     if (preset is None) == (config is None):
         raise ValueError(f"give either a preset or a config, got preset={preset!r} and config={config!r}")
-    target = Path(out).expanduser()
+    target = expanded(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{out!r} is there already: choose another folder, or remove it")
     adm = ADMConfig.preset(preset) if preset is not None else ADMConfig.load(str(config))
-    denoiser = read_adm(adm, Path(checkpoint).expanduser())
+    denoiser = read_adm(adm, expanded(checkpoint))
     variance = "learned_range" if adm.learn_sigma else "fixed_small"
     with replacing(target) as part:
         denoiser.save_pretrained(part, denoiser.unet.dtype)
@@ -70,8 +70,8 @@ def restore_adm(folder: str, out: str) -> Path:
     """
     from safetensors.torch import save_file
 
-    place = Path(folder).expanduser()
-    target, weights = Path(out).expanduser(), place / "diffusion_pytorch_model.safetensors"
+    place = expanded(folder)
+    target, weights = expanded(out), place / "diffusion_pytorch_model.safetensors"
     if target.exists():
         raise FileExistsError(f"{out!r} is there already: choose another name, or remove it")
     for path in (place / FLAGS_FILE, weights):

@@ -25,7 +25,7 @@ class FluxNetwork(TransformerNetwork):
     diffusers_class, pipeline = "FluxTransformer2DModel", "FluxPipeline"
     lists = ("transformer_blocks", "single_transformer_blocks")
     adapted = (*TransformerNetwork.adapted, *JOINT, *CONTEXT_FORWARD, "proj_mlp")
-    masks = True
+    masks, axes = True, ("axes_dims_rope", 3)
 
     text_parts = {  # noqa: RUF012
         "text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel", "tokenizer": "CLIPTokenizer",

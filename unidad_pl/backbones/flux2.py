@@ -71,9 +71,10 @@ class Flux2Network(TransformerNetwork):
         "to_qkv_mlp_proj",
     )  # fmt: skip
     masks, usual_side, usual_guidance, vae_fold = True, 64, 4.0, 2
+    axes = ("axes_dims_rope", 4)
 
     text_parts = {"text_encoder": "Qwen3ForCausalLM", "tokenizer": "Qwen2TokenizerFast"}  # noqa: RUF012
-    most_tokens = QWEN3_TOKENS - QWEN3_TEMPLATE
+    most_tokens, chats = QWEN3_TOKENS - QWEN3_TEMPLATE, True
 
     @classmethod
     def encoded(cls, pipe: Any, prompt: str, device: torch.device | str) -> Condition:

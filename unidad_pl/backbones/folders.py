@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -23,6 +25,8 @@ CHOICES = {
 }  # fmt: skip
 """Names where diffusers takes any other for one of them."""
 MOST_SIDE = 8192
+MOST_NUMBERS = 10**11
+"""Above the size of any network."""
 MOST_BLOCKS = 500
 """Above any number of levels times layers of a level times transformers of a layer."""
 
@@ -41,7 +45,10 @@ def empty_network(kind: Any, folder: Path, *older: str) -> Any:
     """
     config = checked_config(kind, folder, *older)
     with reading(folder / CONFIG_FILE, f"config of a {kind.__name__}"), torch.device("meta"):
-        return kind.from_config(config)
+        network = kind.from_config(config)
+        if (size := sum(part.numel() for part in (*network.parameters(), *network.buffers()))) > MOST_NUMBERS:
+            raise ValueError(f"it describes {size:.3g} numbers, more than {MOST_NUMBERS:.0g}")
+        return network
 
 
 def checked_config(kind: Any, folder: Path, *older: str) -> dict[str, Any]:
@@ -59,9 +66,9 @@ def checked_config(kind: Any, folder: Path, *older: str) -> dict[str, Any]:
         if config.get("_class_name", kind.__name__) not in (kind.__name__, *older):
             raise ValueError(f"it describes a {config['_class_name']!r}")
         hints = get_type_hints(kind.__init__)
-        for name, value in config.items():
-            if name in hints:
-                check_value(name, value, _types(hints[name]))
+        for name, option in signature(kind.__init__).parameters.items():
+            if name in config:
+                check_value(name, config[name], hints.get(name, _hint_of(option.default)))
         check_positive(**{name: config.get(name) for name in FACTORS})
         check_at_least(0, 1, freq_shift=config.get("freq_shift"), dropout=config.get("dropout"))
         for name, known in CHOICES.items():
@@ -87,15 +94,26 @@ def check_depth(config: Mapping[str, Any]) -> None:
         raise ValueError(f"it describes {blocks:.3g} blocks ({levels} levels of {deepest}), more than {MOST_BLOCKS}")
 
 
-def check_value(name: str, value: Any, types: set[Any]) -> None:
-    """Refuse a ``value`` that is of none of ``types``, and numbers no network has; null is a bool's false.
+def check_value(name: str, value: Any, hint: Any) -> None:
+    """Refuse a ``value`` that the annotation ``hint`` does not allow, and numbers no network has; null is a bool's
+    false.
+
+        >>> check_value("patch_size", 2, int | tuple[int, ...])
+        >>> check_value("axes", 2, tuple[int, ...])
+        Traceback (most recent call last):
+        ...
+        ValueError: axes must be list, got '2' (int)
 
     Raises:
         ValueError: names it.
     """
-    if isinstance(value, (list, tuple)) and types & {list, tuple}:
+    hints = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    lists = [one for one in hints if (get_origin(one) or one) in (list, tuple)]
+    types = {list if one in lists else one for one in hints}
+    if isinstance(value, (list, tuple)) and lists:
+        inner = [item for one in lists for item in get_args(one) if item is not Ellipsis]
         for item in value:
-            check_value(name, item, types)
+            check_value(name, item, Union[tuple(inner)] if inner else Any)  # noqa: UP007 (of a computed tuple)
     elif Any not in types and not (value is None and types & {bool, type(None)}):
         known = float in types and type(value) is int
         if type(value) not in types and not known:
@@ -106,11 +124,11 @@ def check_value(name: str, value: Any, types: set[Any]) -> None:
             check_at_least(-MOST if signed else 0, MOST, **{name: value})
 
 
-def _types(hint: Any) -> set[Any]:
-    """The plain types in an annotation: {tuple, int, NoneType} of ``tuple[int, ...] | None``."""
-    inner = get_args(hint)
-    own = {get_origin(hint)} & {list, tuple}
-    return own.union(*map(_types, inner)) if inner else {hint}
+def _hint_of(default: Any) -> Any:
+    """What an option without an annotation takes: more of its default's kind; a size, where that is None."""
+    if default is None:
+        return int | None
+    return list[type(default[0])] if isinstance(default, (list, tuple)) and default else type(default)  # type: ignore[misc]
 
 
 def _numbers(value: Any) -> list[Any]:

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from unidad_pl.backbones.weights import Stems, choose_weights, find_weights, parts_of
+from unidad_pl.files import expanded
 
 SMALL = (".json", ".txt", ".jinja")
 """Endings of configs, tokenizers and indices of weights."""
@@ -47,7 +48,7 @@ def find_folder(
         ConnectionError: it cannot be downloaded, and why.
         ValueError: as of ``needed``.
     """
-    if (given := Path(path).expanduser()).exists():
+    if (given := expanded(path)).exists():
         return given
     if not _is_id(path):
         raise FileNotFoundError(_absent(path, "no folder, and no OWNER/NAME of a model on Hugging Face"))
@@ -75,7 +76,7 @@ def find_file(path: str, local_files_only: bool = False) -> Path:
     Raises:
         PermissionError, ConnectionError: as of :func:`find_folder`.
     """
-    given = Path(path).expanduser()
+    given = expanded(path)
     owner, name, file = [*path.split("/", 2), "", ""][:3]
     model = f"{owner}/{name}"
     if given.exists() or not file or not _is_id(model):

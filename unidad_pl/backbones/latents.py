@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unidad_pl.backbones.folders import CONFIG_FILE, empty_network, in_diffusers
+from unidad_pl.backbones.folders import CONFIG_FILE, MOST, empty_network, in_diffusers
 from unidad_pl.backbones.sd_files import (
     CLASSES,
     INDEX_FILE,
@@ -63,22 +63,25 @@ def need_transformers() -> None:
         raise ModuleNotFoundError("text encoders need transformers: pip install 'unidad_pl[sdp]'")
 
 
-def check_vocabulary(parts: dict[str, Any]) -> None:
-    """Refuse a tokenizer whose tokens its text encoder does not have, or of which it reads fewer.
+def check_vocabulary(folder: Path, parts: dict[str, Any]) -> None:
+    """Refuse a tokenizer whose tokens its text encoder in the pipeline's ``folder`` does not have, or, of CLIP's, of
+    which it reads fewer; pipelines tell the others how many to make.
 
     Raises:
-        ValueError: names the tokenizer.
+        BrokenFile: names the tokenizer's folder.
     """
-    for name in ("tokenizer", "tokenizer_2"):
-        encoder = parts.get(name.replace("tokenizer", "text_encoder"))
-        if (tokenizer := parts.get(name)) is None or encoder is None:
+    for name in (name for name, part in parts.items() if name.startswith("tokenizer") and part is not None):
+        tokenizer, encoder = parts[name], parts.get(name.replace("tokenizer", "text_encoder"))
+        if encoder is None:
             continue
-        last, most = max(tokenizer.get_vocab().values()), encoder.config.max_position_embeddings
-        if last >= encoder.config.vocab_size or tokenizer.model_max_length > most:
-            raise ValueError(
-                f"{name} makes up to {tokenizer.model_max_length} tokens numbered up to {last}, its text encoder reads "
-                f"{most} below {encoder.config.vocab_size}"
-            )
+        with reading(folder / name, "tokenizer of its text encoder"):
+            last, config, length = max(tokenizer.get_vocab().values()), encoder.config, tokenizer.model_max_length
+            if last >= config.vocab_size:
+                raise ValueError(f"it has tokens up to {last}, its text encoder {config.vocab_size}")
+            if config.model_type.startswith("clip") and length > config.max_position_embeddings:
+                seen = f"model_max_length {length}" if length <= MOST else "no model_max_length"
+                most = config.max_position_embeddings
+                raise ValueError(f"its tokenizer_config.json has {seen}, its text encoder reads {most} tokens")
 
 
 def check_length(reader: tuple[Any, int], prompt: str) -> None:
@@ -154,8 +157,7 @@ class LatentCodec(Codec):
             parts[name] = read_text_encoder(part, CLASSES[name][0]) if encoder else read_tokenizer(part)
         settings = {"requires_safety_checker": False, ZEROS: index.get(ZEROS) is not False}
         options = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder")) | settings
-        with reading(self.folder / "tokenizer" / "tokenizer_config.json", "tokenizer of its text encoder"):
-            check_vocabulary(parts)
+        check_vocabulary(self.folder, parts)
         with reading(self.folder, "pipeline"):
             return kind(**parts | {name: value for name, value in options.items() if name in takes})
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unidad_pl.backbones.folders import CONFIG_FILE, in_diffusers
-from unidad_pl.backbones.latents import LatentCodec, check_length, need_transformers, read_vae
+from unidad_pl.backbones.latents import LatentCodec, check_length, check_vocabulary, need_transformers, read_vae
 from unidad_pl.backbones.sd_files import INDEX_FILE, index_if_any, read_text_encoder, read_tokenizer
 from unidad_pl.backbones.transformer import TransformerNetwork
 from unidad_pl.condition import Condition
@@ -68,14 +68,11 @@ class PipelineCodec(LatentCodec):
         parts: dict[str, Any] = dict.fromkeys(("transformer", "scheduler", *kind.text_parts))
         parts["vae"] = read_vae(self.folder / "vae", kind.vae)
         for name, of in present.items():
-            read = read_text_encoder if name.startswith("text_encoder") else read_tokenizer
-            parts[name] = read(self.folder / name, of)
+            place = self.folder / name
+            encoder = name.startswith("text_encoder")
+            parts[name] = read_text_encoder(place, of) if encoder else read_tokenizer(place, of, kind.chats)
+        check_vocabulary(self.folder, parts)
         with reading(self.folder, "pipeline"):
-            for name in present:
-                tokenizer, encoder = parts[name], parts[name.replace("tokenizer", "text_encoder")]
-                last = -1 if tokenizer is encoder else max(tokenizer.get_vocab().values())
-                if last >= encoder.config.vocab_size:
-                    raise ValueError(f"{name} has tokens up to {last}, its text encoder {encoder.config.vocab_size}")
             pipe = in_diffusers(kind.pipeline)(**parts)
         config = read_json(self.folder / kind.part / CONFIG_FILE, "config of a transformer")
         pipe.transformer = SimpleNamespace(config=SimpleNamespace(**config))  # prompts are as wide as it wants them

@@ -160,11 +160,16 @@ def read_text_encoder(folder: Path, name: str) -> nn.Module:
     return encoder
 
 
-def read_tokenizer(folder: Path, name: str = "CLIPTokenizer") -> Any:
+def read_tokenizer(folder: Path, name: str = "CLIPTokenizer", chats: bool = False) -> Any:
     """The tokenizer of transformers' class ``name`` in ``folder``.
 
+    Args:
+        folder: the tokenizer's.
+        name: of its class.
+        chats: whether its pipeline writes prompts into its chat template.
+
     Raises:
-        BrokenFile: a file of it that is none, or no whole number of tokens that can be read.
+        BrokenFile: a file of it that is none, no whole number of tokens that can be read, or no chat template.
     """
     import transformers
 
@@ -179,7 +184,18 @@ def read_tokenizer(folder: Path, name: str = "CLIPTokenizer") -> Any:
         if len(tokenizer) <= len(tokenizer.all_special_ids):
             raise ValueError("it knows no word")
         tokenizer("a word", padding="max_length", max_length=8, truncation=True)
+        if chats:
+            _check_chat(tokenizer)
     return tokenizer
+
+
+def _check_chat(tokenizer: Any) -> None:
+    if not tokenizer.chat_template:
+        raise ValueError("it has no chat template, neither as chat_template.jinja nor in tokenizer_config.json")
+    said = [{"role": "user", "content": "a word"}]
+    options = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    if "a word" not in tokenizer.apply_chat_template(said, **options):
+        raise ValueError("its chat template leaves out what is said")
 
 
 def read_scheduler(folder: Path) -> Any:

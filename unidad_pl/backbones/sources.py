@@ -6,11 +6,14 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from unidad_pl.backbones.dit import DiTNetwork
 from unidad_pl.backbones.flux import FluxNetwork
 from unidad_pl.backbones.flux2 import Flux2Network
 from unidad_pl.backbones.folders import (
     CONFIG_FILE,
+    MOST,
     MOST_BLOCKS,
     MOST_SIDE,
     checked_config,
@@ -22,7 +25,7 @@ from unidad_pl.backbones.lora import LoRA, add_adapters, base_names, store_in_bf
 from unidad_pl.backbones.sd3 import SD3Network
 from unidad_pl.backbones.sd_files import TEXT, index_if_any
 from unidad_pl.backbones.spec import SCHEDULER_FILE, find_scheduler
-from unidad_pl.backbones.transformer import DEPTHS, Taps, TransformerNetwork
+from unidad_pl.backbones.transformer import DEPTHS, SIZES, Taps, TransformerNetwork
 from unidad_pl.backbones.weights import NETWORK, Stems, fill, read_folder, read_weights
 from unidad_pl.backbones.z_image import ZImageNetwork
 from unidad_pl.checks import check_choices, check_given, check_path, check_positive, check_whole
@@ -86,10 +89,7 @@ class Transformer(DenoiserSource):
         """
         own = () if self.weights else (TransformerNetwork.part,)
         folder, kind = self._found(own)
-        place = folder / TransformerNetwork.part
-        net = empty_network(in_diffusers(kind.diffusers_class), place, *kind.older)
-        with reading(place / CONFIG_FILE, f"config of a {kind.diffusers_class}"):
-            self._network(kind, net, folder).check()
+        net, place = self._checked(kind, folder), folder / TransformerNetwork.part
         given = self.weights
         state = read_folder(place) if given is None else read_weights(find_file(given, self._local_only))
         if self.lora is not None and self.lora.base_dtype == "bfloat16":
@@ -106,9 +106,16 @@ class Transformer(DenoiserSource):
 
     def architecture(self) -> TransformerNetwork:
         folder, kind = self._found()
-        of = in_diffusers(kind.diffusers_class)
-        config = checked_config(of, folder / TransformerNetwork.part, *kind.older)
-        return self._denoiser(kind, of.from_config(config), folder)
+        net = self._checked(kind, folder)
+        return self._denoiser(kind, type(net).from_config(net.config), folder)
+
+    def _checked(self, kind: type[TransformerNetwork], folder: Path) -> Any:
+        """The transformer that the config in ``folder`` describes, on the meta device, when it is seen to work."""
+        place = folder / TransformerNetwork.part
+        net = empty_network(in_diffusers(kind.diffusers_class), place, *kind.older)
+        with reading(place / CONFIG_FILE, f"config of a {kind.diffusers_class}"), torch.device("cpu"):
+            self._network(kind, net, folder).check()
+        return net
 
     def _found(self, weights: Collection[str] = ()) -> tuple[Path, type[TransformerNetwork]]:
         """The pipeline's folder with these parts' ``weights``, and what its transformer is used through."""
@@ -136,7 +143,8 @@ class Transformer(DenoiserSource):
             name = config.get("_class_name")
             if name not in known:
                 raise ValueError(f"it is of a {name!s:.60}; supported are {', '.join(known)}")
-            check_whole(0, MOST_BLOCKS, null=True, **{depth: config.get(depth) for depth in DEPTHS})
+            check_whole(0, MOST_BLOCKS, **{name: config[name] for name in DEPTHS if name in config})
+            check_whole(1, MOST, **{name: config[name] for name in SIZES if name in config})
         pipeline = index_if_any(folder).get("_class_name", known[name].pipeline)
         if pipeline != known[name].pipeline:  # those that edit pictures have the same network
             raise ValueError(
@@ -148,7 +156,7 @@ class Transformer(DenoiserSource):
     def _network(self, kind: type[TransformerNetwork], net: Any, folder: Path) -> TransformerNetwork:
         vae, scheduler = folder / "vae" / CONFIG_FILE, find_scheduler(folder)
         assert scheduler is not None  # it was looked for when the folder was found
-        entries = read_json(vae, "config of a VAE")
+        entries = checked_config(in_diffusers(kind.vae), folder / "vae")
         with reading(vae, "config of a VAE"):
             scale = 2 ** (len(entries["block_out_channels"]) - 1) * kind.vae_fold
             of_vae = entries.get("latent_channels", 4) * kind.vae_fold**2

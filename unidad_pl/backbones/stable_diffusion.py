@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 
 from unidad_pl.backbones.base import blank_text, checked_text
@@ -220,13 +221,9 @@ class StableDiffusion(DenoiserSource):
                 be, or weights that do not fit or are not finite.
             ModuleNotFoundError: adapters without peft.
         """
-        from diffusers import UNet2DConditionModel
-
         own = [] if self.unet_weights else ["unet"]
         folder = find_pipeline(self.path, [*own, *CODEC], self._local_only)
-        unet = empty_network(UNet2DConditionModel, folder / "unet")
-        with reading(folder / "unet" / CONFIG_FILE, "config of a UNet2DConditionModel"):
-            self._network(unet, folder).check()
+        unet = self._checked(folder)
         given = self.unet_weights
         state = read_folder(folder / "unet") if given is None else read_weights(find_file(given, self._local_only))
         fill(unet, state, str(self.unet_weights or folder / "unet"))
@@ -237,11 +234,18 @@ class StableDiffusion(DenoiserSource):
         return LatentCodec(folder, self.resolution, partial(find_pipeline, self.path, CODEC, self._local_only))
 
     def architecture(self) -> StableDiffusionUNet:
+        folder = find_pipeline(self.path, local_files_only=self._local_only)
+        unet = self._checked(folder)
+        return self._denoiser(type(unet).from_config(unet.config), folder)
+
+    def _checked(self, folder: Path) -> Any:
+        """The UNet that the config in ``folder`` describes, on the meta device, when it is seen to be supported."""
         from diffusers import UNet2DConditionModel
 
-        folder = find_pipeline(self.path, local_files_only=self._local_only)
-        config = checked_config(UNet2DConditionModel, folder / "unet")
-        return self._denoiser(UNet2DConditionModel.from_config(config), folder)
+        unet = empty_network(UNet2DConditionModel, folder / "unet")
+        with reading(folder / "unet" / CONFIG_FILE, "config of a UNet2DConditionModel"), torch.device("cpu"):
+            self._network(unet, folder).check()
+        return unet
 
     def _network(self, unet: Any, folder: Path) -> StableDiffusionUNet:
         from diffusers import AutoencoderKL

@@ -5,6 +5,7 @@ A backbone of one more class is a subclass of :class:`TransformerNetwork` in a f
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,11 @@ Taps = Literal["quarters", "all"]
 Run = Callable[[Tensor, Tensor, Condition], dict[str, Tensor]]
 DEPTHS = ("num_layers", "num_single_layers", "n_layers", "n_refiner_layers")
 """What configs call their numbers of blocks."""
+SIZES = (
+    "in_channels", "patch_size", "num_attention_heads", "attention_head_dim", "dim", "n_heads", "joint_attention_dim",
+    "pooled_projection_dim", "cap_feat_dim", "num_embeds_ada_norm",
+)  # fmt: skip
+"""Those of their numbers that there is no network without."""
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
 JOINT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 """The layers of a joint attention that read the prompt."""
@@ -92,6 +98,9 @@ class TransformerNetwork(DiffusersNetwork):
     vae_fold = 1
     """Latents of its VAE that are one of the network's, along each axis."""
 
+    axes: tuple[str, int] | None = None
+    """The entry of its config that divides a head's numbers among the axes of a token's place, and how many axes."""
+
     def __init__(
         self, transformer: nn.Module, spec: UNetSpec, side: int | None = None, taps: Taps = "quarters",
         guidance: float | None = None, resolution: int | None = None,
@@ -113,9 +122,19 @@ class TransformerNetwork(DiffusersNetwork):
             raise ValueError(f"this {self.diffusers_class} takes no guidance scale as an input: leave guidance null")
         self.guidance = (guidance or self.usual_guidance) if takes_guidance else None
         self.distilled = takes_guidance
+        self._check_axes(config)
         depth = sum(len(getattr(self.transformer, name)) for name in self.lists)
+        check_whole(1, blocks=depth)
         quarters = {max(depth * part // 4, 1) - 1 for part in (1, 2, 3)}
         self.tapped = sorted(quarters) if taps == "quarters" else list(range(depth))
+
+    def _check_axes(self, config: Mapping[str, Any]) -> None:
+        if self.axes is None:
+            return
+        (name, count), heads = self.axes, config.get("num_attention_heads") or config["n_heads"]
+        parts = config[name]
+        if len(parts) != count or any(part % 2 or part < 2 for part in parts) or sum(parts) != self.width // heads:
+            raise ValueError(f"{name} must be {count} even numbers, {self.width // heads} in all, got {list(parts)}")
 
     @classmethod
     def sizes(cls, config: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -135,6 +154,9 @@ class TransformerNetwork(DiffusersNetwork):
 
     dispensable: tuple[str, ...] = ()
     """Those of them that it can do without: a pipeline whose index says ``[null, null]`` of one has none."""
+
+    chats = False
+    """Whether its pipeline writes prompts into its tokenizer's chat template."""
 
     tokenizer, most_tokens = "tokenizer", 77
     """The name of the tokenizer that reads most of a prompt, and how many tokens of it."""
@@ -172,7 +194,7 @@ class TransformerNetwork(DiffusersNetwork):
             (path, layer, name) for path, layer in self.transformer.named_modules()
             for name in layer._non_persistent_buffers_set
         ]  # fmt: skip
-        if not lost:
+        if not lost or self.transformer.device.type == "meta":
             return
         config, place = self.transformer.config, next(self.transformer.parameters()).device
         shallow = {} if any(path.split(".")[0] in self.lists for path, _, _ in lost) else dict.fromkeys(DEPTHS, 1)
@@ -183,6 +205,19 @@ class TransformerNetwork(DiffusersNetwork):
     def _image_tokens(self, output: Any, count: int) -> Tensor:
         """The image's tokens [B, ``count``, D] in what a block answers; in most classes they come last."""
         return (output[-1] if isinstance(output, tuple) else output)[:, -count:]
+
+    def check(self) -> None:
+        """Goes once through the network on the meta device, where that costs nothing.
+
+        Raises:
+            ValueError: as of the base class; any error, of layers that do not fit each other.
+        """
+        super().check()
+        # A copy: some keep tables on the device of their first pass.
+        probe, cond = copy.deepcopy(self).to("meta"), self.blank_condition(1)
+        assert cond is not None
+        with torch.no_grad():
+            probe.predict(torch.zeros(1, *self.image_shape).to("meta"), torch.ones(1).to("meta"), cond.to("meta"))
 
     # -- the contract --------------------------------------------------------------------------------------------
 

@@ -17,7 +17,6 @@ from unidad_pl.backbones.folders import (
     CONFIG_FILE,
     MOST,
     MOST_SIDE,
-    checked_config,
     empty_network,
 )
 from unidad_pl.backbones.hub import find_folder
@@ -149,20 +148,24 @@ class PretrainedUNet(DenoiserSource):
             ValueError: a file that is not what it should be, a network that is not supported, or weights that are
                 missing, unexpected or not finite.
         """
-        from diffusers import UNet2DModel
-
         folder = self._unet_folder(weights=True)
-        spec, unet = self._spec(folder), empty_network(UNet2DModel, folder)
-        with reading(folder / CONFIG_FILE, "config of a UNet2DModel"):
-            UNetDenoiser(unet, spec).check()
+        spec, unet = self._spec(folder), self._checked(folder)
         fill(unet, read_folder(folder), str(folder))
         return UNetDenoiser(unet, spec).eval()
 
     def architecture(self) -> UNetDenoiser:
+        folder = self._unet_folder()
+        unet = self._checked(folder)
+        return UNetDenoiser(type(unet).from_config(unet.config), self._spec(folder)).eval()
+
+    def _checked(self, folder: Path) -> Any:
+        """The UNet that the config in ``folder`` describes, on the meta device, when it is seen to be supported."""
         from diffusers import UNet2DModel
 
-        folder = self._unet_folder()
-        return UNetDenoiser(UNet2DModel.from_config(checked_config(UNet2DModel, folder)), self._spec(folder)).eval()
+        unet = empty_network(UNet2DModel, folder)
+        with reading(folder / CONFIG_FILE, "config of a UNet2DModel"), torch.device("cpu"):
+            UNetDenoiser(unet, self._spec(folder)).check()
+        return unet
 
     def _unet_folder(self, weights: bool = False) -> Path:
         """The network's folder, in it its config, and its weights where they are asked for."""

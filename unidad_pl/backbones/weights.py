@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from unidad_pl.files import BrokenFile, mistaken, read_json, reading
+from unidad_pl.files import BrokenFile, expanded, mistaken, read_json, reading
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def read_weights(path: str | Path) -> State:
         FileNotFoundError: no such file.
         BrokenFile: the file cannot be read, or does not hold a mapping from names to tensors.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights file at {str(path)!r}: put it there, or give the path of yours")
     if path.suffix == ".safetensors":

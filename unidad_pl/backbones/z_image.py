@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from unidad_pl.backbones.folders import MOST_SIDE
 from unidad_pl.backbones.lora import ATTENTION
 from unidad_pl.backbones.transformer import QWEN3_TEMPLATE, QWEN3_TOKENS, TransformerNetwork
+from unidad_pl.checks import check_whole
 from unidad_pl.condition import Condition
 
 PATCH, FRAMES = 2, 1
@@ -27,10 +29,16 @@ class ZImageNetwork(TransformerNetwork):
     output_layer = f"all_final_layer.{PATCH}-{FRAMES}.linear"
     lists = ("layers",)
     adapted = (*ATTENTION, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
-    masks = True
+    masks, axes = True, ("axes_dims", 3)
+
+    def __init__(self, transformer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(transformer, *args, **kwargs)
+        side, config = self.image_shape[1] // PATCH, self.transformer.config
+        for axis, least in enumerate((QWEN3_TOKENS + 2, side, side)):  # images stand two places behind their prompt
+            check_whole(least, MOST_SIDE, **{f"axes_lens[{axis}]": config["axes_lens"][axis]})
 
     text_parts = {"text_encoder": "Qwen3Model", "tokenizer": "Qwen2TokenizerFast"}  # noqa: RUF012
-    most_tokens = QWEN3_TOKENS - QWEN3_TEMPLATE
+    most_tokens, chats = QWEN3_TOKENS - QWEN3_TEMPLATE, True
 
     @classmethod
     def encoded(cls, pipe: Any, prompt: str, device: torch.device | str) -> Condition:

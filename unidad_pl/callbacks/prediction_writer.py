@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from unidad_pl.callbacks.outputs import OutputCallback, Samples
 from unidad_pl.callbacks.records import run_folder
 from unidad_pl.data.pictures import as_uint8, write_png
+from unidad_pl.files import expanded
 
 
 class PredictionWriter(OutputCallback):
@@ -49,7 +50,7 @@ class PredictionWriter(OutputCallback):
 
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         own = run_folder(trainer) / "predictions"
-        self._target = own if self.folder is None else Path(self.folder).expanduser()
+        self._target = own if self.folder is None else expanded(self.folder)
         self._written = set()
 
     def _collect(self, trainer: pl.Trainer, pl_module: pl.LightningModule, samples: Samples) -> None:

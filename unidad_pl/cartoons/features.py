@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from unidad_pl.checks import check_at_least, check_choices, check_whole
-from unidad_pl.files import reading
+from unidad_pl.files import expanded, reading
 
 Layer = Literal["factors", "pooled"]
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -271,9 +271,7 @@ class CartoonFeatures(nn.Module):
     @property
     def folder(self) -> Path:
         """Where the network lies."""
-        return (
-            ASSETS / self.path.removeprefix(BUILTIN) if self.path.startswith(BUILTIN) else Path(self.path).expanduser()
-        )
+        return ASSETS / self.path.removeprefix(BUILTIN) if self.path.startswith(BUILTIN) else expanded(self.path)
 
     @property
     def categories(self) -> dict[str, list[str]]:

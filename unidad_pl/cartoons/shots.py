@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from unidad_pl.cartoons import world
+from unidad_pl.checks import check_whole
 
 SHOTS_START = 1_000_000  # the candidates of seed s begin at (s + 1) million; the reference set at 0
 CANDIDATES = 1000
+MOST_SHOTS = 5000  # choosing them takes half a minute, and four times as long twice as many
+MOST_SEED = 2**63 // SHOTS_START - 2  # indices of images have 63 bits
 
 
 def factor_vectors(labels: dict[str, Tensor]) -> Tensor:
@@ -33,17 +36,17 @@ def choose_shots(domain: str, count: int, seed: int) -> list[int]:
 
     Args:
         domain: one of :data:`~unidad_pl.cartoons.world.DOMAINS`.
-        count: images to choose, at least 1.
-        seed: of the candidates, 0 or more: 1000, or twice ``count`` if that is more.
+        count: images to choose, 1 to :data:`MOST_SHOTS`.
+        seed: of the candidates, 0 to :data:`MOST_SEED`: 1000, or twice ``count`` if that is more.
 
     Returns:
         Distinct indices, in the order of choice: fewer shots of a seed are the first of more (up to 500).
 
     Raises:
-        ValueError: an unknown domain, a count below 1 or a negative seed.
+        ValueError: an unknown domain, or a count or a seed out of range.
     """
-    if count < 1 or seed < 0:
-        raise ValueError(f"cartoon shots need a count of at least 1 and a seed of at least 0, got {count} and {seed}")
+    check_whole(1, MOST_SHOTS, shots=count)
+    check_whole(0, MOST_SEED, seed=seed)
     start = SHOTS_START * (seed + 1)
     candidates = range(start, start + max(CANDIDATES, 2 * count))
     vectors = factor_vectors(world.factors(candidates, domain))

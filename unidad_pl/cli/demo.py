@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Literal
 
 from unidad_pl.checks import check_at_least
+from unidad_pl.files import expanded
 
 
 def demo(
@@ -46,5 +46,5 @@ def demo(
     from unidad_pl.cli.demo_page import serve  # what loads gradio and torch; --help need not wait
     from unidad_pl.cli.demo_studio import Studio
 
-    serve(Studio(Path(model).expanduser(), weights, config, device), host, port, open_browser)
+    serve(Studio(expanded(model), weights, config, device), host, port, open_browser)
     return "the demo has ended\n"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported: nothing is sent anywhere
 import gradio as gr
 
-from unidad_pl.cli.demo_studio import MOST_IMAGES, MOST_STEPS, SOURCE_STEPS, Studio
+from unidad_pl.cli.demo_studio import MOST_IMAGES, SOURCE_STEPS, Studio
 from unidad_pl.data.pictures import grid, write_png
 
 SHOWN = 128
@@ -109,13 +110,13 @@ class Page:
         return page
 
     def _steps(self) -> gr.Slider:
-        most = max(MOST_STEPS, self.trained_steps)
-        return gr.Slider(1, most, self.trained_steps, step=1, label="Steps K", render=False)
+        return gr.Slider(1, self.studio.most_steps, self.trained_steps, step=1, label="Steps K", render=False)
 
     def _tab(self, function: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> None:
         with gr.Row():
             for one in inputs:
                 one.render()
+        numbers = [one.label for one in inputs]
         if self.studio.takes_prompts:
             token = self.studio.student.token
             inputs.append(gr.Textbox(f"a photo of a {token} " if token else "", label="Prompt"))
@@ -123,14 +124,17 @@ class Page:
         for one in outputs:
             one.render()
         # One at a time: the pictures of several people would wait for each other anyway.
-        button.click(_in_words(function), inputs, outputs, api_name=function.__name__, concurrency_id="model")
+        button.click(_in_words(function, numbers), inputs, outputs, api_name=function.__name__, concurrency_id="model")
 
 
-def _in_words(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, whose refusals the page shows."""
+def _in_words(function: Callable[..., Any], numbers: Sequence[str]) -> Callable[..., Any]:
+    """``function``, whose refusals the page shows; its first values are called ``numbers``, and may be left empty."""
 
     def shown(*values: Any) -> Any:
         try:
+            for name, value in zip(numbers, values, strict=False):
+                if value is None:
+                    raise ValueError(f"{name} is empty: write a whole number")
             return function(*values)
         except (ValueError, RuntimeError, OSError) as error:
             raise gr.Error(str(error), print_exception=False) from error
@@ -169,7 +173,13 @@ def serve(studio: Studio, host: str, port: int | None, open_browser: bool) -> No
     """
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # else fonts are downloaded
     with tempfile.TemporaryDirectory(prefix="unidad_demo_") as folder:
-        Page(studio, Path(folder)).blocks().launch(
+        page = Page(studio, Path(folder)).blocks()
+        # Quiet: gradio would say how to make a public link, and none is ever made here.
+        _, address, _ = page.launch(
             server_name=host, server_port=port, inbrowser=open_browser, share=False, theme=theme, footer_links=[],
-            enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, allowed_paths=[folder],
+            enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, allowed_paths=[folder], quiet=True,
+            prevent_thread_lock=True,
         )  # fmt: skip
+        sys.stdout.write(f"the demo is at {address} (Ctrl-C ends it)\n")
+        sys.stdout.flush()
+        page.block_thread()

@@ -22,6 +22,7 @@ from unidad_pl.training.conditions import ClassLabels
 
 MOST_IMAGES = 64
 MOST_STEPS = 16
+"""Of a student that was trained for no more."""
 SOURCE_STEPS = 25
 
 
@@ -41,6 +42,13 @@ class Original:
     network: Denoiser | None
     why: str
     guidance_scale: float = 1.0
+
+
+def _entries(config: Any, *names: str) -> dict[str, Any]:
+    """What a config has at ``names``, one in the other; empty where that is no mapping: anyone may edit a card."""
+    for name in names:
+        config = config.get(name) if isinstance(config, dict) else None
+    return config if isinstance(config, dict) else {}
 
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
@@ -88,6 +96,7 @@ class Studio:
         self.device = device_of(device)
         self.student.network.to(self.device)
         self.labels = ClassLabels(self.student.network.num_classes, self.student.classes)
+        self.most_steps = max(MOST_STEPS, len(self.student.sampler))
         self._original: Original | None = None
         self._config = self.student.config or config_of_card(model)
 
@@ -106,22 +115,26 @@ class Studio:
         return self._original
 
     def _find_original(self) -> Original:
-        model: Any = (self._config.get("model") or {}).get("init_args") or {}
-        if not isinstance(described := model.get("source"), dict):
+        described = _entries(self._config, "model", "init_args", "source")
+        if "class_path" not in described:
             return Original(None, "The model does not say which source it was made from.")
         import unidad_pl.backbones  # noqa: F401 (so that its classes are known)
 
         known = known_classes(DenoiserSource)
         known |= {f"unidad_pl.{kind.__name__}": kind for path, kind in known.items() if path.startswith("unidad_pl.")}
-        scale = (model.get("matching") or {}).get("guidance_scale") or 1.0
+        scale = _entries(self._config, "model", "init_args", "matching").get("guidance_scale") or 1.0
         try:
-            network = rebuild({"init_args": {}} | described, known).build().eval().requires_grad_(False)
+            check_at_least(0, guidance_scale=scale)
+            source = rebuild({"init_args": {}} | described, known)
+            if not isinstance(source, DenoiserSource):
+                raise ValueError(f"{described['class_path']!r:.80} with {sorted(map(str, described))} describes none")
+            network = source.build().eval().requires_grad_(False)
         except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
             return Original(None, f"The source model is not shown: {error}")
         if network.image_shape != self.student.network.image_shape:
             return Original(None, f"The source model is not shown: it draws {network.image_shape}, the student another")
-        places = [str(value) for value in (described.get("init_args") or {}).values() if isinstance(value, str)]
-        return Original(network, f"{described.get('class_path')} {', '.join(places)}".strip(), float(scale))
+        places = [value for value in _entries(described, "init_args").values() if isinstance(value, str)]
+        return Original(network, f"{described['class_path']} {', '.join(places)}".strip(), float(scale))
 
     def sample(self, seed: int, count: int, num_steps: int | None = None, prompt: str | None = None) -> Tensor:
         """Pictures [count, 3, H, W] uint8 of the seeds from ``seed`` on; those of ``unidad sample``.
@@ -131,7 +144,7 @@ class Studio:
                 model that draws NaN or infinity.
         """
         check_at_least(1, MOST_IMAGES, count=count)
-        check_at_least(0, seed=seed)
+        check_at_least(0, 2**63 - 1, seed=seed)
         seeds = list(range(seed, seed + count))
         noise = seeded_noise(seeds, self.student.network.image_shape, self.device)
         return self._draw(noise, self._condition(seeds, prompt), num_steps, seeds)
@@ -146,7 +159,7 @@ class Studio:
             ValueError: as of :meth:`sample`.
         """
         check_at_least(2, MOST_IMAGES, count=count)
-        check_at_least(0, first=first, last=last)
+        check_at_least(0, 2**63 - 1, first=first, last=last)
         noise = walking_noise(first, last, count, self.student.network.image_shape, self.device)
         return self._draw(noise, self._condition([first] * count, prompt), num_steps, [first, last])
 
@@ -159,7 +172,7 @@ class Studio:
             ValueError: as of :meth:`sample`, or there is no source; says why.
         """
         check_at_least(1, MOST_IMAGES, count=count)
-        check_at_least(0, seed=seed)
+        check_at_least(0, 2**63 - 1, seed=seed)
         check_at_least(1, 1000, steps=steps)
         network, scale = self.original.network, self.original.guidance_scale
         if network is None:
@@ -177,7 +190,7 @@ class Studio:
 
     @torch.no_grad()
     def _draw(self, noise: Noise, cond: Condition | None, num_steps: int | None, seeds: list[int]) -> Tensor:
-        check_at_least(1, MOST_STEPS, num_steps=num_steps)
+        check_at_least(1, self.most_steps, num_steps=num_steps)
         images = drawn(self.student, self.student.with_steps(num_steps), noise, cond, seeds)
         return as_uint8(images).expand(-1, 3, -1, -1)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from unidad_pl.checks import check_choices, check_whole
+from unidad_pl.files import expanded
 from unidad_pl.runs.config import build_module, merge_configs, read_config
 from unidad_pl.training.module import GenerativeModule
 from unidad_pl.training.rehearsal import Rehearsal, bytes_of
@@ -171,10 +171,11 @@ def report_memory(config: list[str], batch_size: int | None = None, precision: s
     Raises:
         FileNotFoundError, ValueError: a config that cannot be read or used; says why.
     """
-    for path in config:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no config at {path!r}")
-    merged = merge_configs([read_config(path) for path in config])
+    places = [expanded(path) for path in config]
+    for path in places:
+        if not path.is_file():
+            raise FileNotFoundError(f"no config at {str(path)!r}")
+    merged = merge_configs([read_config(path) for path in places])
     module = build_module(merged, ", ".join(config))
     data = (merged.get("data") or {}).get("init_args") or {}
     size = next(one for one in (batch_size, data.get("batch_size"), 1) if one is not None)

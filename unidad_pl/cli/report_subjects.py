@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from unidad_pl.callbacks.records import FILE, read_records
-from unidad_pl.files import replacing
+from unidad_pl.files import expanded, replacing
 
 SIMILARITY, DIVERSITY = "SubjectSimilarity", "PromptDiversity"
 MEAN = "mean"
@@ -28,9 +28,9 @@ def report_subjects(runs: str, stage: str = "test", out: str | None = None) -> s
         FileNotFoundError: no such folder.
         ValueError: no run in it has such a record, a record names no subject, or two runs were measured differently.
     """
-    if not Path(runs).is_dir():
+    if not (place := expanded(runs)).is_dir():
         raise FileNotFoundError(f"no folder {runs!r}: give the one the runs are in")
-    found = collect_subjects(Path(runs), stage)
+    found = collect_subjects(place, stage)
     if not found:
         raise ValueError(
             f"no {FILE} below {runs!r} has a {stage} record of the callback {SIMILARITY}: run unidad {stage} first"
@@ -42,7 +42,7 @@ def report_subjects(runs: str, stage: str = "test", out: str | None = None) -> s
     for subject, row in [*rows.items(), (MEAN, mean)]:
         table.append([subject, *("" if (value := row.get(name)) is None else f"{value:.4f}" for name in names)])
     if out is not None:
-        with replacing(Path(out)) as part, part.open("w", newline="", encoding="utf-8") as file:
+        with replacing(expanded(out)) as part, part.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(table)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     left = [subject.ljust(widths[0]) for subject, *_ in table]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from unidad_pl.checks import check_at_least
+from unidad_pl.files import expanded, sharing
 
 
 def sample(
@@ -24,7 +25,8 @@ def sample(
 ) -> Path:
     """Draw images with a few-step student, one PNG per seed; images that are there already, and whole, are kept.
 
-    Several processes may draw into one folder: each leaves out what another has drawn by then.
+    Several processes may draw into one folder: each leaves out what another has drawn by then. What one that was killed
+    had begun to write is deleted.
 
     Args:
         model: a directory that ``unidad export`` wrote, or a checkpoint.
@@ -49,12 +51,13 @@ def sample(
         OSError: a file cannot be written.
     """
     check_at_least(1, num=num, batch_size=batch_size, num_steps=num_steps)
-    check_at_least(0, seed=seed)
+    check_at_least(0, 2**63 - 1, seed=seed)
     from unidad_pl.cli.drawing import Drawing, write_grid  # what loads torch and Lightning; --help need not wait
 
-    folder, seeds = Path(out).expanduser(), range(seed, seed + num)
-    drawing = Drawing(Path(model).expanduser(), weights, config, num_steps, class_labels, prompts)
-    drawing.draw(folder, seeds, batch_size, device)
-    if grid:
-        write_grid(folder, seeds)
+    folder, seeds = expanded(out), range(seed, seed + num)
+    drawing = Drawing(expanded(model), weights, config, num_steps, class_labels, prompts)
+    with sharing(folder):
+        drawing.draw(folder, seeds, batch_size, device)
+        if grid:
+            write_grid(folder, seeds)
     return folder

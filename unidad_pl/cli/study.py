@@ -25,7 +25,7 @@ from unidad_pl.checks import check_given, check_positive, check_whole
 from unidad_pl.cli.errors import sentence_of
 from unidad_pl.cli.study_page import write_results
 from unidad_pl.export.student import export_student
-from unidad_pl.files import BrokenFile, alone_in, read_json, reading, replacing
+from unidad_pl.files import BrokenFile, alone_in, expanded, read_json, reading, replacing
 from unidad_pl.runs.checkpoints import newest_intact
 from unidad_pl.runs.config import build_module, merge_configs, read_config
 from unidad_pl.training.rehearsal import Plan
@@ -101,8 +101,8 @@ def study(
         RuntimeError: a fit failed; the others are done.
     """
     check_whole(1, parallel=parallel)
-    folder = Path(out or Path("studies") / (Path(config).stem + ("_quick" if quick else "")))
-    cells = read_study(Path(config), folder, quick)
+    folder = expanded(out or Path("studies") / (Path(config).stem + ("_quick" if quick else "")))
+    cells = read_study(expanded(config), folder, quick)
     chosen = [one for one in cells if fnmatch(one.name, only)]
     if cell is not None:
         if only != "*":

@@ -12,12 +12,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from unidad_pl.cartoons.shots import SHOTS_START
 from unidad_pl.cartoons.world import check_domain, render
 from unidad_pl.checks import check_path
 from unidad_pl.data.images import FORMATS, MAX_BYTES, WAY_OUT, ImageSet, load_image, readable
 from unidad_pl.data.packed import HUGGING_FACE, HuggingFaceImages, LMDBImages
 from unidad_pl.denoiser import to_uint8
-from unidad_pl.files import reading
+from unidad_pl.files import expanded, reading
 
 BUILTIN = "builtin:"
 HELD_OUT = 1000
@@ -30,8 +31,8 @@ def open_images(root: str | Path) -> ImageSet:
     Args:
         root: a folder, looked through with all folders in it; a zip file; an LMDB folder of the released code
             (``images_<i>_data``, ``images_shape``); ``hf:NAME`` or ``hf:NAME:SPLIT``, a dataset of the Hugging Face
-            hub; a folder that ``datasets`` saved to disk; or ``builtin:DOMAIN[:N]``, the first N renders (1000) of a
-            domain of the cartoon world, which are never shots.
+            hub; a folder that ``datasets`` saved to disk; or ``builtin:DOMAIN[:N]``, the first N renders (1000; up to a
+            million) of a domain of the cartoon world, which are never shots.
 
     Raises:
         FileNotFoundError: there is no such place, or no picture in it.
@@ -44,10 +45,13 @@ def open_images(root: str | Path) -> ImageSet:
         return HuggingFaceImages(text)
     if text.startswith(BUILTIN):
         domain, _, count = text.removeprefix(BUILTIN).partition(":")
-        if count and not (count.isdecimal() and int(count)):
-            raise ValueError(f"{text!r}: the number of renders must be a whole number above 0, got {count!r}")
+        if count and not (count.isdecimal() and len(count) < 20 and 0 < int(count) <= SHOTS_START):
+            raise ValueError(
+                f"{text[:40]!r}: the number of renders must be a whole number from 1 to {SHOTS_START}, where the shots "
+                f"begin, got {count[:20]!r}"
+            )
         return CartoonImages(domain, range(int(count or HELD_OUT)))
-    place = Path(os.path.expanduser(root))
+    place = expanded(root)
     if place.is_file():
         return ZipImages(place)
     if (place / "data.mdb").is_file():

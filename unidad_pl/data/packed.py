@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 import struct
 import subprocess
@@ -15,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from unidad_pl.data.images import ImageSet, check_regular, load_image, square
-from unidad_pl.files import BrokenFile, reading
+from unidad_pl.files import BrokenFile, expanded, reading
 
 HUGGING_FACE = "hf:"
 PROBE = """
@@ -149,7 +148,7 @@ class HuggingFaceImages(ImageSet):
         self.name = name
         if name.startswith(HUGGING_FACE):
             with reading(name, "dataset", "check its name and the network, or save it to disk and give its folder"):
-                rows: Any = datasets.load_dataset(os.path.expanduser(repository), split=split or "train")
+                rows: Any = datasets.load_dataset(str(expanded(repository)), split=split or "train")
         else:
             for file in Path(name).rglob("*"):
                 if not file.is_dir():

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from unidad_pl.files import reading
+from unidad_pl.files import expanded, reading
 
 MAX_BYTES = 2**24
 """A file of prompts is not larger."""
@@ -90,7 +89,7 @@ def _subjects(lines: list[str]) -> Iterator[tuple[str, str]]:
 
 def _text_of(path: str | Path, what: str) -> str:
     """The text of a file, without a byte order mark."""
-    place = Path(os.path.expanduser(path))
+    place = expanded(path)
     if not place.is_file():
         raise FileNotFoundError(f"no {what} at {str(path)!r}")
     with reading(path, what, "save it as UTF-8 text"):

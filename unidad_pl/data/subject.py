@@ -18,6 +18,7 @@ from unidad_pl.data.image_sets import BUILTIN, open_images
 from unidad_pl.data.images import image_hash
 from unidad_pl.data.prompts import read_dreambooth, read_templates
 from unidad_pl.data.stream import SeedBatches, ShotStream
+from unidad_pl.files import expanded
 from unidad_pl.seeds import mix_seed
 
 NAMED, CLASS = 3, 4  # numbers of the streams of draws that choose prompts and pictures of the class
@@ -153,7 +154,7 @@ class SubjectDataModule(FewShotDataModule):
             )
         if not token.strip() or (class_word is not None and not class_word.strip()):
             raise ValueError(f"class_word (e.g. dog) and token must be words, got {class_word!r} and {token!r}")
-        self.subject = Path(os.path.abspath(os.path.expanduser(root))).name.removesuffix(".zip").removeprefix(BUILTIN)
+        self.subject = Path(os.path.abspath(expanded(root))).name.removesuffix(".zip").removeprefix(BUILTIN)
         self.class_word = class_word or known.class_of(self.subject)  # type: ignore[union-attr]
         self.token, self.samples_per_prompt = token, evaluation.samples_per_prompt
         self.prior = prior

@@ -146,7 +146,7 @@ def config_of_card(folder: Path) -> dict[str, Any]:
     try:
         text = (folder / "README.md").read_text(encoding="utf-8")
         found = yaml.safe_load(text.rpartition("## Config\n\n```yaml\n")[2].partition("```")[0])
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) and text.count("## Config") else {}
 

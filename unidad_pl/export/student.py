@@ -20,7 +20,7 @@ from unidad_pl.denoiser import Codec, Denoiser, DenoiserSource
 from unidad_pl.export.card import model_card
 from unidad_pl.export.folder import INDEX, PIPELINE, WAY_OUT, is_text_export, note_files, read_record, refuse_foreign
 from unidad_pl.export.text_to_image import check_text_export, is_text_network, stored_as, write_text_pipeline
-from unidad_pl.files import moved_aside, reading, recover, replacing
+from unidad_pl.files import expanded, moved_aside, reading, recover, replacing
 from unidad_pl.runs.student import TrainedStudent, Weights, load_student
 from unidad_pl.sampling import FewStepSampler
 from unidad_pl.training.conditions import ClassLabels
@@ -59,7 +59,7 @@ def export_student(
         OSError: it cannot be written; an earlier export is still there.
     """
     check_choices(dtype=(dtype, StoredAs))
-    target, stored = Path(out).expanduser(), getattr(torch, dtype)
+    target, stored = expanded(out), getattr(torch, dtype)
     recover(target)
     refuse_foreign(target)
     student = load_student(ckpt_path, weights, config)
@@ -92,7 +92,7 @@ def load_export(folder: str | Path) -> TrainedStudent:
         ValueError: it is something else, or a file in it is not what an export writes (:class:`BrokenFile`) or has
             weights that are not finite; names the file.
     """
-    place = Path(folder).expanduser()
+    place = expanded(folder)
     if (aside := moved_aside(place)) is not None:
         raise FileNotFoundError(
             f"{str(folder)!r} was moved to {str(aside)!r} by an export that was killed before the new one took its "

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unidad_pl.files import reading, replacing
+from unidad_pl.files import expanded, reading, replacing
 
 PACKAGES = ("unidad_pl", "torch", "torchvision", "torch-fidelity", "lpips", "transformers")
 CHECKSUM = "sha256"
@@ -98,7 +98,7 @@ class ReferenceCache:
     """
 
     def __init__(self, folder: bool | str | Path = True) -> None:
-        self.folder = None if folder is False else default_folder() if folder is True else Path(folder).expanduser()
+        self.folder = None if folder is False else default_folder() if folder is True else expanded(folder)
 
     def key(self, images: Tensor, features: nn.Module, device: torch.device, *more: object) -> str | None:
         """The name of an entry, or None where there can be none: switched off, or an extractor without identity.

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unidad_pl.checks import check_whole
-from unidad_pl.files import mistaken
+from unidad_pl.files import expanded, mistaken
 from unidad_pl.metrics.features import FeatureModule
 from unidad_pl.metrics.weights import check_numbers, reason_of
 
@@ -129,7 +129,7 @@ class _Encoder(FeatureModule):
 
     def __init__(self, path: str) -> None:
         super().__init__()
-        self.path, self.name = str(Path(path).expanduser()), path
+        self.path, self.name = str(expanded(path)), path
         self.register_buffer("place", torch.zeros(()), persistent=False)
         self.place: Tensor
         self.network: Any = None

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from unidad_pl.files import expanded
 from unidad_pl.metrics.weights import check_numbers, missing_weights, only_weights, reason_of
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -67,7 +68,7 @@ class FeatureModule(nn.Module):
 
 def _home(path: str | None) -> str | None:
     """``path`` with ``~`` as the home folder."""
-    return None if path is None else str(Path(path).expanduser())
+    return None if path is None else str(expanded(path))
 
 
 class InceptionFeatures(FeatureModule):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unidad_pl.files import reading
+from unidad_pl.files import expanded, reading
 from unidad_pl.metrics.gather import double
 from unidad_pl.metrics.two_sample import TwoSample, check_pair
 
@@ -57,7 +57,7 @@ def read_statistics(path: str | Path) -> Gaussian:
         FileNotFoundError: there is no such file.
         BrokenFile: it is none, or what it holds is no mean and covariance.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}, which should hold the statistics of a reference")
     with reading(path, "file of FID statistics", "give an .npz with mu [D] and sigma [D, D]"):

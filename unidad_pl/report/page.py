@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unidad_pl.callbacks.environment import unidad_command
-from unidad_pl.files import replacing
+from unidad_pl.files import expanded, replacing
 from unidad_pl.report.charts import metric_charts, training_charts
 from unidad_pl.report.difference import REQUIRED, as_text, differences_from_defaults
 from unidad_pl.report.folder import Run, read_run_folder
@@ -44,8 +44,8 @@ def report(*runs: str, out: str | None = None) -> Path:
         ImportError: plotly or jinja2 is not installed.
         OSError: the file cannot be written.
     """
-    folders = [Path(run).expanduser() for run in runs]
-    target = Path(out).expanduser() if out else (folders[0] if len(folders) == 1 else Path()) / FILE
+    folders = [expanded(run) for run in runs]
+    target = expanded(out) if out else (folders[0] if len(folders) == 1 else Path()) / FILE
     return write_page(folders, target)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from unidad_pl.files import expanded
 from unidad_pl.runs.checkpoints import is_remote, newest_intact
 from unidad_pl.runs.config import CONFIG_FILE
 
@@ -42,12 +43,12 @@ def find_checkpoint(trainer: pl.Trainer, wanted: str | Path | None) -> str | Non
     if wanted is None or is_remote(wanted):
         return None if wanted is None else str(wanted)
     if wanted not in WORDS:
-        if not Path(wanted).expanduser().is_file():
+        if not expanded(wanted).is_file():
             raise FileNotFoundError(
                 f"--ckpt_path {str(wanted)!r} is no file: give the checkpoint's path, e.g. "
                 f"RUN/checkpoints/last.ckpt, or last for the newest of this config's runs"
             )
-        return str(Path(wanted).expanduser())
+        return str(expanded(wanted))
     folders = run_tree(trainer)
     path, passed_over = newest_intact(*folders)
     for reason in passed_over.values():
@@ -87,7 +88,7 @@ def choose_folder(trainer: pl.Trainer, checkpoint: str | None) -> None:
 def _claim(loggers: list[Any]) -> int:
     """Make a new folder ``version_N`` in the root of each logger, with the same N: no other run can have made it."""
     version = max(logger._get_next_version() for logger in loggers)
-    local = [Path(logger.root_dir).expanduser().resolve() for logger in loggers if not is_remote(logger.root_dir)]
+    local = [expanded(logger.root_dir).resolve() for logger in loggers if not is_remote(logger.root_dir)]
     roots = list(dict.fromkeys(local))  # two names of one folder would be in each other's way for ever
     while True:
         made: list[Path] = []

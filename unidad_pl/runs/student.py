@@ -12,7 +12,7 @@ from torch import nn
 from unidad_pl.arguments import known_classes, rebuild
 from unidad_pl.checks import check_choices, check_positive
 from unidad_pl.denoiser import Codec, Denoiser, DenoiserSource
-from unidad_pl.files import BrokenFile, reading
+from unidad_pl.files import BrokenFile, expanded, reading
 from unidad_pl.runs.checkpoints import read_checkpoint
 from unidad_pl.runs.config import build_module, find_config, read_config
 from unidad_pl.sampling import FewStepSampler
@@ -109,7 +109,7 @@ def load_student(ckpt_path: str | Path, weights: Weights = "auto", config: str |
             module that has no few-step sampler. Or weights or sigmas that are not finite.
     """
     check_choices(weights=(weights, Weights))
-    ckpt_path, config = Path(ckpt_path).expanduser(), config and str(Path(config).expanduser())
+    ckpt_path, config = expanded(ckpt_path), config and str(expanded(config))
     content = read_run(ckpt_path)
     state, (module, settings, place) = content["state_dict"], _module_of(content, ckpt_path, config)
     if not isinstance(module, GenerativeModule):
