@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+STAGES = ("fit", "validate", "test", "predict")
+"""Lightning's commands."""
 TOOLS = {
     "import adm": "unidad_pl.backbones.adm_files:import_adm",
     "restore adm": "unidad_pl.backbones.adm_files:restore_adm",
@@ -32,7 +34,7 @@ TOOLS = {
     "report memory": "unidad_pl.cli.report_memory:report_memory",
     "report subjects": "unidad_pl.cli.report_subjects:report_subjects",
 }
-"""Commands beside Lightning's: words on the command line -> module:function, whose arguments are the options."""
+"""Commands beside those: words on the command line -> module:function, whose arguments are the options."""
 
 
 def processor_ticks() -> tuple[int, int]:
@@ -77,8 +79,11 @@ def main(args: Sequence[str] | None = None) -> None:
     wait_passively_where_busy()
     debug, given = "--debug" in given, [word for word in given if word != "--debug"]
     try:
-        if given and given[0] in {command.split()[0] for command in TOOLS}:
+        first = given[0] if given else "--"
+        if first in {command.split()[0] for command in TOOLS}:
             _run_tool(given)
+        elif not first.startswith("-") and first not in STAGES:
+            refuse(f"unidad: there is no command {first!r}, only {', '.join((*STAGES, *TOOLS))}", 2)
         else:
             from unidad_pl.cli.lightning import run
 
@@ -87,6 +92,11 @@ def main(args: Sequence[str] | None = None) -> None:
         if debug:
             raise
         refuse(f"unidad {_named(given)}: {sentence_of(error)}", 1)
+
+
+def _explained(commands: Sequence[str]) -> str:
+    """What ``unidad --help`` says of them."""
+    return "".join(f"{line}\n" for line in DESCRIPTION.splitlines() if line.strip().startswith(tuple(commands)))
 
 
 def _named(given: Sequence[str]) -> str:
@@ -100,17 +110,26 @@ def _run_tool(given: Sequence[str]) -> None:
 
     from jsonargparse import ArgumentParser
 
+    from unidad_pl.cli.help import PlainFormatter
+
     class Parser(StrictParser, ArgumentParser):
         """A tool's options."""
 
     name = _named(given)
     same = [f"unidad {command}" for command in TOOLS if command.split()[0] == given[0]]
+    if name not in TOOLS and {"-h", "--help"} & set(given):
+        sys.stdout.write(f"usage: {' | '.join(same)}\n\n{_explained(same)}\n{same[0]} --help shows its options\n")
+        return
     mistyped = len(same) > 1 and name == given[0] and given[1:] and given[1].isidentifier() and not exists(given[1])
     if name not in TOOLS or mistyped:
         refuse(f"unidad {given[0]}: use one of: " + ", ".join(same), 2)
     module, _, function_name = TOOLS[name].partition(":")
     function: Callable[..., Path | str] = getattr(import_module(module), function_name)
-    parser = Parser(prog=f"unidad {name}", description=(function.__doc__ or "").partition("\n\n")[0])
+    others = [one for one in same if one.startswith(f"unidad {name} ")]
+    parser = Parser(
+        prog=f"unidad {name}", description=(function.__doc__ or "").partition("\n\n")[0],
+        formatter_class=PlainFormatter, epilog=f"other commands: {', '.join(others)}" if others else None,
+    )  # fmt: skip
     words = [one.name for one in signature(function).parameters.values() if one.kind == one.VAR_POSITIONAL]
     for word in words:
         parser.add_argument(word, nargs="+", type=str, help="one or more")
