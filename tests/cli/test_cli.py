@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from PIL import Image
 
 from tests.processes import Apart, run_apart
 from tests.tiny_sd import save_ddpm
-from unidad_pl.cli.main import main
+from unidad_pl.cli.main import TOOLS, main
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -232,6 +233,30 @@ def test_help_offers_what_works_and_says_what_it_does_here(unidad: Any) -> None:
     for phrase in ("auto: the same, but begin where there is none", "null: checkpoints/ in the run folder",
                    "false, which would run code in them, is refused"):  # fmt: skip
         assert phrase in text
+
+
+def test_help_is_written_for_a_terminal(unidad: Any) -> None:
+    """No role of Sphinx is in it: not of options, classes, groups or tools."""
+    classes = (("--model.help", "unidad_pl.UniDAD"), ("--data.help", "unidad_pl.FewShotDataModule"), ("--help",))
+    for words in (*(("fit", *of) for of in classes), *((*tool.split(), "--help") for tool in TOOLS)):
+        text = unidad(*words)
+        assert not re.search(r":[a-z]+:`", text), words
+        assert "usage:" in text or "Help for" in text
+    text = " ".join(unidad("fit", "--model.help", "unidad_pl.UniDAD").split())
+    assert "``edm``, ``eps`` or ``flow``, see denoising_weight. (type" in text
+
+
+def test_help_of_words_that_are_half_a_command(unidad: Any) -> None:
+    for words in ("import --help", "import -h"):
+        assert "unidad import adm --checkpoint FILE --preset ffhq256 --out FOLDER     a guided-diff" in unidad(
+            *words.split()
+        )
+    assert "what import adm wrote as a checkpoint of theirs" in unidad("restore", "--help")
+    assert "other commands: unidad report memory, unidad report subjects" in unidad("report", "--help")
+    assert "unidad import: use one of: unidad import adm" in unidad("import", fails=True)
+    for words in ("drow --help", "drow"):
+        said = unidad(*words.split(), fails=True)
+        assert said == f"unidad: there is no command 'drow', only fit, validate, test, predict, {', '.join(TOOLS)}\n"
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from torch import Tensor
 from tests.runs.test_resume import fit
 from tests.worlds import unidad
 from unidad_pl import Diffusion, PretrainedUNet
+from unidad_pl.cli.lightning import run
 from unidad_pl.cli.summary import NetworkTable, fit_summary
 
 VALIDATING = ("--trainer.limit_val_batches", "1", "--trainer.check_val_every_n_epoch", "null")
@@ -94,6 +95,23 @@ def test_paths_are_quoted_too(here: Path, capsys: pytest.CaptureFixture[str]) ->
     assert Path(checkpoint).is_file()
     assert shlex.split(lines["look"])[1:] == ["demo", "--model", checkpoint]
     assert shlex.split(lines["measure"])[-1] == checkpoint
+
+
+@pytest.mark.parametrize("stage", ["test", "validate"])
+def test_evaluations_say_where_their_files_are(stage: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(2)
+    for summary, said in ((True, ["run folder"]), (False, [])):
+        capsys.readouterr()
+        run([
+            stage, "--config", "config.yaml", "--ckpt_path", "last", "--data.evaluation.test_samples", "2",
+            "--trainer.limit_val_batches", "1", "--summary", str(summary).lower(),
+        ])  # fmt: skip
+        lines = {line[:13].strip(): line[14:] for line in capsys.readouterr().out.splitlines()}
+        assert [name for name in ("run folder", "checkpoint") if name in lines] == said
+        if summary:
+            (folder,) = shlex.split(lines["run folder"])
+            assert Path(folder, "config.yaml").is_file()
+            assert folder != "runs/tiny/version_0"
 
 
 def test_brackets_and_colons_are_printed_as_they_are(

@@ -17,7 +17,7 @@ domain from about ten images, in one training run (Uni-DAD).
   unidad report memory --config FILE                                    peak GiB of a run, without its weights
   unidad report subjects --runs FOLDER                  CLIP-I, CLIP-T and DINO of many subjects' runs, one table
   unidad import adm --checkpoint FILE --preset ffhq256 --out FOLDER     a guided-diffusion model as a source model
-  unidad restore adm --folder FOLDER --out FILE         such a folder as a guided-diffusion checkpoint again
+  unidad restore adm --folder FOLDER --out FILE         what import adm wrote as a checkpoint of theirs again
 
 Options may also come from the environment (UNIDAD_FIT__TRAINER__MAX_STEPS=100; configs and the command line win). What
 cannot be done ends with one sentence, and 1 or, for a wrong command line, 2; --debug shows the traceback as well.

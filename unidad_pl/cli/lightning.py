@@ -37,7 +37,7 @@ from unidad_pl.cli.description import DESCRIPTION
 from unidad_pl.cli.launch import check_launcher
 from unidad_pl.cli.parsing import ConfigFile, HelpFormatter, Parser, later_values_replace, read_nested_nulls
 from unidad_pl.cli.progress import PhaseBar
-from unidad_pl.cli.summary import NetworkTable, fit_summary
+from unidad_pl.cli.summary import NetworkTable, fit_summary, print_files
 from unidad_pl.runs.checkpoints import DurableCheckpointIO, is_remote, refuse_damaged
 from unidad_pl.runs.config import CHECKPOINT_DEFAULTS, LOGGER, TRAINER_DEFAULTS
 from unidad_pl.runs.resume import WORDS, choose_folder, find_checkpoint
@@ -102,7 +102,7 @@ class UnidadCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--summary", type=bool, default=True,
-            help="end fit with a table of the metrics of its weights, and say where the files lie",
+            help="end fit with a table of the metrics of its weights; fit, validate and test say where the files lie",
         )  # fmt: skip
         parser.add_argument(
             "--evaluate_before", type=bool, default=False,
@@ -236,6 +236,15 @@ class UnidadCLI(LightningCLI):
                 f"the run folder was deleted at iteration {record.deleted_at}: checkpoints from then on are there, "
                 f"what was written before is lost"
             )
+
+    def after_test(self) -> None:
+        """Say where the numbers and the pictures are."""
+        if self._get(self.config, "summary"):
+            folder = run_folder(self.trainer)  # a collective: on every rank
+            if self.trainer.is_global_zero:
+                print_files(self.trainer, folder)
+
+    after_validate = after_test
 
     def before_predict(self) -> None:
         """Pictures of our own modules are written; other people's may return anything."""

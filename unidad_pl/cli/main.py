@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+STAGES = ("fit", "validate", "test", "predict")
+"""Lightning's commands."""
 TOOLS = {
     "import adm": "unidad_pl.backbones.adm_files:import_adm",
     "restore adm": "unidad_pl.backbones.adm_files:restore_adm",
@@ -33,7 +35,7 @@ TOOLS = {
     "report memory": "unidad_pl.cli.report_memory:report_memory",
     "report subjects": "unidad_pl.cli.report_subjects:report_subjects",
 }
-"""Commands beside Lightning's: words on the command line -> module:function, whose arguments are the options."""
+"""Commands beside those: words on the command line -> module:function, whose arguments are the options."""
 
 
 def processor_ticks() -> tuple[int, int]:
@@ -78,8 +80,11 @@ def main(args: Sequence[str] | None = None) -> None:
     wait_passively_where_busy()
     debug, given = "--debug" in given, [word for word in given if word != "--debug"]
     try:
-        if given and given[0] in {command.split()[0] for command in TOOLS}:
+        first = given[0] if given else "--"
+        if first in {command.split()[0] for command in TOOLS}:
             _run_tool(given)
+        elif not first.startswith("-") and first not in STAGES:
+            refuse(f"unidad: there is no command {first!r}, only {', '.join((*STAGES, *TOOLS))}", 2)
         else:
             from unidad_pl.cli.lightning import run
 
@@ -88,6 +93,11 @@ def main(args: Sequence[str] | None = None) -> None:
         if debug:
             raise
         refuse(f"unidad {_named(given)}: {sentence_of(error)}", 1)
+
+
+def _explained(commands: Sequence[str]) -> str:
+    """What ``unidad --help`` says of them."""
+    return "".join(f"{line}\n" for line in DESCRIPTION.splitlines() if line.strip().startswith(tuple(commands)))
 
 
 def _named(given: Sequence[str]) -> str:
@@ -102,24 +112,28 @@ def _run_tool(given: Sequence[str]) -> None:
     import docstring_parser
     from jsonargparse import ArgumentParser
 
+    from unidad_pl.cli.help import PlainFormatter
+
     class Parser(StrictParser, ArgumentParser):
         """A tool's options."""
 
     name = _named(given)
     same = [f"unidad {command}" for command in TOOLS if command.split()[0] == given[0]]
-    others = [command.split()[1] for command in TOOLS if command.split()[0] == given[0] and " " in command]
-    near = get_close_matches(given[1], others) if name == given[0] and given[1:] else []
+    if name not in TOOLS and {"-h", "--help"} & set(given):
+        sys.stdout.write(f"usage: {' | '.join(same)}\n\n{_explained(same)}\n{same[0]} --help shows its options\n")
+        return
+    near = get_close_matches(given[1], [one.split()[-1] for one in same]) if name == given[0] and given[1:] else []
     mistyped = near and not exists(given[1])
     if name not in TOOLS or mistyped:
         refuse(f"unidad {given[0]}: use one of: " + ", ".join(same), 2)
     module, _, function_name = TOOLS[name].partition(":")
     function: Callable[..., Path | str] = getattr(import_module(module), function_name)
+    others = [one for one in same if one != f"unidad {name}"]
     told = docstring_parser.parse(function.__doc__ or "")
     parser = Parser(
-        prog=f"unidad {name}",
-        description=f"{told.short_description} {told.long_description or ''}",
-        epilog=f"See also: {', '.join(one for one in same if one != f'unidad {name}')}" if len(same) > 1 else None,
-    )
+        prog=f"unidad {name}", description=f"{told.short_description} {told.long_description or ''}",
+        formatter_class=PlainFormatter, epilog=f"other commands: {', '.join(others)}" if others else None,
+    )  # fmt: skip
     words = [one.name for one in signature(function).parameters.values() if one.kind == one.VAR_POSITIONAL]
     for word in words:
         about = next((one.description for one in told.params if one.arg_name == word), None)

@@ -13,7 +13,6 @@ from typing import Any, get_args
 import yaml
 from jsonargparse import (  # type: ignore[attr-defined]
     ActionConfigFile,
-    DefaultHelpFormatter,
     Namespace,
     _typehints,
     get_loader,
@@ -22,10 +21,11 @@ from jsonargparse import (  # type: ignore[attr-defined]
 from lightning.pytorch.cli import LightningArgumentParser
 
 from unidad_pl.cli.errors import StrictParser
+from unidad_pl.cli.help import PlainFormatter
 from unidad_pl.runs.config import read_config
 
 
-class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+class HelpFormatter(PlainFormatter, RawDescriptionHelpFormatter):
     """Keeps the description's example commands one per line."""
 
 
@@ -42,6 +42,9 @@ class Parser(StrictParser, LightningArgumentParser):
     """Explains groups of options that may be null as it explains the others, where jsonargparse shows one line."""
 
     _inner_parser = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"formatter_class": PlainFormatter, **kwargs})
 
     def format_help(self, *args: Any) -> str:
         """The help of a class, its optional groups one after the other at its end."""

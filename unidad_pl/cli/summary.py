@@ -133,10 +133,22 @@ def fit_summary(
             cells = [f"{before[name]:.4g}" if name in before else "-"] if before else []
             table.add_row(name, *cells, f"{after[name]:.4g}")
         console.print(table)
-    for label, text in _places(trainer, folder).items():
-        console.print(f"{label:<13} {text}", soft_wrap=True, highlight=False)
+    _print_lines(_places(trainer, folder))
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-        console.print(f"{'report':<13} {_report(folder)}", soft_wrap=True, highlight=False)
+        _print_lines({"report": _report(folder)})
+
+
+def print_files(trainer: pl.Trainer, folder: Path) -> None:
+    """Print on this process where an evaluation has written: its run ``folder``, and what is in it."""
+    _print_lines(_files(trainer, folder))
+
+
+def _print_lines(lines: dict[str, str]) -> None:
+    from rich.console import Console
+
+    console = Console(markup=False, emoji=False)  # paths and names are printed as they are
+    for label, text in lines.items():
+        console.print(f"{label:<13} {text}", soft_wrap=True, highlight=False)
 
 
 def _report(folder: Path) -> str:
@@ -150,12 +162,19 @@ def _report(folder: Path) -> str:
         return f"could not be written ({error}); to try again: {command} --debug"
 
 
-def _places(trainer: pl.Trainer, folder: Path) -> dict[str, str]:
-    """Label -> path or command, of what is there; commands as a shell takes them, whatever the paths hold."""
+def _files(trainer: pl.Trainer, folder: Path) -> dict[str, str]:
+    """Label -> path, of what is there."""
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return {"run folder": "none: a fast_dev_run writes nothing"}
     places = {"run folder": folder, "pictures": folder / "samples", "numbers": folder / "metrics.jsonl"}
-    lines = {label: shlex.quote(str(path)) for label, path in places.items() if label == "run folder" or path.exists()}
+    return {label: shlex.quote(str(path)) for label, path in places.items() if label == "run folder" or path.exists()}
+
+
+def _places(trainer: pl.Trainer, folder: Path) -> dict[str, str]:
+    """Label -> path or command, of what is there; commands as a shell takes them, whatever the paths hold."""
+    lines = _files(trainer, folder)
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return lines
     checkpoint, config = _last_checkpoint(trainer), folder / "config.yaml"
     if checkpoint is not None:
         unidad, quoted = unidad_command(), shlex.quote(checkpoint)
