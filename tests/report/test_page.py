@@ -240,7 +240,7 @@ def test_its_help_says_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None
     said = " ".join(capsys.readouterr().out.split())
     for part in ("runs run folders. One is what unidad fit makes",
                  "What is missing or damaged in a run folder is listed",
-                 "See also: unidad report memory, unidad report subjects"):  # fmt: skip
+                 "other commands: unidad report memory, unidad report subjects"):  # fmt: skip
         assert part in said
 
 

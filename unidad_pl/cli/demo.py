@@ -41,10 +41,11 @@ def demo(
         OSError: the port is taken.
     """
     check_at_least(1, 65535, port=port)
+    place = expanded(model)
     if find_spec("gradio") is None:
         raise ModuleNotFoundError("the demo needs gradio: pip install 'unidad_pl[demo]'")
     from unidad_pl.cli.demo_page import serve  # what loads gradio and torch; --help need not wait
     from unidad_pl.cli.demo_studio import Studio
 
-    serve(Studio(expanded(model), weights, config, device), host, port, open_browser)
+    serve(Studio(place, weights, config, device), host, port, open_browser)
     return "the demo has ended\n"
