@@ -221,7 +221,8 @@ def link_files(app: Any, docname: str, content: list[str]) -> None:
         return f'<a class="reference internal" href="{page}#{name}"><code class="xref literal">{bare}</code></a>'
 
     content[0] = LINK.sub(link, content[0])
-    titles = {"study/README": "Tables and pictures of the study", "study/heads/README": "Tables of where heads sit"}
+    titles = {"study/README": "Tables and pictures of the study", "study/heads/README": "Tables of where heads sit",
+              "study/gradient/README": "Tables of which steps carry gradient"}  # fmt: skip
     if docname in titles and not content[0].startswith("# "):
         content[0] = f"# {titles[docname]}\n\n{content[0]}"
 
