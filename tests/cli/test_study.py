@@ -126,7 +126,7 @@ def test_stages_that_cells_share_are_run_once_and_names_are_their_content() -> N
 
 def test_every_method_of_the_shipped_studies_can_be_built() -> None:
     studies = [path for path in CONFIGS.glob("*.yaml") if "methods" in yaml.safe_load(path.read_text())]
-    assert {path.stem for path in studies} == {"stages", "ablations", "heads"}
+    assert {path.stem for path in studies} == {"stages", "ablations", "heads", "gradient"}
     cells = [cell for path in studies for cell in read_study(path, Path("out"))]
     for cell in {cell.method: cell for cell in cells if cell.method not in OTHER_NUMBERS}.values():
         for run in (cell.run, *cell.run.starts.values()):
