@@ -94,7 +94,8 @@ def main() -> int:
     parser.add_argument("--out")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    keep({"sizes": vars(given), **two_sample(given.images, given.width), "intra_lpips": intra(given.samples, 10)},
+    sizes = {name: value for name, value in vars(given).items() if name != "out"}
+    keep({"sizes": sizes, **two_sample(given.images, given.width), "intra_lpips": intra(given.samples, 10)},
          given.out)  # fmt: skip
     return 0
 
