@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from inspect import signature
 from pathlib import Path
 from types import UnionType
@@ -49,6 +49,24 @@ def empty_network(kind: Any, folder: Path, *older: str) -> Any:
         if (size := sum(part.numel() for part in (*network.parameters(), *network.buffers()))) > MOST_NUMBERS:
             raise ValueError(f"it describes {size:.3g} numbers, more than {MOST_NUMBERS:.0g}")
         return network
+
+
+def checked_network(kind: Any, folder: Path, wrapped: Callable[[Any], Any], *older: str) -> Any:
+    """The network of class ``kind`` that a folder's config describes, without weights, when it is seen to work.
+
+    Args:
+        kind: a network of diffusers.
+        folder: the network's.
+        wrapped: the network -> its denoiser, whose ``check`` is asked.
+        older: names of ``kind`` in older configs.
+
+    Raises:
+        BrokenFile: as of :func:`empty_network`; or what ``wrapped`` or ``check`` refuses.
+    """
+    network = empty_network(kind, folder, *older)
+    with reading(folder / CONFIG_FILE, f"config of a {kind.__name__}"), torch.device("cpu"):
+        wrapped(network).check()
+    return network
 
 
 def checked_config(kind: Any, folder: Path, *older: str) -> dict[str, Any]:

@@ -6,8 +6,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from unidad_pl.backbones.dit import DiTNetwork
 from unidad_pl.backbones.flux import FluxNetwork
 from unidad_pl.backbones.flux2 import Flux2Network
@@ -17,7 +15,7 @@ from unidad_pl.backbones.folders import (
     MOST_BLOCKS,
     MOST_SIDE,
     checked_config,
-    empty_network,
+    checked_network,
     in_diffusers,
 )
 from unidad_pl.backbones.hub import find_file, find_folder
@@ -111,11 +109,8 @@ class Transformer(DenoiserSource):
 
     def _checked(self, kind: type[TransformerNetwork], folder: Path) -> Any:
         """The transformer that the config in ``folder`` describes, on the meta device, when it is seen to work."""
-        place = folder / TransformerNetwork.part
-        net = empty_network(in_diffusers(kind.diffusers_class), place, *kind.older)
-        with reading(place / CONFIG_FILE, f"config of a {kind.diffusers_class}"), torch.device("cpu"):
-            self._network(kind, net, folder).check()
-        return net
+        place, of = folder / TransformerNetwork.part, in_diffusers(kind.diffusers_class)
+        return checked_network(of, place, lambda net: self._network(kind, net, folder), *kind.older)
 
     def _found(self, weights: Collection[str] = ()) -> tuple[Path, type[TransformerNetwork]]:
         """The pipeline's folder with these parts' ``weights``, and what its transformer is used through."""

@@ -11,11 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor
 
 from unidad_pl.backbones.base import blank_text, checked_text
-from unidad_pl.backbones.folders import CONFIG_FILE, MOST_SIDE, checked_config, empty_network
+from unidad_pl.backbones.folders import CONFIG_FILE, MOST_SIDE, checked_config, checked_network
 from unidad_pl.backbones.hub import find_file
 from unidad_pl.backbones.latents import LatentCodec
 from unidad_pl.backbones.lora import LoRA, add_adapters, base_names
@@ -242,10 +241,7 @@ class StableDiffusion(DenoiserSource):
         """The UNet that the config in ``folder`` describes, on the meta device, when it is seen to be supported."""
         from diffusers import UNet2DConditionModel
 
-        unet = empty_network(UNet2DConditionModel, folder / "unet")
-        with reading(folder / "unet" / CONFIG_FILE, "config of a UNet2DConditionModel"), torch.device("cpu"):
-            self._network(unet, folder).check()
-        return unet
+        return checked_network(UNet2DConditionModel, folder / "unet", lambda unet: self._network(unet, folder))
 
     def _network(self, unet: Any, folder: Path) -> StableDiffusionUNet:
         from diffusers import AutoencoderKL

@@ -17,7 +17,7 @@ from unidad_pl.backbones.folders import (
     CONFIG_FILE,
     MOST,
     MOST_SIDE,
-    empty_network,
+    checked_network,
 )
 from unidad_pl.backbones.hub import find_folder
 from unidad_pl.backbones.spec import SCHEDULER_FILE, UNetSpec, find_scheduler, spec_of_scheduler
@@ -149,23 +149,20 @@ class PretrainedUNet(DenoiserSource):
                 missing, unexpected or not finite.
         """
         folder = self._unet_folder(weights=True)
-        spec, unet = self._spec(folder), self._checked(folder)
+        unet, spec = self._checked(folder)
         fill(unet, read_folder(folder), str(folder))
         return UNetDenoiser(unet, spec).eval()
 
     def architecture(self) -> UNetDenoiser:
-        folder = self._unet_folder()
-        unet = self._checked(folder)
-        return UNetDenoiser(type(unet).from_config(unet.config), self._spec(folder)).eval()
+        unet, spec = self._checked(self._unet_folder())
+        return UNetDenoiser(type(unet).from_config(unet.config), spec).eval()
 
-    def _checked(self, folder: Path) -> Any:
-        """The UNet that the config in ``folder`` describes, on the meta device, when it is seen to be supported."""
+    def _checked(self, folder: Path) -> tuple[Any, UNetSpec]:
+        """The UNet that ``folder`` describes, on the meta device, when it is seen to be supported; how to read it."""
         from diffusers import UNet2DModel
 
-        unet = empty_network(UNet2DModel, folder)
-        with reading(folder / CONFIG_FILE, "config of a UNet2DModel"), torch.device("cpu"):
-            UNetDenoiser(unet, self._spec(folder)).check()
-        return unet
+        spec = self._spec(folder)
+        return checked_network(UNet2DModel, folder, lambda unet: UNetDenoiser(unet, spec)), spec
 
     def _unet_folder(self, weights: bool = False) -> Path:
         """The network's folder, in it its config, and its weights where they are asked for."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelSummary
@@ -18,6 +18,9 @@ from unidad_pl.report.page import FILE, can_write, write_page
 from unidad_pl.runs.checkpoints import is_remote
 from unidad_pl.training.module import GenerativeModule
 from unidad_pl.training.networks import trained
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 ROLES = {
     "source_teacher": "source teacher S", "target_teacher": "target teacher T", "fake_score": "fake score F",
@@ -40,7 +43,6 @@ class NetworkTable(ModelSummary):
 
 def _print_networks(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     found = {name: child for name, child in module.named_children() if any(True for _ in child.parameters())}
@@ -62,7 +64,7 @@ def _print_networks(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         devices = ", ".join(sorted({str(p.device) for p in own}))
         learns = _learns(name, network, module)
         table.add_row(ROLES.get(name, name), _count(own), learns, dtypes, devices, origins.get(name, ""))
-    console = Console(markup=False, emoji=False)  # paths and names are printed as they are
+    console = _console()
     console.print(table, highlight=False)
     console.print(caption, soft_wrap=True, highlight=False)
 
@@ -118,10 +120,9 @@ def fit_summary(
         before: metric name -> value of the untrained weights; None leaves the column out.
         after: metric name -> value of the trained weights; None leaves the table out.
     """
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(markup=False, emoji=False)  # paths and names are printed as they are
+    console = _console()
     if after:
         own = getattr(getattr(trainer, "datamodule", None), "reference_is_shots", False)
         note = "the reference of the metrics is the shots themselves" if own else None
@@ -143,10 +144,15 @@ def print_files(trainer: pl.Trainer, folder: Path) -> None:
     _print_lines(_files(trainer, folder))
 
 
-def _print_lines(lines: dict[str, str]) -> None:
+def _console() -> Console:
+    """A terminal that prints paths and names as they are, brackets and colons too."""
     from rich.console import Console
 
-    console = Console(markup=False, emoji=False)  # paths and names are printed as they are
+    return Console(markup=False, emoji=False)
+
+
+def _print_lines(lines: dict[str, str]) -> None:
+    console = _console()
     for label, text in lines.items():
         console.print(f"{label:<13} {text}", soft_wrap=True, highlight=False)
 
