@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -189,8 +189,11 @@ def write_first(path: Path, text: str) -> str:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path, waits: Callable[[], object] = lambda: None) -> Iterator[int]:
     """Others who want the same folder, in this process or another one, wait; the lock of a killed process is free.
+
+    ``waits`` is called before a wait. The block gets the lock's file descriptor: a process that is started with it
+    (``pass_fds``) holds the lock too, until both have ended.
 
         >>> with alone_in(Path("runs")):
         ...     sorted(path.name for path in Path("runs").iterdir())
@@ -204,11 +207,15 @@ def alone_in(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("wb") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waits()
+                fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             raise OSError(f"the filesystem of {str(folder)!r} has no locks ({error}), by which processes share it: "
                           f"choose a folder on another one") from error  # fmt: skip
-        yield
+        yield file.fileno()
 
 
 class BrokenFile(ValueError):

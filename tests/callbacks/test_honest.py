@@ -244,7 +244,11 @@ def test_names_are_compared_over_kinds_and_where_they_are_only_known_at_the_end(
     refused("both produce val/broken, val/count", trainer(tmp_path, *unknown).validate, Toy(), datamodule=Data())
     writers = PredictionWriter("a"), PredictionWriter("a")
     refused("give one of them another folder=", trainer(tmp_path, *writers).predict, Toy(), datamodule=Data())
+    left = tmp_path / "predictions" / ".000001.png.0123abcd.part"  # of one that was killed
+    left.parent.mkdir()
+    left.write_text("half")
     trainer(tmp_path, PredictionWriter(str(tmp_path / "a")), PredictionWriter()).predict(Toy(), datamodule=Data())
+    assert not left.exists()
 
 
 @pytest.mark.parametrize("wrong", ["inception", TinyFeatures, lambda x: x], ids=["text", "class", "function"])

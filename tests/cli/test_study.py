@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from unidad_pl.cli import study as module
 from unidad_pl.cli.main import main
 from unidad_pl.cli.study import launch, read_study, starting_from, study
 from unidad_pl.cli.study_page import spread
-from unidad_pl.files import BrokenFile
+from unidad_pl.files import BrokenFile, alone_in
 from unidad_pl.runs.config import build_module
 
 pytestmark = pytest.mark.slow
@@ -75,7 +77,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, content in {**FILES, "study": STUDY}.items():
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
 
-    def in_this_process(command: list[str], log: Path, threads: int) -> int:
+    def in_this_process(command: list[str], log: Path, threads: int, lock: int) -> int:
         assert threads == (os.cpu_count() or 1)
         main([*command[3:], "--threads", "1"])
         return 0
@@ -170,14 +172,38 @@ def test_cells_that_are_not_there_and_fits_that_fail(place: Path, monkeypatch: p
     with pytest.raises(ValueError, match=r"--cell 0 and --only 'joint/\*' both choose"):
         study("study.yaml", "out", cell=0, only="joint/*")
 
-    def fails(command: list[str], log: Path, threads: int) -> int:
+    def fails(command: list[str], log: Path, threads: int, lock: int) -> int:
         return launch([sys.executable, "-c", f"import os; print(os.environ['OMP_NUM_THREADS'], {threads}); exit(3)"],
-                      log, threads)  # fmt: skip
+                      log, threads, lock)  # fmt: skip
 
     monkeypatch.setattr(module, "launch", fails)
     cores = os.cpu_count() or 1
     with pytest.raises(RuntimeError, match=rf"joint/hats/0: the fit failed \({cores} {cores}\): see .*log\.txt"):
         study("study.yaml", "out", cell=0)
+
+
+def test_the_fit_of_a_killed_study_goes_on_and_the_next_study_waits_for_it(tmp_path: Path) -> None:
+    fit = "import pathlib, time; pathlib.Path('begun').touch(); time.sleep(1.5); pathlib.Path('done').touch()"
+    of_it = (
+        "import sys\nfrom pathlib import Path\nfrom unidad_pl.cli.study import launch\n"
+        "from unidad_pl.files import alone_in\n"
+        f"with alone_in(Path('run')) as lock: launch([sys.executable, '-c', {fit!r}], Path('log.txt'), 1, lock)"
+    )
+    killed = subprocess.Popen(
+        [sys.executable, "-c", of_it], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(CONFIGS.parents[1])}
+    )
+    until = time.monotonic() + 60
+    while not (tmp_path / "begun").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    killed.kill()
+    killed.wait()
+    waited: list[bool] = []
+    with alone_in(tmp_path / "run", lambda: waited.append((tmp_path / "done").exists())):
+        assert waited == [False]
+        assert (tmp_path / "done").exists()
+        again: list[None] = []
+        with alone_in(tmp_path / "other", lambda: again.append(None)):
+            assert not again  # a free folder is nothing to wait for
 
 
 def test_a_damaged_checkpoint_of_a_stage_is_named(place: Path) -> None:

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from unidad_pl.callbacks.outputs import OutputCallback, Samples
 from unidad_pl.callbacks.records import run_folder
 from unidad_pl.data.pictures import as_uint8, write_png
-from unidad_pl.files import expanded
+from unidad_pl.files import expanded, sharing
 
 
 class PredictionWriter(OutputCallback):
@@ -56,15 +56,17 @@ class PredictionWriter(OutputCallback):
     def _collect(self, trainer: pl.Trainer, pl_module: pl.LightningModule, samples: Samples) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        for image, seed in zip(as_uint8(samples.images), samples.seeds.tolist(), strict=True):
-            path = self._target / f"{seed:06d}.png"
-            try:
-                write_png(image, path)
-            except OSError as error:
-                raise RuntimeError(
-                    f"cannot write {path} ({type(error).__name__}: {error}): free disk space, or choose another folder="
-                ) from error
-            self._written.add(seed)
+        path = self._target
+        try:
+            with sharing(self._target):
+                for image, seed in zip(as_uint8(samples.images), samples.seeds.tolist(), strict=True):
+                    path = self._target / f"{seed:06d}.png"
+                    write_png(image, path)
+                    self._written.add(seed)
+        except OSError as error:
+            raise RuntimeError(
+                f"cannot write {path} ({type(error).__name__}: {error}): free disk space, or choose another folder="
+            ) from error
 
     def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]

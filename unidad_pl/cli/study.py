@@ -11,7 +11,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from threading import Lock
@@ -215,7 +215,8 @@ def carry_out(run: Run, threads: int) -> dict[str, Any]:
         RuntimeError: the fit failed; names its log.
     """
     before = {one.folder: carry_out(one, threads)["tflops"] for one in run.starts.values()}
-    with alone_in(run.folder):
+    said = f"waits for another process that is at {run.folder}\n"
+    with alone_in(run.folder, partial(sys.stderr.write, said)) as lock:
         if (run.folder / RESULT_FILE).is_file():
             return read_result(run.folder / RESULT_FILE)
         starts = {option: _exported(one) for option, one in run.starts.items()}
@@ -223,7 +224,7 @@ def carry_out(run: Run, threads: int) -> dict[str, Any]:
             config, iterations = _planned(run, starts)
         every = max(1, iterations // run.validations)
         iterations = every * max(1, iterations // every)
-        _fit(run, config, iterations, every, sum(before.values()), threads)
+        _fit(run, config, iterations, every, sum(before.values()), threads, lock)
         result = _result(run, iterations)
         with replacing(run.folder / RESULT_FILE) as part:
             part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -258,7 +259,7 @@ def starting_from(path: str, option: str, config: Any) -> Any:
     return merge_configs([config, value])
 
 
-def _fit(run: Run, config: Any, iterations: int, every: int, before: float, threads: int) -> None:
+def _fit(run: Run, config: Any, iterations: int, every: int, before: float, threads: int, lock: int) -> None:
     logger = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger",
               "init_args": {"save_dir": str(run.folder), "name": "fit"}}  # fmt: skip
     cost = {"class_path": "unidad_pl.Cost", "init_args": {"before": before}}
@@ -270,16 +271,21 @@ def _fit(run: Run, config: Any, iterations: int, every: int, before: float, thre
     command = [sys.executable, "-m", "unidad_pl.cli", "fit", "--config", str(run.folder / "config.json"),
                "--ckpt_path", "auto"]  # fmt: skip
     log = run.folder / "log.txt"
-    if launch(command, log, threads):
+    if launch(command, log, threads, lock):
         last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
         raise RuntimeError(f"the fit failed ({' '.join(last)}): see {log}")
 
 
-def launch(command: list[str], log: Path, threads: int) -> int:
-    """Run a command in a process with so many threads, what it prints added to ``log``; its exit code."""
+def launch(command: list[str], log: Path, threads: int, lock: int) -> int:
+    """Run a command in a process with so many threads, what it prints added to ``log``; its exit code.
+
+    It holds ``lock`` too: where the study alone is killed, the next one waits until the fit, which goes on, has ended.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with log.open("a") as file:
-        return subprocess.run(command, stdout=file, stderr=file, check=False, env=environment).returncode
+        return subprocess.run(
+            command, stdout=file, stderr=file, check=False, env=environment, pass_fds=[lock]
+        ).returncode
 
 
 def _checkpoint(run: Run) -> Path:
