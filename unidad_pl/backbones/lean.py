@@ -5,7 +5,7 @@
 * The time embedding's scale and shift go into the second norm's own, one pair for each image: two operations over the
   whole feature map less, and one map less is kept.
 * Self-attention makes one contiguous copy of its tokens instead of one for each of query, key and value.
-* Nothing is divided by one.
+* Nothing is divided by one, and a pass does not look through all modules for a dtype or at signatures.
 """
 
 from __future__ import annotations
@@ -23,11 +23,25 @@ def lean(unet: nn.Module) -> None:
     from diffusers.models.attention_processor import Attention, AttnProcessor2_0
     from diffusers.models.resnet import ResnetBlock2D
 
+    kind: Any = type(unet)
+    unet.__class__ = _lean_model(kind)
     for block in unet.modules():
         if type(block) is ResnetBlock2D and block.time_emb_proj and isinstance(block.nonlinearity, nn.SiLU):
             block.__class__ = _lean_block()
         elif isinstance(block, Attention) and type(block.processor) is AttnProcessor2_0 and _is_plain(block):
             block.set_processor(SelfAttention())
+            block.__class__ = _lean_attention()
+
+
+@cache
+def _lean_model(kind: Any) -> type[nn.Module]:
+    """``kind`` under its own name, which pipelines save, with a dtype that is quick to find."""
+
+    def dtype(self: nn.Module) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    about = {"dtype": property(dtype), "__module__": kind.__module__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind,), about)
 
 
 class NormedSiLU(torch.autograd.Function):
@@ -67,7 +81,11 @@ def normed_silu(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shif
     place = x.device.type
     if place != "meta" and torch.is_autocast_enabled(place):  # as autocast treats a group norm
         x, weight, bias = x.float(), weight.float(), bias.float()
-    out: Tensor = NormedSiLU.apply(x.contiguous(), weight, bias, groups, norm.eps)
+    x = x.contiguous()
+    if torch.is_grad_enabled():
+        out: Tensor = NormedSiLU.apply(x, weight, bias, groups, norm.eps)
+    else:
+        out = F.silu(torch.group_norm(x, groups, weight, bias, norm.eps), inplace=True)
     return out.view(shape)
 
 
@@ -95,6 +113,21 @@ def _lean_block() -> type[nn.Module]:
             return h if self.output_scale_factor == 1 else h / self.output_scale_factor
 
     return LeanResnetBlock2D
+
+
+@cache
+def _lean_attention() -> type[nn.Module]:
+    from diffusers.models.attention_processor import Attention
+
+    class LeanAttention(Attention):
+        """Attention that asks :class:`SelfAttention` without a look at its signature first."""
+
+        def forward(self, hidden_states: Tensor, *others: Any, **named: Any) -> Any:
+            if type(self.processor) is SelfAttention:
+                return self.processor(self, hidden_states)
+            return super().forward(hidden_states, *others, **named)
+
+    return LeanAttention
 
 
 def _is_plain(attention: Any) -> bool:

@@ -270,11 +270,12 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
 def averaged(network: nn.Module, decay: float) -> AveragedModel:
     """The moving average of a network's weights; early on its decay is ``(1 + n) / (10 + n)``."""
 
-    def average(mean: Tensor, value: Tensor, count: Tensor | int) -> Tensor:
-        n = float(count)
-        return mean.lerp(value, 1 - min(decay, (1 + n) / (10 + n)))
+    @torch.no_grad()
+    def average(means: Any, values: Any, count: Tensor | int) -> None:
+        n = float(count)  # read from the device once for all of them
+        torch._foreach_lerp_(means, values, 1 - min(decay, (1 + n) / (10 + n)))
 
-    return AveragedModel(network, avg_fn=average).requires_grad_(False)
+    return AveragedModel(network, multi_avg_fn=average).requires_grad_(False)
 
 
 def refuse_diverged(weights: Iterable[tuple[str, Tensor]]) -> None:
