@@ -23,7 +23,7 @@ from tests import fault_script
 from tests.fault_script import MOMENTS, RANDOM
 from tests.processes import run_apart
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.ci]
 
 RECOVERED = 10.0  # seconds from the search for a checkpoint to the next iteration; on two busy cores 0.3 to 1.2
 

@@ -20,7 +20,7 @@ from unidad_pl.data.pictures import is_whole_png
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("unidad_pl", "configs", "docs", "docker", "tests", ".readme", ".ci")
 (VERSION,) = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.ci]
 
 
 def sources(*places: str) -> set[str]:

@@ -165,6 +165,7 @@ def test_a_class_conditional_model_from_fit_to_predict(photographs: Path, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_the_quickstart_on_the_users_own_photographs(photographs: Path, tmp_path: Path, unidad: Any) -> None:
     own = ("--data.root", str(photographs), "--data.batch_size", "2")
     printed = unidad("fit", "--config", str(CONFIGS / "quickstart.yaml"), *own, *SMALL, *BOTH)

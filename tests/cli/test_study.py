@@ -87,6 +87,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.ci
 def test_a_grid_at_equal_compute_that_goes_on_where_it_stopped(place: Path) -> None:
     assert "| joint | 1 | 0.0 |" in study("study.yaml", "out", only="joint/*")
     first = json.loads((place / "out" / "study.json").read_text())

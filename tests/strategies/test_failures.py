@@ -16,7 +16,7 @@ from tests.worlds import fit, tiny_unet
 from unidad_pl import UniDAD
 from unidad_pl.training.stepping import average_gradients
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.ci]
 
 
 def test_a_wrapping_strategy_is_refused() -> None:
