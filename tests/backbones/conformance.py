@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ from tests.metrics.toys import refused
 from tests.tiny_sd import subject
 from tests.worlds import fit, save_pictures, unidad
 from unidad_pl import UniDAD
-from unidad_pl.backbones import LoRA
+from unidad_pl.backbones import LoRA, nf4
 from unidad_pl.backbones.sources import Transformer
 from unidad_pl.backbones.transformer import TransformerNetwork
 from unidad_pl.condition import Condition
@@ -286,7 +287,9 @@ class Conformance:
         for name, tap in alone.items():
             torch.testing.assert_close(mixed[name][[1, 3]], tap, atol=1e-4, rtol=1e-4)
 
-    def test_adapters_share_the_base_and_are_all_that_is_trained(self, built: TransformerNetwork, folder: Path) -> None:
+    def test_adapters_share_the_base_and_are_all_that_is_trained(
+        self, built: TransformerNetwork, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         given = self.given(built)
         network = self.load(folder, lora=LoRA(rank=2))
         twin = copy.deepcopy(network)
@@ -302,9 +305,14 @@ class Conformance:
         own = dict(network.named_parameters())
         for name, p in twin.named_parameters():
             assert (p is own[name]) == (name not in trained) == (name in network.shared_weights)
-        half = self.load(folder, lora=LoRA(rank=2, base_dtype="bfloat16"))
-        assert {p.dtype for p in half.parameters() if p.requires_grad} == {torch.float32}
-        assert half(*given).dtype == torch.float32
+        monkeypatch.setattr(nf4, "place_for", lambda weight: weight.device)  # four bits ask for CUDA
+        for stored in ("bfloat16", "nf4") if find_spec("bitsandbytes") else ("bfloat16",):
+            smaller = self.load(folder, lora=LoRA(rank=2, base_dtype=stored))
+            assert {p.dtype for p in smaller.parameters() if p.requires_grad} == {torch.float32}
+            answer = smaller(*given)
+            assert answer.dtype == torch.float32
+            assert smaller.dtype == torch.bfloat16
+            assert 0 < float((answer - built(*given)).std() / built(*given).std()) < 0.3, stored
 
     def test_its_blocks_can_be_sharded(self, built: TransformerNetwork, tmp_path: Path) -> None:
         """On one rank: the sums are those of one process, but parameters are only there around their block's pass."""

@@ -82,7 +82,7 @@ class DiffusersNetwork(Denoiser):
     @property
     def dtype(self) -> torch.dtype:
         """What the network computes in, outside of autocast."""
-        return next(iter(self.net.parameters())).dtype
+        return next(p.dtype for p in self.net.parameters() if p.is_floating_point())
 
     def checkpoint_blocks(self) -> None:
         self.net.enable_gradient_checkpointing()

@@ -38,7 +38,7 @@ def _lean_model(kind: Any) -> type[nn.Module]:
     """``kind`` under its own name, which pipelines save, with a dtype that is quick to find."""
 
     def dtype(self: nn.Module) -> torch.dtype:
-        return next(self.parameters()).dtype
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
 
     about = {"dtype": property(dtype), "__module__": kind.__module__, "__doc__": kind.__doc__}
     return type(kind.__name__, (kind,), about)

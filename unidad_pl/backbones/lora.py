@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from unidad_pl.backbones.nf4 import store_in_nf4, with_plain_layers
 from unidad_pl.checks import check_at_least, check_given, check_options, check_positive, check_whole
 
 ADAPTER = "default"
@@ -33,7 +34,9 @@ class LoRA:
         alpha: scale of the update, times ``rank``; null: the rank, a scale of 1.
         target_modules: ends of the names of the layers that get an adapter; null: a UNet's attention layers, those and
             the feed-forward layers of a transformer.
-        base_dtype: how the frozen base is stored and computed, ``float32`` or ``bfloat16``; adapters stay float32.
+        base_dtype: how the frozen base is stored, ``float32``, ``bfloat16`` or ``nf4``: the linear layers of its blocks
+            in four bits, for which bitsandbytes and a CUDA device are needed, the rest in bfloat16. Both of the last
+            compute in bfloat16; adapters stay float32.
 
     Raises:
         ValueError: an option out of range; names it.
@@ -42,7 +45,7 @@ class LoRA:
     rank: int = 16
     alpha: float | None = None
     target_modules: tuple[str, ...] | None = None
-    base_dtype: Literal["float32", "bfloat16"] = "float32"
+    base_dtype: Literal["float32", "bfloat16", "nf4"] = "float32"
 
     def __post_init__(self) -> None:
         check_given(rank=self.rank)
@@ -63,7 +66,7 @@ def add_adapters(net: Any, lora: LoRA, output_layer: str, usual: tuple[str, ...]
 
     Raises:
         ModuleNotFoundError: peft is not installed; names the extra.
-        ValueError: no layer has such a name.
+        ValueError: no layer has such a name; or four bits without CUDA.
     """
     if find_spec("peft") is None:
         raise ModuleNotFoundError("adapters need peft: pip install 'unidad_pl[sdp]'")
@@ -75,8 +78,10 @@ def add_adapters(net: Any, lora: LoRA, output_layer: str, usual: tuple[str, ...]
     if absent:
         raise ValueError(f"lora.target_modules: this network has no layer whose name ends in {', '.join(absent)}")
     _tables_as_weights(net)
-    if lora.base_dtype == "bfloat16":
+    if lora.base_dtype != "float32":
         store_in_bfloat16(net, output_layer)
+    if lora.base_dtype == "nf4":
+        store_in_nf4(net)
     config: Any = LoraConfig(
         r=lora.rank, lora_alpha=lora.rank if lora.alpha is None else lora.alpha,  # type: ignore[arg-type]
         target_modules=targets,
@@ -114,7 +119,9 @@ def base_names(network: nn.Module) -> frozenset[str]:
 
 def merged(net: Any) -> Any:
     """A copy of ``net`` with its adapters added to the weights they adapt: a plain diffusers network again."""
-    plain = copy.deepcopy(net).float()  # before: a small update would be lost in bfloat16's rounding of the sum
+    plain = copy.deepcopy(net)
+    with_plain_layers(plain)
+    plain.float()  # before: a small update would be lost in bfloat16's rounding of the sum
     plain.fuse_lora()
     plain.unload_lora()
     return plain

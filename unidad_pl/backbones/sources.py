@@ -90,7 +90,7 @@ class Transformer(DenoiserSource):
         net, place = self._checked(kind, folder), folder / TransformerNetwork.part
         given = self.weights
         state = read_folder(place) if given is None else read_weights(find_file(given, self._local_only))
-        if self.lora is not None and self.lora.base_dtype == "bfloat16":
+        if self.lora is not None and self.lora.base_dtype != "float32":
             store_in_bfloat16(net, kind.output_layer)  # while it is empty: half of the memory that loading takes
         fill(net, state, given or str(place))
         return self._denoiser(kind, net, folder)

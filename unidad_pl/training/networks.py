@@ -273,7 +273,8 @@ def averaged(network: nn.Module, decay: float) -> AveragedModel:
     @torch.no_grad()
     def average(means: Any, values: Any, count: Tensor | int) -> None:
         n = float(count)  # read from the device once for all of them
-        torch._foreach_lerp_(means, values, 1 - min(decay, (1 + n) / (10 + n)))
+        if means[0].is_floating_point():  # a base in four bits is shared, and no number
+            torch._foreach_lerp_(means, values, 1 - min(decay, (1 + n) / (10 + n)))
 
     return AveragedModel(network, multi_avg_fn=average).requires_grad_(False)
 
