@@ -6,6 +6,7 @@ treats it as any other.
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -27,13 +28,12 @@ class Nf4Linear(nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        from bitsandbytes import matmul_4bit
-
+        bitsandbytes: Any = import_module("bitsandbytes")
         codes, state = self._parts(torch.bfloat16)
         bias = None if self.bias is None else self.bias.bfloat16()
         # The product is bfloat16 whatever autocast would make of it, and so is the gradient.
         with torch.autocast(input.device.type, enabled=False):
-            answer: Tensor = matmul_4bit(input.bfloat16(), codes.t(), quant_state=state)
+            answer: Tensor = bitsandbytes.matmul_4bit(input.bfloat16(), codes.t(), quant_state=state)
         return answer if bias is None else answer + bias
 
     def plain(self) -> nn.Linear:
