@@ -84,6 +84,15 @@ def store_in_nf4(net: nn.Module) -> None:
         layer.__class__ = Nf4Linear
 
 
+def weights_in(stored: Tensor) -> int:
+    """How many weights a parameter is.
+
+    >>> weights_in(torch.zeros(4, 64)), weights_in(torch.zeros(4 * 64 * 9 // 16, dtype=torch.uint8))
+    (256, 256)
+    """
+    return stored.numel() * 16 // 9 if stored.dtype == torch.uint8 else stored.numel()
+
+
 def place_for(weight: Tensor) -> torch.device:
     """Where ``weight`` is quantised; a tensor without storage stays where it is.
 

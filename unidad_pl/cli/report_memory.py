@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from unidad_pl.backbones.nf4 import weights_in
 from unidad_pl.checks import check_choices, check_whole
 from unidad_pl.files import expanded
 from unidad_pl.runs.config import build_module, merge_configs, read_config
@@ -139,7 +140,7 @@ def _predict(module: Any, batch_size: int, precision: str) -> MemoryReport:
     live = LiveBytes()
     rehearsal.iteration(module.costliest_iteration(), live)
     states = sum(_states(module, name, parameters) for name, parameters in rehearsal.groups().items())
-    counts = {name: sum(p.numel() for p in parameters) for name, parameters in own.items()}
+    counts = {name: sum(weights_in(p) for p in parameters) for name, parameters in own.items()}
     return MemoryReport(counts, weights, states, live.peak, tuple(elsewhere))
 
 

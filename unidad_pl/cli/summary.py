@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelSummary
 from torch import nn
 
+from unidad_pl.backbones.nf4 import weights_in
 from unidad_pl.callbacks.environment import unidad_command
 from unidad_pl.denoiser import DenoiserSource
 from unidad_pl.modules.unidad import UniDAD
@@ -104,7 +105,7 @@ def _origin(source: DenoiserSource) -> str:
 
 def _count(weights: Iterable[nn.Parameter]) -> str:
     """How many numbers ``weights`` have, in three digits."""
-    number = sum(p.numel() for p in weights)
+    number = sum(weights_in(p) for p in weights)
     power = min(3, max(0, (len(str(number)) - 1) // 3))
     return f"{number / 1000**power:.{2 if power else 0}f}{('', ' K', ' M', ' B')[power]}"
 
