@@ -175,14 +175,18 @@ class Run(NamedTuple):
         return export(str(self.place / "last.ckpt"), str(folder / "out"), adapters=adapters)
 
 
-@pytest.fixture(scope="module")
-def run(folder: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    place = tmp_path_factory.mktemp("run")
-    source = {"class_path": "unidad_pl.backbones.StableDiffusion"}
-    source |= {"init_args": {"path": str(folder), "lora": {"rank": 2, "alpha": 3}}}
+def write_config(place: Path, folder: Path, **lora: Any) -> None:
+    """``config.yaml`` of a run in ``place``, which export reads."""
+    source = {"class_path": "unidad_pl.backbones.StableDiffusion", "init_args": {"path": str(folder), "lora": lora}}
     arguments = {"source": source, "student": {"num_steps": 2}}
     config = {"model": {"class_path": "unidad_pl.modules.UniDAD", "init_args": arguments}}
     (place / "config.yaml").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    place = tmp_path_factory.mktemp("run")
+    write_config(place, folder, rank=2, alpha=3)
     model = module(folder, OVER)
     model.configure_model()
     base = content_hash(model.student, model.student.shared_weights)
@@ -262,8 +266,7 @@ def test_a_base_in_bfloat16_trains_resumes_and_exports(run: Run, folder: Path, p
     fit(resumed, photos, ITERATIONS, tmp_path / "part.ckpt")
     fit(whole, photos, ITERATIONS).save_checkpoint(tmp_path / "last.ckpt")
     assert content_hash(resumed) == content_hash(whole) != content_hash(run.model)
-    config = (run.place / "config.yaml").read_text()
-    (tmp_path / "config.yaml").write_text(config.replace('"alpha": 3', '"alpha": 3, "base_dtype": "bfloat16"'))
+    write_config(tmp_path, folder, rank=2, alpha=3, base_dtype="bfloat16")
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.load_lora_weights(str(Run(tmp_path, whole, "").export(tmp_path)))
     layer, trained = to_q(pipe.unet), to_q(whole.ema.module.unet)  # type: ignore[union-attr]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from tests.backbones.test_lora import adapted, fit, forward, module, stir, to_q
+from tests.backbones.test_lora import adapted, fit, forward, module, stir, to_q, write_config
 from tests.metrics.toys import refused
 from tests.tiny_sd import save_tiny, save_unet
 from unidad_pl.backbones import LoRA, nf4
@@ -37,11 +36,6 @@ def unet_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_unet(tmp_path_factory.mktemp("sd") / "sd")
 
 
-def in_a_block(layer: nn.Linear) -> nn.Linear:
-    store_in_nf4(nn.ModuleList([layer]))
-    return layer
-
-
 @pytest.mark.usefixtures("without_cuda")
 @pytest.mark.parametrize("bias", [True, False])
 def test_weights_of_the_format_come_back_and_so_do_the_gradients(bias: bool) -> None:
@@ -51,7 +45,7 @@ def test_weights_of_the_format_come_back_and_so_do_the_gradients(bias: bool) -> 
     layer = nn.Linear(BLOCK, 4, bias=bias)
     layer.weight.data = levels * scales
     plain = copy.deepcopy(layer).bfloat16().float()
-    in_a_block(layer)
+    store_in_nf4(nn.ModuleList([layer]))  # as in a block
     assert isinstance(layer, Nf4Linear)
     assert layer.weight.dtype == torch.uint8
     assert layer.weight.numel() == 4 * BLOCK // 2 + 4 * 4  # half a byte a weight, and four bytes a block
@@ -111,11 +105,7 @@ def test_it_trains_resumes_and_exports(photos: Path, tmp_path: Path) -> None:
     assert content_hash(resumed) == content_hash(whole)
     stored = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
     assert all(".lora_" in name for name in stored if ".unet." in name)
-    source = {"class_path": "unidad_pl.backbones.StableDiffusion"}
-    source |= {"init_args": {"path": str(folder), "lora": {"rank": 2, "alpha": 3, "base_dtype": "nf4"}}}
-    arguments = {"source": source, "student": {"num_steps": 2}}
-    config = {"model": {"class_path": "unidad_pl.modules.UniDAD", "init_args": arguments}}
-    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    write_config(tmp_path, folder, rank=2, alpha=3, base_dtype="nf4")
     out = export(str(tmp_path / "last.ckpt"), str(tmp_path / "adapters"), adapters=True)
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.load_lora_weights(str(out))

@@ -225,7 +225,7 @@ def test_prediction_writer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
         trainer(tmp_path, PredictionWriter()).predict(module, datamodule=Data(loaders=2))
     (tmp_path / "file").write_text("in the way")
     blocked = trainer(tmp_path, PredictionWriter(folder=str(tmp_path / "file")))
-    message = r"cannot write .*file \(.*choose another folder="
+    message = r"cannot write .*file/000000\.png \(.*choose another folder="
     refused(message, blocked.predict, module, datamodule=Data(), error=RuntimeError)
 
 

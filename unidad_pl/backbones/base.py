@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unidad_pl.backbones.lean import dtype_of
 from unidad_pl.backbones.lora import store_in_bfloat16
 from unidad_pl.backbones.spec import UNetSpec
 from unidad_pl.condition import Condition
@@ -82,7 +83,7 @@ class DiffusersNetwork(Denoiser):
     @property
     def dtype(self) -> torch.dtype:
         """What the network computes in, outside of autocast."""
-        return next(p.dtype for p in self.net.parameters() if p.is_floating_point())
+        return dtype_of(self.net)
 
     def checkpoint_blocks(self) -> None:
         self.net.enable_gradient_checkpointing()

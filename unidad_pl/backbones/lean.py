@@ -33,14 +33,15 @@ def lean(unet: nn.Module) -> None:
             block.__class__ = _lean_attention()
 
 
+def dtype_of(network: nn.Module) -> torch.dtype:
+    """That of the first weights that are numbers; those in four bits are not."""
+    return next(p.dtype for p in network.parameters() if p.is_floating_point())
+
+
 @cache
 def _lean_model(kind: Any) -> type[nn.Module]:
     """``kind`` under its own name, which pipelines save, with a dtype that is quick to find."""
-
-    def dtype(self: nn.Module) -> torch.dtype:
-        return next(p.dtype for p in self.parameters() if p.is_floating_point())
-
-    about = {"dtype": property(dtype), "__module__": kind.__module__, "__doc__": kind.__doc__}
+    about = {"dtype": property(dtype_of), "__module__": kind.__module__, "__doc__": kind.__doc__}
     return type(kind.__name__, (kind,), about)
 
 

@@ -25,7 +25,10 @@ class Nf4Linear(nn.Linear):
 
     Attributes:
         weight: uint8 [9/16 of the weights]: the codes of two weights in each byte, then the scales.
+        levels: float32 [16], what the codes stand for, in parts of the scale; None before the first pass.
     """
+
+    levels: Tensor | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         bitsandbytes: Any = import_module("bitsandbytes")
@@ -52,9 +55,11 @@ class Nf4Linear(nn.Linear):
 
         shape = torch.Size((self.out_features, self.in_features))
         codes, scales = self.weight.split([shape.numel() // 2, self.weight.numel() - shape.numel() // 2])
+        if self.levels is None or self.levels.device != codes.device:  # a copy to the device, not one in every pass
+            self.levels = get_4bit_type("nf4", device=codes.device)
         state = QuantState(
-            absmax=scales.view(torch.float32), shape=shape, code=get_4bit_type("nf4", device=self.weight.device),
-            blocksize=BLOCK, quant_type="nf4", dtype=dtype,
+            absmax=scales.view(torch.float32), shape=shape, code=self.levels, blocksize=BLOCK, quant_type="nf4",
+            dtype=dtype,
         )  # fmt: skip
         return codes[:, None], state
 

@@ -56,11 +56,12 @@ class PredictionWriter(OutputCallback):
     def _collect(self, trainer: pl.Trainer, pl_module: pl.LightningModule, samples: Samples) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        path = self._target
+        seeds = samples.seeds.tolist()
+        paths = [self._target / f"{seed:06d}.png" for seed in seeds]
+        path = paths[0]
         try:
             with sharing(self._target):
-                for image, seed in zip(as_uint8(samples.images), samples.seeds.tolist(), strict=True):
-                    path = self._target / f"{seed:06d}.png"
+                for image, path, seed in zip(as_uint8(samples.images), paths, seeds, strict=True):
                     write_png(image, path)
                     self._written.add(seed)
         except OSError as error:
