@@ -20,6 +20,7 @@ from PIL import Image
 
 from tests.processes import Apart, run_apart
 from tests.tiny_sd import save_ddpm
+from unidad_pl.cartoons.shots import choose_shots
 from unidad_pl.cli.main import TOOLS, main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,7 +100,7 @@ def test_every_config_runs_two_iterations(config: Path, tmp_path: Path, unidad: 
     options = [*SMALL, "--data.batch_size", "2", "--summary", "false"]  # two more validations
     if config.name == "features.yaml":
         options = [*SHORT, "--data.batch_size", "2", "--data.pool_size", "60", "--data.val_size", "6"]
-    if config.name == "teacher.yaml":
+    if config.name in ("teacher.yaml", "teacher_flow.yaml"):
         options += ["--data.shots", "8"]
     for domain in ("cats", "sunglasses"):
         if f'root: "builtin:{domain}"' in config.read_text():
@@ -108,8 +109,22 @@ def test_every_config_runs_two_iterations(config: Path, tmp_path: Path, unidad: 
         options += BOTH
     if config in REAL:
         options += stand_in_for_the_real_files(tmp_path, config, unidad)
-    unidad("fit", "--config", str(config), *options)
+    over = ["--config", str(CONFIGS / "assets" / "teacher.yaml")] if config.name == "teacher_flow.yaml" else []
+    unidad("fit", *over, "--config", str(config), *options)
     assert list(tmp_path.rglob("metrics.jsonl")) or list(tmp_path.rglob("*.ckpt")) or list(tmp_path.rglob("curve.csv"))
+
+
+def test_the_cartoons_that_the_configs_name_can_be_chosen() -> None:
+    """The test above asks for fewer of them."""
+    seen = []
+    for config in TRAINING:
+        data = yaml.safe_load(config.read_text()).get("data", {}).get("init_args", {})
+        root = str(data.get("root"))
+        if root.startswith("builtin:"):
+            seen.append(config.name)
+            domain, count = root.split(":")[1], data["shots"]
+            assert len(set(choose_shots(domain, count, 0))) == count
+    assert {"quickstart.yaml", "cats.yaml", "teacher.yaml"} <= {*seen}
 
 
 def test_the_fsig_configs_are_one_method_for_several_places() -> None:
@@ -237,14 +252,14 @@ def test_help_offers_what_works_and_says_what_it_does_here(unidad: Any) -> None:
 
 
 def test_help_is_written_for_a_terminal(unidad: Any) -> None:
-    """No role of Sphinx is in it: not of options, classes, groups or tools."""
+    """No role or literal of Sphinx is in it: not of options, classes, groups or tools."""
     classes = (("--model.help", "unidad_pl.UniDAD"), ("--data.help", "unidad_pl.FewShotDataModule"), ("--help",))
     for words in (*(("fit", *of) for of in classes), *((*tool.split(), "--help") for tool in TOOLS)):
         text = unidad(*words)
-        assert not re.search(r":[a-z]+:`", text), words
+        assert not re.search(r":[a-z]+:`|``", text), words
         assert "usage:" in text or "Help for" in text
     text = " ".join(unidad("fit", "--model.help", "unidad_pl.UniDAD").split())
-    assert "``edm``, ``eps`` or ``flow``, see denoising_weight. (type" in text
+    assert "edm, eps or flow, see denoising_weight. (type" in text
 
 
 def test_help_of_words_that_are_half_a_command(unidad: Any) -> None:

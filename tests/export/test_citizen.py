@@ -51,7 +51,7 @@ def test_what_diffusers_saves_again_draws_the_same(options: dict[str, Any], tmp_
 def test_offloading_keeps_the_pictures_and_its_hooks(tmp_path: Path) -> None:
     pipe = opened(export(pixel_student(), tmp_path / "out"))
     before = drawn(pipe)
-    assert type(pipe).model_cpu_offload_seq == "unet"
+    assert type(pipe).model_cpu_offload_seq == "unet->transformer->vae"
     pipe.enable_model_cpu_offload(device="cpu")
     for _ in range(2):
         (hook,) = pipe._all_hooks

@@ -110,7 +110,7 @@ def test_absurd_architectures_are_refused_before_they_are_built(entry: str, good
         ("model_index.json", "sigmas", [1e400, 1]), ("model_index.json", "sigmas", [80.0] * 10**5),
         ("model_index.json", "sigmas", [80.0, None]), ("model_index.json", "sigmas", [True]),
         ("model_index.json", "sigma_min", 1e9), ("model_index.json", "iteration", -1),
-        ("model_index.json", "classes", [1]), ("model_index.json", "prediction", "epsilon"),
+        ("model_index.json", "classes", [1]), ("model_index.json", "spec", {"prediction": "epsilon"}),
         ("model_index.json", "weights", "best"),
     ],
 )  # fmt: skip

@@ -20,6 +20,8 @@ from unidad_pl import load_export
 from unidad_pl.backbones import LoRA, Transformer
 from unidad_pl.backbones.transformer import unpacked
 from unidad_pl.cli.sample import sample
+from unidad_pl.condition import Condition
+from unidad_pl.denoiser import Codec
 from unidad_pl.export.card import model_card
 from unidad_pl.runs.student import TrainedStudent
 from unidad_pl.sampling import FewStepSampler
@@ -134,11 +136,88 @@ def test_half_the_bytes(case: Case, tmp_path: Path) -> None:
     assert (ours(load_export(out), case) - ours(student, case)).abs().mean() < 0.05
 
 
-def test_a_model_of_classes_says_what_else_draws(tmp_path: Path) -> None:
+@pytest.fixture
+def dit(tmp_path: Path) -> Path:
+    """A whole DiT pipeline, saved by diffusers."""
+    torch.manual_seed(0)
     net = diffusers.DiTTransformer2DModel(**DiT.config)
-    pipe = diffusers.DiTPipeline(net, diffusers.AutoencoderKL(**TINY_VAE), diffusers.DDIMScheduler(), {0: "cat"})
-    pipe.save_pretrained(tmp_path / "dit")
-    source = Transformer(str(tmp_path / "dit"))
-    sampler = FewStepSampler(torch.tensor([80.0, 0.5]))
-    student = TrainedStudent(source.build(), sampler, 0.5, "raw", 7, [0], {}, None, source.codec())
-    refused("this student is a DiTNetwork: sample it with 'unidad sample'", export, student, tmp_path / "out")
+    vae = diffusers.AutoencoderKL(**TINY_VAE, scaling_factor=0.5, shift_factor=0.1)
+    diffusers.DiTPipeline(net, vae, diffusers.DDIMScheduler(), {0: "cat"}).save_pretrained(tmp_path / "dit")
+    return tmp_path / "dit"
+
+
+def of_classes(folder: Path, resolution: int | None, lora: LoRA | None = None) -> TrainedStudent:
+    source = Transformer(str(folder), resolution, lora)
+    network = source.build().requires_grad_(False)
+    torch.manual_seed(1)
+    for name, weight in network.named_parameters():
+        if lora is None or ".lora_" in name:
+            weight.add_(torch.randn_like(weight), alpha=0.1)
+    sampler = FewStepSampler(torch.tensor([80.0, 4.0, 0.5], dtype=torch.float64))
+    return TrainedStudent(network, sampler, 0.5, "raw", 7, [3, 7], {}, None, source.codec())
+
+
+@torch.no_grad()
+def of_each(student: TrainedStudent, seeds: list[int], labels: list[int]) -> Tensor:
+    """A picture [B, 3, R, R] in [0, 1] for each seed and class."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def noise() -> Tensor:
+        return torch.stack([torch.randn(student.network.image_shape, generator=one) for one in generators])
+
+    latents = student.sampler(student.network, noise, Condition(torch.tensor(labels)))
+    return student.codec.decode(latents).clamp(-1, 1) / 2 + 0.5
+
+
+@pytest.mark.parametrize("resolution", [16, 32])
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["full", "lora"])
+def test_a_model_of_classes(dit: Path, resolution: int, lora: LoRA | None, tmp_path: Path) -> None:
+    """By its card, in diffusers alone: each seed its picture, and the classes in turn."""
+    student = of_classes(dit, resolution, lora)
+    out = export(student, tmp_path / "out")
+    seeds, labels = [0, 1, 5], [3, 7, 7]
+    expected = of_each(student, seeds, labels)
+    assert expected.shape == (3, 3, resolution, resolution)
+    card = (out / "README.md").read_text()
+    code = card.partition("```python\n")[2].partition("```")[0].replace("THIS_FOLDER", str(out))
+    names: dict[str, Any] = {}
+    exec(code, names)
+    pipe = names["pipe"]
+    assert [picture.size for picture in names["images"]] == [(resolution, resolution)] * 4
+    drawn = pipe(seeds=seeds, output_type="pt").images
+    assert (drawn - expected).abs().max() <= 2 / 255
+    assert torch.equal(pipe(seeds=seeds, class_labels=labels, output_type="pt").images, drawn)
+    assert (pipe(seeds=seeds, class_labels=[1, 1, 1], output_type="pt").images - drawn).abs().max() > 2 / 255
+
+    untrained = of_classes(dit, resolution)
+    untrained.network = Transformer(str(dit), resolution).build()
+    assert (of_each(untrained, seeds, labels) - expected).abs().max() > 2 / 255
+
+    pipe.save_pretrained(tmp_path / "saved")
+    again = load_export(out)
+    torch.testing.assert_close(of_each(again, seeds, labels), expected, atol=1e-4, rtol=0)
+    assert (again.classes, again.sampler.sigmas, again.iteration) == ([3, 7], student.sampler.sigmas, 7)
+    assert again.network.distilled  # as a teacher it would be warned of
+    saved_again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    assert torch.equal(saved_again(seeds=seeds, output_type="pt").images, drawn)
+    sample(str(out), 2, str(tmp_path / "drawn"), seed=5, device="cpu")
+    assert sorted(path.name for path in (tmp_path / "drawn").glob("*.png")) == ["000005.png", "000006.png"]
+
+
+def test_half_the_bytes_of_a_model_of_classes(dit: Path, tmp_path: Path) -> None:
+    student = of_classes(dit, 16)
+    out = export(student, tmp_path / "out", dtype="float16")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(out, trust_remote_code=True, torch_dtype=torch.float16)
+    assert pipe.vae.dtype == pipe.transformer.dtype == torch.float16
+    assert (pipe(seeds=[0], output_type="pt").images - of_each(student, [0], [3])).abs().mean() < 0.01
+
+
+def test_what_a_model_of_classes_has_not(dit: Path, tmp_path: Path) -> None:
+    student = of_classes(dit, 16)
+    refused("only text-to-image students can be trained as adapters", export, student, tmp_path / "out", adapters=True)
+    out = export(student, tmp_path / "out")
+    index = out / "model_index.json"
+    index.write_text(index.read_text().replace('"epsilon"', '"sample"'))
+    refused("prediction is 'sample' in model_index.json, 'epsilon' beside it", load_export, out)
+    student.codec = Codec()
+    refused("has a Codec for them", export, student, tmp_path / "other")

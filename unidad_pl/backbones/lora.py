@@ -10,12 +10,12 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from unidad_pl.backbones.nf4 import store_in_nf4, with_plain_layers
+from unidad_pl.backbones.nf4 import Nf4Linear, store_in_nf4
 from unidad_pl.checks import check_at_least, check_given, check_options, check_positive, check_whole
 
 ADAPTER = "default"
@@ -117,14 +117,27 @@ def base_names(network: nn.Module) -> frozenset[str]:
     return frozenset(name for name, _ in network.named_parameters() if ".lora_" not in name)
 
 
-def merged(net: Any) -> Any:
-    """A copy of ``net`` with its adapters added to the weights they adapt: a plain diffusers network again."""
-    plain = copy.deepcopy(net)
-    with_plain_layers(plain)
-    plain.float()  # before: a small update would be lost in bfloat16's rounding of the sum
-    plain.fuse_lora()
-    plain.unload_lora()
-    return plain
+def merged(net: nn.Module, dtype: torch.dtype = torch.float32) -> Any:
+    """A copy of ``net`` with its adapters added to the weights they adapt: a plain diffusers network of ``dtype``.
+
+    Each layer is added up in float32 (a small update would be lost in bfloat16's rounding of the sum), and on its own:
+    of a large network there is never more than one layer in float32.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    plain, adapted = copy.deepcopy(net), cast(Any, BaseTunerLayer)
+    for name, layer in list(plain.named_modules()):
+        place, _, own = name.rpartition(".")
+        if isinstance(layer, adapted):
+            if isinstance(base := layer.get_base_layer(), Nf4Linear):
+                layer.base_layer = base.plain()
+            layer.float().merge()
+            setattr(plain.get_submodule(place), own, layer.get_base_layer().to(dtype))
+        elif isinstance(layer, Nf4Linear) and own != "base_layer":
+            setattr(plain.get_submodule(place), own, layer.plain().to(dtype))
+    del plain.peft_config
+    plain._hf_peft_config_loaded = False  # type: ignore[assignment]  # diffusers' word for it
+    return nn.Module.to(plain, dtype)  # diffusers' own `to` warns
 
 
 def adapter_weights(net: Any, part: str) -> dict[str, Tensor]:

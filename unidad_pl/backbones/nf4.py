@@ -109,11 +109,3 @@ def place_for(weight: Tensor) -> torch.device:
     if not torch.cuda.is_available():
         raise ValueError("lora.base_dtype nf4 needs a CUDA device, and this machine has none: use bfloat16")
     return torch.device("cuda")
-
-
-def with_plain_layers(net: nn.Module) -> None:
-    """Put linear layers with float32 weights in the place of those in four bits."""
-    for name, layer in list(net.named_modules()):
-        if isinstance(layer, Nf4Linear):
-            place, _, own = name.rpartition(".")
-            setattr(net.get_submodule(place), own, layer.plain())

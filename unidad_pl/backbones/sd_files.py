@@ -18,6 +18,8 @@ from unidad_pl.checks import check_at_least
 from unidad_pl.files import BrokenFile, mistaken, read_json, reading
 
 INDEX_FILE = "model_index.json"
+FEW_STEP = ["pipeline", "FewStepPipeline"]
+"""The class that the index of an export gives, of pixels or of classes: the file in its folder, and its name there."""
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 LIBRARIES = ("diffusers", "transformers")
 TEXT: Stems = ("model", "pytorch_model")

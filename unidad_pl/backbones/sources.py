@@ -21,7 +21,7 @@ from unidad_pl.backbones.folders import (
 from unidad_pl.backbones.hub import find_file, find_folder
 from unidad_pl.backbones.lora import LoRA, add_adapters, base_names, store_in_bfloat16
 from unidad_pl.backbones.sd3 import SD3Network
-from unidad_pl.backbones.sd_files import TEXT, index_if_any
+from unidad_pl.backbones.sd_files import FEW_STEP, TEXT, index_if_any
 from unidad_pl.backbones.spec import SCHEDULER_FILE, find_scheduler
 from unidad_pl.backbones.transformer import DEPTHS, SIZES, Taps, TransformerNetwork
 from unidad_pl.backbones.weights import NETWORK, Stems, fill, read_folder, read_weights
@@ -141,7 +141,7 @@ class Transformer(DenoiserSource):
             check_whole(0, MOST_BLOCKS, **{name: config[name] for name in DEPTHS if name in config})
             check_whole(1, MOST, **{name: config[name] for name in SIZES if name in config})
         pipeline = index_if_any(folder).get("_class_name", known[name].pipeline)
-        if pipeline != known[name].pipeline:  # those that edit pictures have the same network
+        if pipeline not in (known[name].pipeline, FEW_STEP):  # those that edit pictures have the same network
             raise ValueError(
                 f"source model {self.path!r} is a {pipeline!s:.60}, which is not supported: give the text-to-image "
                 f"model, a {known[name].pipeline}"
@@ -169,7 +169,8 @@ class Transformer(DenoiserSource):
 
     def _denoiser(self, kind: type[TransformerNetwork], net: Any, folder: Path) -> TransformerNetwork:
         network = self._network(kind, net, folder)
-        network.distilled |= index_if_any(folder).get("is_distilled") is True
+        index = index_if_any(folder)
+        network.distilled |= index.get("is_distilled") is True or index.get("_class_name") == FEW_STEP
         if self.lora is not None:
             add_adapters(network.transformer, self.lora, network.output_layer, network.adapted)
             network.shared_weights = base_names(network)

@@ -14,7 +14,7 @@ from unidad_pl.checks import check_whole
 
 SHOTS_START = 1_000_000  # the candidates of seed s begin at (s + 1) million; the reference set at 0
 CANDIDATES = 1000
-MOST_SHOTS = 5000  # choosing them takes half a minute, and four times as long twice as many
+MOST_CHOSEN = 500  # more are as varied as their domain by themselves
 MOST_SEED = 2**63 // SHOTS_START - 2  # indices of images have 63 bits
 
 
@@ -36,20 +36,22 @@ def choose_shots(domain: str, count: int, seed: int) -> list[int]:
 
     Args:
         domain: one of :data:`~unidad_pl.cartoons.world.DOMAINS`.
-        count: images to choose, 1 to :data:`MOST_SHOTS`.
-        seed: of the candidates, 0 to :data:`MOST_SEED`: 1000, or twice ``count`` if that is more.
+        count: 1 to a million; more than :data:`MOST_CHOSEN` are not chosen: they are the first of the seed's million.
+        seed: of the thousand candidates, 0 to :data:`MOST_SEED`.
 
     Returns:
-        Distinct indices, in the order of choice: fewer shots of a seed are the first of more (up to 500).
+        Distinct indices, in the order of choice: fewer shots of a seed are the first of more that are chosen.
 
     Raises:
         ValueError: an unknown domain, or a count or a seed out of range.
     """
-    check_whole(1, MOST_SHOTS, shots=count)
+    check_whole(1, SHOTS_START, shots=count)
     check_whole(0, MOST_SEED, seed=seed)
     start = SHOTS_START * (seed + 1)
-    candidates = range(start, start + max(CANDIDATES, 2 * count))
+    candidates = range(start, start + CANDIDATES)
     vectors = factor_vectors(world.factors(candidates, domain))
+    if count > MOST_CHOSEN:
+        return list(range(start, start + count))
     chosen, total = [0], vectors[0].clone()
     while len(chosen) < count:
         distance = (total + vectors).square().sum(1)

@@ -11,17 +11,17 @@ ROLE = re.compile(r":[a-z:]+:`([^`]+)`")
 
 
 def plain(text: str) -> str:
-    """``text`` with the roles of Sphinx as a reader of the pages sees them.
+    """``text`` with the roles and literals of Sphinx as a reader of the pages sees them.
 
-    >>> plain("see :func:`~unidad_pl.losses.denoising_weight` and :class:`the grid <unidad_pl.SampleGrid>`")
-    'see denoising_weight and the grid'
+    >>> plain("``edm``: see :func:`~unidad_pl.losses.denoising_weight` and :class:`the grid <unidad_pl.SampleGrid>`")
+    'edm: see denoising_weight and the grid'
     """
 
     def shown(role: re.Match[str]) -> str:
         target = "".join(role[1].split()) if "<" not in role[1] else role[1].partition("<")[0].strip()
         return target.rpartition(".")[2] if target.startswith("~") else target
 
-    return ROLE.sub(shown, text)
+    return ROLE.sub(shown, text).replace("``", "")
 
 
 class PlainFormatter(DefaultHelpFormatter):

@@ -133,7 +133,8 @@ def model_card(student: TrainedStudent, checkpoint: str, adapters: bool = False)
         checkpoint=checkpoint, iteration=student.iteration, weights=student.weights,
         seed=config.get("seed_everything"), sigmas=", ".join(f"{sigma:.4g}" for sigma in student.sampler.sigmas),
         versions=", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "lightning")),
-        task="text-to-image" if text else "unconditional-image-generation", what="latents" if text else "images",
+        task="text-to-image" if text else "unconditional-image-generation",
+        what="latents" if isinstance(student.codec, LatentCodec) else "images",
         usage=_usage(student, subject, adapters),
         metrics=_metrics_table(student.folder), config=yaml.safe_dump(config, sort_keys=False),
     )  # fmt: skip

@@ -10,16 +10,16 @@ from typing import Any
 from safetensors import safe_open
 
 from unidad_pl.backbones.folders import MOST_SIDE
+from unidad_pl.backbones.sd_files import FEW_STEP
 from unidad_pl.backbones.spec import MOST_TIMESTEPS
 from unidad_pl.checks import check_at_least, check_choices, check_positive
 from unidad_pl.files import read_json, reading
 from unidad_pl.runs.student import Weights
 
 INDEX = "model_index.json"
-"""diffusers' index of a pipeline; in that of a pixel pipeline the entries of the record are among its own."""
+"""diffusers' index of a pipeline; in that of a pipeline of our own the entries of the record are among its own."""
 RECORD = "unidad.json"
 """The record of a text-to-image export, beside a pipeline of diffusers' own kind."""
-PIPELINE = "FewStepPipeline"
 MOST_STEPS = 1000
 WAY_OUT = "export the run again, or copy the folder again"
 LIMITS = {
@@ -52,7 +52,7 @@ def read_record(folder: Path) -> dict[str, Any]:
             f"{str(folder)!r} is neither a checkpoint nor a directory that 'unidad export' wrote: no {INDEX}"
         )
     content = read_json(path, "record of an export", WAY_OUT, finite=True)
-    if path.name == INDEX and content.get("_class_name") != ["pipeline", PIPELINE]:
+    if path.name == INDEX and content.get("_class_name") != FEW_STEP:
         raise ValueError(
             f"{str(path)!r} is of a {str(content.get('_class_name'))[:60]}: it is neither a checkpoint nor "
             f"a directory that 'unidad export' wrote"

@@ -17,51 +17,54 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DModel
 from diffusers.utils import logging
 
 logger = logging.get_logger(__name__)
+PLAIN: dict[str, Any] = {"prediction": "epsilon", "sigma_data": 0.5, "patch_size": 1, "timestep": "nearest"}
 
 
 class FewStepPipeline(DiffusionPipeline):
     """Few-step sampling of a denoiser ``D(x, sigma) -> x0``: noise, denoise, add fresh noise at the next sigma, ...
 
     Args:
-        unet: the student.
         scheduler: holds the betas the network was trained with (variance-preserving networks).
+        unet: the student, of pixels.
+        transformer: the student, of the latents of ``vae``, in place of a UNet.
+        vae: what makes pictures of latents.
         sigmas: the trained steps' sigmas, descending.
         sigma_min: the smallest sigma when another number of steps is asked for.
-        prediction: what the network predicts: ``epsilon``, ``v_prediction``, ``sample``, ``edm`` or ``flow``.
-        sigma_data: standard deviation of the data, for ``edm``.
-        patch_size: pixels per side folded into channels around the network.
-        timestep: ``nearest`` trained timestep or ``interpolated``.
+        spec: how to read the network. ``prediction``: what it predicts, ``epsilon``, ``v_prediction``, ``sample``,
+            ``edm`` or ``flow``; ``sigma_data``: standard deviation of the data, for ``edm``; ``patch_size``: pixels per
+            side folded into channels around it; ``timestep``: ``nearest`` trained one or ``interpolated``.
         classes: labels that seeds take in turn when none are given; None for an unconditional network.
         weights: which of the run's weights these are, ``ema`` or ``raw``.
         iteration: iterations they were trained for.
+        resolution: image side in pixels, with a VAE; None: as the network's config says.
     """
 
-    model_cpu_offload_seq = "unet"
+    model_cpu_offload_seq = "unet->transformer->vae"
+    _optional_components = ["unet", "transformer", "vae"]  # noqa: RUF012 (diffusers wants a list)
 
     def __init__(
         self,
-        unet: UNet2DModel,
         scheduler: SchedulerMixin,
+        unet: UNet2DModel | None = None,
+        transformer: ModelMixin | None = None,
+        vae: AutoencoderKL | None = None,
         sigmas: list[float] = [80.0],  # noqa: B006 (diffusers takes arguments without a default for networks)
         sigma_min: float = 0.5,
-        prediction: str = "epsilon",
-        sigma_data: float = 0.5,
-        patch_size: int = 1,
-        timestep: str = "nearest",
+        spec: dict[str, Any] = PLAIN,
         classes: list[int] | None = None,
         weights: str = "raw",
         iteration: int = 0,
+        resolution: int | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, transformer=transformer, vae=vae, scheduler=scheduler)
         self.register_to_config(
-            sigmas=list(sigmas), sigma_min=sigma_min, prediction=prediction, sigma_data=sigma_data,
-            patch_size=patch_size, timestep=timestep, classes=None if classes is None else list(classes),
-            weights=weights, iteration=iteration,
+            sigmas=list(sigmas), sigma_min=sigma_min, spec={**spec}, classes=None if classes is None else list(classes),
+            weights=weights, iteration=iteration, resolution=resolution,
         )  # fmt: skip
 
     def save_config(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -73,10 +76,10 @@ class FewStepPipeline(DiffusionPipeline):
         (folder / self.config_name).write_text(json.dumps(index, indent=2) + "\n")
         if Path(__file__) != folder.resolve() / "pipeline.py":
             shutil.copyfile(__file__, folder / "pipeline.py")
-        spec = {name: self.config[name] for name in ("prediction", "sigma_data", "patch_size", "timestep")}
-        if self.config.prediction == "flow":
+        spec = dict(self.config.spec)
+        if self._is_flow:
             spec |= {"shift": self.scheduler.config.shift, "train_timesteps": self.scheduler.config.num_train_timesteps}
-        elif self.config.prediction != "edm":
+        elif self.config.spec["prediction"] != "edm":
             betas = self.scheduler.config
             spec |= {name: betas[name] for name in ("beta_schedule", "beta_start", "beta_end")}
             spec["train_timesteps"] = betas.num_train_timesteps
@@ -114,9 +117,12 @@ class FewStepPipeline(DiffusionPipeline):
         generators = self._generators(batch_size, seeds, generator)
         count = len(generators)
         labels = self._labels(class_labels, seeds, count)
-        channels, side = self.unet.config.in_channels, self.unet.config.sample_size
+        network = self._network().config
+        channels, side = network.in_channels, network.sample_size
+        if self.vae is not None and self.config.resolution:
+            side = self.config.resolution // 2 ** (len(self.vae.config.block_out_channels) - 1)
         height, width = (side, side) if isinstance(side, int) else side
-        fold = self.config.patch_size
+        fold = self.config.spec["patch_size"]
         shape = (channels // fold**2, height * fold, width * fold)
         device = self._execution_device
 
@@ -124,10 +130,13 @@ class FewStepPipeline(DiffusionPipeline):
             return torch.stack([torch.randn(*shape, generator=one) for one in generators]).to(device)
 
         sigmas = self._sigmas(num_inference_steps)
-        x = (sigmas[0] + (self.config.prediction == "flow")) * noise()  # a flow begins at noise of unit variance
+        x = (sigmas[0] + self._is_flow) * noise()  # a flow begins at noise of unit variance
         x0 = self._denoise(x, sigmas[0], labels)
         for sigma in self.progress_bar(sigmas[1:]):
             x0 = self._denoise(x0 + sigma * noise(), sigma, labels)
+        if self.vae is not None:
+            latents = x0 / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)
+            x0 = self.vae.decode(latents.to(self.vae.dtype)).sample.float()
         self.maybe_free_model_hooks()
         images: Any = (x0.clamp(-1, 1).cpu() + 1) / 2
         if output_type != "pt":
@@ -135,6 +144,13 @@ class FewStepPipeline(DiffusionPipeline):
         if output_type == "pil":
             images = self.numpy_to_pil(images)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @property
+    def _is_flow(self) -> bool:
+        return self.config.spec["prediction"] == "flow"
+
+    def _network(self) -> Any:
+        return self.unet if self.transformer is None else self.transformer
 
     def _generators(self, batch_size: int, seeds: Any, generator: Any) -> list[torch.Generator | None]:
         if seeds is not None and generator is not None:
@@ -168,7 +184,7 @@ class FewStepPipeline(DiffusionPipeline):
             raise ValueError(f"num_inference_steps must be at least 1, got {steps}")
         if steps > len(trained):
             logger.warning(f"this student was trained for {len(trained)} steps; {steps} need not be better")
-        if self.config.prediction == "flow" and torch.allclose(self._own(len(trained)), torch.tensor(trained).double()):
+        if self._is_flow and torch.allclose(self._own(len(trained)), torch.tensor(trained).double()):
             return self._own(steps).tolist()
         u = torch.linspace(0, 1, steps, dtype=torch.float64)
         return ((1 - u) * math.log(trained[0]) + u * math.log(self.config.sigma_min)).exp().tolist()
@@ -182,28 +198,29 @@ class FewStepPipeline(DiffusionPipeline):
     def _denoise(self, x: torch.Tensor, sigma: float, labels: torch.Tensor | None) -> torch.Tensor:
         """``x0`` [B, C, H, W]: the network between its input scale and its output coefficients, in float32."""
         levels = x.new_full((len(x),), sigma)
-        s, data = levels.view(-1, 1, 1, 1), self.config.sigma_data
+        s, data = levels.view(-1, 1, 1, 1), self.config.spec["sigma_data"]
         total = s**2 + data**2
-        c = {"edm": total.rsqrt(), "flow": 1 / (1 + s)}.get(self.config.prediction, (1 + s**2).rsqrt())
+        c = {"edm": total.rsqrt(), "flow": 1 / (1 + s)}.get(self.config.spec["prediction"], (1 + s**2).rsqrt())
         of_x, of_f = {
             "epsilon": (torch.ones_like(s), -s),
             "v_prediction": (c**2, -s * c),
             "sample": (torch.zeros_like(s), torch.ones_like(s)),
             "edm": (data**2 / total, s * data * c),
             "flow": (c, -s * c),
-        }[self.config.prediction]
-        folded = F.pixel_unshuffle(c * x, self.config.patch_size)
-        f = self.unet(folded.to(self.unet.dtype), self._time(levels), class_labels=labels).sample
-        f = f[:, : folded.shape[1]].float()  # guided-diffusion networks predict a variance too
-        return of_x * x + of_f * F.pixel_shuffle(f, self.config.patch_size)
+        }[self.config.spec["prediction"]]
+        folded = F.pixel_unshuffle(c * x, self.config.spec["patch_size"])
+        network = self._network()
+        f = network(folded.to(network.dtype), timestep=self._time(levels), class_labels=labels).sample
+        f = f[:, : folded.shape[1]].float()  # some networks predict a variance too
+        return of_x * x + of_f * F.pixel_shuffle(f, self.config.spec["patch_size"])
 
     def _time(self, sigma: torch.Tensor) -> torch.Tensor:
-        if self.config.prediction == "edm":
+        if self.config.spec["prediction"] == "edm":
             return 250 * sigma.log() / 4
-        if self.config.prediction == "flow":
+        if self._is_flow:
             return self.scheduler.config.num_train_timesteps * sigma / (1 + sigma)
         abar = self._abar().to(sigma.device)
-        if self.config.timestep == "nearest":
+        if self.config.spec["timestep"] == "nearest":
             return (1 / (1 + sigma**2)[:, None] - abar).abs().argmin(dim=1)
         table = ((1 - abar.double()) / abar.double()).sqrt().log()
         level = sigma.double().log().clamp(table[0], table[-1])

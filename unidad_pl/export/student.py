@@ -6,20 +6,28 @@ import json
 import shutil
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import torch
 from torch.func import functional_call
 
 from unidad_pl.backbones.latents import LatentCodec
+from unidad_pl.backbones.sd_files import FEW_STEP
 from unidad_pl.backbones.sources import Transformer
 from unidad_pl.backbones.transformer import TransformerNetwork
 from unidad_pl.backbones.unet import PretrainedUNet, UNetDenoiser
 from unidad_pl.checks import check_choices
 from unidad_pl.denoiser import Codec, Denoiser, DenoiserSource
 from unidad_pl.export.card import model_card
-from unidad_pl.export.folder import INDEX, PIPELINE, WAY_OUT, is_text_export, note_files, read_record, refuse_foreign
-from unidad_pl.export.text_to_image import check_text_export, is_text_network, stored_as, write_text_pipeline
+from unidad_pl.export.folder import INDEX, WAY_OUT, is_text_export, note_files, read_record, refuse_foreign
+from unidad_pl.export.text_to_image import (
+    check_text_export,
+    is_text_network,
+    latent_codec,
+    plain_network,
+    stored_as,
+    write_text_pipeline,
+)
 from unidad_pl.files import expanded, moved_aside, reading, recover, replacing
 from unidad_pl.runs.student import TrainedStudent, Weights, load_student
 from unidad_pl.sampling import FewStepSampler
@@ -64,10 +72,10 @@ def export_student(
     refuse_foreign(target)
     student = load_student(ckpt_path, weights, config)
     network = student.network
-    if not isinstance(network, UNetDenoiser) and not is_text_network(network):
+    if not is_own_network(network) and not is_text_network(network):
         raise ValueError(
-            f"only diffusers UNets and transformers that read prompts can be exported, this student is a "
-            f"{type(network).__name__}: sample it with 'unidad sample'"
+            f"only diffusers' UNets, transformers of classes and flow transformers of prompts can be exported, this "
+            f"student is a {type(network).__name__}: sample it with 'unidad sample'"
         )
     if adapters and not is_text_network(network):
         raise ValueError("only text-to-image students can be trained as adapters: leave --adapters out")
@@ -75,13 +83,18 @@ def export_student(
         part.mkdir()
         if is_text_network(network):
             write_text_pipeline(student, network, part, adapters, stored)
-        elif isinstance(network, UNetDenoiser):
+        elif is_own_network(network):
             _write(student, network, part, stored)
         card = model_card(student, Path(ckpt_path).name, adapters)
         (part / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
         note_files(part)
         refuse_foreign(target)  # again: writing took its time
     return target
+
+
+def is_own_network(network: Denoiser) -> TypeGuard[UNetDenoiser | TransformerNetwork]:
+    """Whether a student of this kind becomes a pipeline of ours: of pixels, or of classes and latents."""
+    return isinstance(network, UNetDenoiser) or (isinstance(network, TransformerNetwork) and not network.takes_prompts)
 
 
 def load_export(folder: str | Path) -> TrainedStudent:
@@ -99,12 +112,12 @@ def load_export(folder: str | Path) -> TrainedStudent:
             f"place: rename it back, or export again"
         )
     record = read_record(place)
-    model: DenoiserSource = check_text_export(place, record) if is_text_export(place) else PretrainedUNet(str(place))
+    model = _source(place, record)
     folder_of_network = place / (TransformerNetwork.part if isinstance(model, Transformer) else "unet")
     with reading(folder_of_network, "network", WAY_OUT):
         network, codec = model.build().requires_grad_(False), model.codec()
     if isinstance(codec, LatentCodec):
-        _try_codec(codec, place, network.image_shape[0])
+        _try_codec(codec, place, network)
     with reading(folder_of_network, "network", WAY_OUT):
         _try_network(network, codec, record)
         sampler = FewStepSampler(torch.tensor(record["sigmas"], dtype=torch.float64))
@@ -115,23 +128,32 @@ def load_export(folder: str | Path) -> TrainedStudent:
     )  # fmt: skip
 
 
-def _try_codec(codec: LatentCodec, place: Path, channels: int) -> None:
+def _source(place: Path, record: dict[str, Any]) -> DenoiserSource:
+    if is_text_export(place):
+        return check_text_export(place, record)
+    if (place / TransformerNetwork.part).is_dir():
+        return Transformer(str(place), record.get("resolution"))
+    return PretrainedUNet(str(place))
+
+
+def _try_codec(codec: LatentCodec, place: Path, network: Denoiser) -> None:
     """Refuse a VAE or text encoders that cannot be used."""
     with reading(place, "pipeline", WAY_OUT):
         parts = codec.parts
-    with reading(place / "text_encoder", "text encoder", WAY_OUT):
-        codec.embed([""])
+    if network.takes_prompts:
+        with reading(place / "text_encoder", "text encoder", WAY_OUT):
+            codec.embed([""])
     with reading(place / "vae", "VAE", WAY_OUT):
         side = 2 ** (len(parts.vae.config["block_out_channels"]) - 1)
-        codec.decode(torch.zeros(1, channels, side, side))
+        codec.decode(torch.zeros(1, network.image_shape[0], side, side))
 
 
 def _try_network(network: Denoiser, codec: Codec, record: dict[str, Any]) -> None:
     """Refuse a network that does not fit the record, or cannot run."""
-    if isinstance(network, UNetDenoiser):
-        for name in ("prediction", "sigma_data", "patch_size", "timestep"):
-            if record[name] != getattr(network.spec, name):
-                raise ValueError(f"{name} is {record[name]!r} in {INDEX}, {getattr(network.spec, name)!r} in unet/")
+    if is_own_network(network):
+        for name, value in _described(network.spec).items():
+            if record["spec"][name] != value:
+                raise ValueError(f"{name} is {record['spec'][name]!r} in {INDEX}, {value!r} beside it")
     if isinstance(network, TransformerNetwork):  # strictly loaded; tables that some keep would stay on the meta device
         return
     cond = codec.embed([""]) if network.takes_prompts else network.blank_condition(1)
@@ -141,19 +163,33 @@ def _try_network(network: Denoiser, codec: Codec, record: dict[str, Any]) -> Non
     functional_call(network, tensors, (*inputs, None if cond is None else cond.to("meta")))
 
 
-def _write(student: TrainedStudent, network: UNetDenoiser, folder: Path, dtype: torch.dtype) -> None:
-    spec, scheduler = network.spec, _scheduler(network.spec)
-    UNetDenoiser(stored_as(network.unet, dtype, "unet"), spec).save_pretrained(folder / "unet", dtype)
+def _write(
+    student: TrainedStudent, network: UNetDenoiser | TransformerNetwork, folder: Path, dtype: torch.dtype
+) -> None:
+    spec, scheduler, net = network.spec, _scheduler(network.spec), plain_network(network, dtype)
+    parts = {network.part: net, "scheduler": scheduler}
+    if isinstance(network, UNetDenoiser):
+        UNetDenoiser(net, spec).save_pretrained(folder / network.part, dtype)
+    else:
+        parts["vae"] = stored_as(latent_codec(student).parts.vae, dtype, "vae")
+        net.save_pretrained(folder / network.part)
+        parts["vae"].save_pretrained(folder / "vae")
     scheduler.save_pretrained(folder / "scheduler")
     shutil.copyfile(Path(__file__).with_name("pipeline.py"), folder / "pipeline.py")
     index = {
-        "_class_name": ["pipeline", PIPELINE], "_diffusers_version": version("diffusers"),
-        "unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", type(scheduler).__name__],
-        "sigmas": student.sampler.sigmas, "sigma_min": student.sigma_min, "prediction": spec.prediction,
-        "sigma_data": spec.sigma_data, "patch_size": spec.patch_size, "timestep": spec.timestep,
+        "_class_name": FEW_STEP, "_diffusers_version": version("diffusers"),
+        **{name: ["diffusers", type(one).__name__] for name, one in parts.items()},
+        "sigmas": student.sampler.sigmas, "sigma_min": student.sigma_min, "spec": _described(spec),
         "classes": student.classes, "weights": student.weights, "iteration": student.iteration,
     }  # fmt: skip
+    if isinstance(network, TransformerNetwork):
+        index["resolution"] = network.resolution
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _described(spec: UNetSpec) -> dict[str, Any]:
+    """What the pipeline must know of a network, besides its scheduler."""
+    return {name: getattr(spec, name) for name in ("prediction", "sigma_data", "patch_size", "timestep")}
 
 
 def _scheduler(spec: UNetSpec) -> Any:

@@ -11,7 +11,9 @@ from typing import Any, TypeGuard
 import torch
 from torch import nn
 
+from unidad_pl.backbones.base import DiffusersNetwork
 from unidad_pl.backbones.latents import ZEROS, LatentCodec
+from unidad_pl.backbones.lean import dtype_of
 from unidad_pl.backbones.lora import adapter_weights, merged
 from unidad_pl.backbones.sources import Transformer
 from unidad_pl.backbones.spec import SOURCE_SCHEDULER_FILE, find_scheduler
@@ -48,12 +50,7 @@ def write_text_pipeline(
         ValueError: the student's steps are not those that the scheduler can hold; says which spacing can. Or it has no
             adapters, or its source no VAE and text encoders.
     """
-    codec, part = student.codec, network.part
-    if not isinstance(codec, LatentCodec):
-        raise ValueError(
-            f"a pipeline needs a VAE and text encoders, this student's source has a {type(codec).__name__} for them: "
-            f"sample it with 'unidad sample', or train it from a diffusers folder"
-        )
+    codec, part = latent_codec(student), network.part
     scheduler = _scheduler(student, network)
     if adapters and not network.shared_weights:
         raise ValueError("this student was trained without adapters (its source has no lora): export it whole")
@@ -66,16 +63,16 @@ def write_text_pipeline(
         kind.save_lora_weights(folder, **{f"{part}_lora_layers": layers})
         scheduler.save_pretrained(folder / "scheduler")
     else:
-        net: Any = merged(network.net) if network.shared_weights else network.net
+        net = plain_network(network, dtype)
         if isinstance(network, StableDiffusionUNet):
             net.register_to_config(sample_size=network.image_shape[-1])  # the size that pipelines draw by default
         settings = {"requires_safety_checker": False, ZEROS: pipeline.config.get(ZEROS), "is_distilled": True}
         settings = {name: value for name, value in settings.items() if name in pipeline.config}
-        parts = pipeline.components | {part: net, "scheduler": scheduler}
         stored = {
-            name: stored_as(one, dtype, name) if isinstance(one, nn.Module) else one for name, one in parts.items()
-        }
-        kind(**stored | settings).save_pretrained(folder)
+            name: stored_as(one, dtype, name) if isinstance(one, nn.Module) else one
+            for name, one in pipeline.components.items() if name != part
+        }  # fmt: skip
+        kind(**stored | settings | {part: net, "scheduler": scheduler}).save_pretrained(folder)
         if isinstance(network, TransformerNetwork):
             scheduler_file = find_scheduler(codec.folder)
             assert scheduler_file is not None  # the source was built with it
@@ -90,6 +87,20 @@ def write_text_pipeline(
         "token": student.token, "guidance": getattr(network, "guidance", None),
     }  # fmt: skip
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def latent_codec(student: TrainedStudent) -> LatentCodec:
+    """What makes latents of pictures for ``student``.
+
+    Raises:
+        ValueError: it has no VAE.
+    """
+    if not isinstance(student.codec, LatentCodec):
+        raise ValueError(
+            f"a pipeline needs a VAE and text encoders, this student's source has a {type(student.codec).__name__} for "
+            f"them: sample it with 'unidad sample', or train it from a diffusers folder"
+        )
+    return student.codec
 
 
 def _scheduler(student: TrainedStudent, network: TextNetwork) -> Any:
@@ -108,6 +119,18 @@ def _scheduler(student: TrainedStudent, network: TextNetwork) -> Any:
     return network.spec.scheduler("LCMScheduler", original_inference_steps=steps, clip_sample=False)
 
 
+def plain_network(network: DiffusersNetwork, dtype: torch.dtype) -> Any:
+    """The diffusers network of ``network``, its weights ``dtype`` and its adapters merged into them.
+
+    Raises:
+        ValueError: see :func:`stored_as`.
+    """
+    if not network.shared_weights:
+        return stored_as(network.net, dtype, network.part)
+    refuse_non_finite(network.net, f"the {network.part} to export")
+    return _held(merged(network.net, dtype), network.part)
+
+
 def stored_as(part: Any, dtype: torch.dtype, name: str) -> Any:
     """``part``, or a copy of it whose weights are ``dtype``.
 
@@ -117,9 +140,12 @@ def stored_as(part: Any, dtype: torch.dtype, name: str) -> Any:
     refuse_non_finite(part, f"the {name} to export")
     if all(weight.dtype == dtype for weight in part.parameters()):
         return part
-    twin = nn.Module.to(copy.deepcopy(part), dtype)  # diffusers' own `to` warns
-    refuse_non_finite(twin, f"the {name} in {dtype}", "store it in bfloat16 or float32")
-    return twin
+    return _held(nn.Module.to(copy.deepcopy(part), dtype), name)  # diffusers' own `to` warns
+
+
+def _held(part: nn.Module, name: str) -> nn.Module:
+    refuse_non_finite(part, f"the {name} in {dtype_of(part)}", "store it in bfloat16 or float32")
+    return part
 
 
 def check_text_export(folder: Path, record: dict[str, Any]) -> DenoiserSource:
