@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 
+MOST_SEED = 2**63 - 1
+"""The largest: they are kept as 64-bit integers with a sign."""
+
 
 def mix_seed(*parts: int) -> int:
     """A 63-bit seed from integers; different parts give unrelated seeds, on every platform."""

@@ -18,6 +18,7 @@ from unidad_pl.denoiser import Denoiser, DenoiserSource, guided
 from unidad_pl.export.card import config_of_card
 from unidad_pl.runs.student import Weights
 from unidad_pl.sampling import Noise, heun, sampling_sigmas, seeded_noise
+from unidad_pl.seeds import MOST_SEED
 from unidad_pl.training.conditions import ClassLabels
 
 MOST_IMAGES = 64
@@ -144,7 +145,7 @@ class Studio:
                 model that draws NaN or infinity.
         """
         check_at_least(1, MOST_IMAGES, count=count)
-        check_at_least(0, 2**63 - 1, seed=seed)
+        check_at_least(0, MOST_SEED, seed=seed)
         seeds = list(range(seed, seed + count))
         noise = seeded_noise(seeds, self.student.network.image_shape, self.device)
         return self._draw(noise, self._condition(seeds, prompt), num_steps, seeds)
@@ -159,7 +160,7 @@ class Studio:
             ValueError: as of :meth:`sample`.
         """
         check_at_least(2, MOST_IMAGES, count=count)
-        check_at_least(0, 2**63 - 1, first=first, last=last)
+        check_at_least(0, MOST_SEED, first=first, last=last)
         noise = walking_noise(first, last, count, self.student.network.image_shape, self.device)
         return self._draw(noise, self._condition([first] * count, prompt), num_steps, [first, last])
 
@@ -172,7 +173,7 @@ class Studio:
             ValueError: as of :meth:`sample`, or there is no source; says why.
         """
         check_at_least(1, MOST_IMAGES, count=count)
-        check_at_least(0, 2**63 - 1, seed=seed)
+        check_at_least(0, MOST_SEED, seed=seed)
         check_at_least(1, 1000, steps=steps)
         network, scale = self.original.network, self.original.guidance_scale
         if network is None:

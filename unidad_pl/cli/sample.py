@@ -7,6 +7,7 @@ from typing import Literal
 
 from unidad_pl.checks import check_at_least
 from unidad_pl.files import expanded, sharing
+from unidad_pl.seeds import MOST_SEED
 
 
 def sample(
@@ -51,7 +52,7 @@ def sample(
         OSError: a file cannot be written.
     """
     check_at_least(1, num=num, batch_size=batch_size, num_steps=num_steps)
-    check_at_least(0, 2**63 - 1, seed=seed)
+    check_at_least(0, MOST_SEED, seed=seed)
     from unidad_pl.cli.drawing import Drawing, write_grid  # what loads torch and Lightning; --help need not wait
 
     folder, seeds = expanded(out), range(seed, seed + num)

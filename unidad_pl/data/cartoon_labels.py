@@ -24,7 +24,7 @@ from unidad_pl.checks import check_whole
 from unidad_pl.data.image_sets import CartoonImages
 from unidad_pl.data.stream import PositionStream, place_in
 from unidad_pl.denoiser import to_float
-from unidad_pl.seeds import mix_seed
+from unidad_pl.seeds import MOST_SEED, mix_seed
 
 VALIDATION_START = 2_500_000
 TRAIN_START = 3_500_000
@@ -84,7 +84,7 @@ class CartoonDataModule(pl.LightningDataModule):
         check_whole(1, _SPAN, pool_size=pool_size, val_size=val_size)
         check_whole(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
         check_whole(1, MOST_SIDE, resolution=resolution)
-        check_whole(0, 2**63 - 1, seed=seed)
+        check_whole(0, MOST_SEED, seed=seed)
         self.domains, self.pool_size, self.val_size = tuple(domains), pool_size, val_size
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.resolution, self.seed = resolution, seed

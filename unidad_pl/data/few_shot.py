@@ -23,6 +23,7 @@ from unidad_pl.data.image_sets import BUILTIN, CartoonImages, open_images
 from unidad_pl.data.images import Decoded, ImageSet, image_hash, to_grey
 from unidad_pl.data.stream import SeedBatches, ShotStream, place_in
 from unidad_pl.denoiser import to_float
+from unidad_pl.seeds import MOST_SEED
 
 MOST_SIDE, MOST_SAMPLES = 65536, 10_000_000  # no picture is wider, no evaluation larger
 FEW = 10
@@ -152,7 +153,7 @@ class FewShotDataModule(pl.LightningDataModule):
         check_whole(1, null=True, shots=shots)
         check_whole(1, batch_size=batch_size)
         check_whole(1, MOST_SIDE, resolution=resolution)
-        check_whole(0, 2**63 - 1, null=True, seed=seed)
+        check_whole(0, MOST_SEED, null=True, seed=seed)
         if augmentation.shift >= resolution:
             raise ValueError(f"shift must be below the resolution of {resolution} pixels, got {augmentation.shift}")
         self.domain = root.removeprefix(BUILTIN) if root.startswith(BUILTIN) else None

@@ -15,7 +15,7 @@ from unidad_pl.cartoons.features import INPUT_SIZE, FactorNetwork, FactorOutput
 from unidad_pl.cartoons.world import CATEGORIES, DOMAINS, FLAT, RANGES, render, visible
 from unidad_pl.checks import check_at_least, check_given, check_positive, check_whole
 from unidad_pl.data.cartoon_labels import LabelledBatch
-from unidad_pl.seeds import mix_seed
+from unidad_pl.seeds import MOST_SEED, mix_seed
 from unidad_pl.training.optimization import OptimizerOptions
 
 CURVE_FILE = "curve.csv"
@@ -69,7 +69,7 @@ class FactorTraining(pl.LightningModule):
         check_whole(1, 65536, features=features)
         for width in channels:
             check_whole(1, 65536, channels=width)
-        check_whole(0, 2**63 - 1, seed=seed)
+        check_whole(0, MOST_SEED, seed=seed)
         self.optimizer_options, self.channels, self.features = optimizer, tuple(channels), features
         self.value_weight, self.noise, self.blur, self.jitter = value_weight, noise, blur, jitter
         self.export_to, self.seed = export_to, seed

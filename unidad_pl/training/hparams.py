@@ -12,6 +12,7 @@ from torch import nn
 
 from unidad_pl.arguments import ABSENT, class_path, differences
 from unidad_pl.checks import check_at_least, check_options, check_whole
+from unidad_pl.seeds import MOST_SEED
 
 LARGEST_DECAY, MOST_PARTS = 0.999999, 100_000
 
@@ -43,7 +44,7 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
-        check_whole(0, 2**63 - 1, null=True, seed=self.seed)
+        check_whole(0, MOST_SEED, null=True, seed=self.seed)
         check_whole(1, MOST_PARTS, accumulate=self.accumulate)
         check_whole(1, max_skipped=self.max_skipped)
         check_at_least(0, LARGEST_DECAY, ema_decay=self.ema_decay)
