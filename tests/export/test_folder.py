@@ -42,7 +42,7 @@ def test_a_folder_with_foreign_files_is_refused_and_left_as_it_is(name: str, tmp
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("1" * 400, "a number of 400 digits"), ("[" * 9000, "recursion"), ("[]", "no JSON object but a list"),
+        ("1" * 400, "a number of 400 digits"), ("[" * 100_000, "recursion"), ("[]", "no JSON object but a list"),
         ("\0" * 40, "no JSON: Expecting value"), ("{}", "no entry 'step'"),
         ('{"step": 3, "stage": "val"}', "no entry 'values'"),
         ('{"step": 3, "stage": "val", "values": ["fid"]}', "its entry 'values' is ['fid']"),
