@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "unidad_pl"
 ROOMS = (
-    "arguments", "checks", "files", "flops", "seeds", "store", "schedules", "condition", "denoiser", "losses",
+    "checks", "arguments", "files", "flops", "seeds", "store", "schedules", "condition", "denoiser", "losses",
     "discriminator", "sampling", "cartoons", "data", "metrics", "callbacks", "backbones", "strategies", "training",
     "modules", "runs", "export", "report", "cli",
 )  # fmt: skip

@@ -9,15 +9,23 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from unidad_pl.checks import check_arguments
+
 CLASS, ARGUMENTS = "class_path", "init_args"
 ABSENT = "<not there>"
 
 
 def given_arguments(constructor: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Name -> value of all arguments of a call of ``constructor`` (an ``__init__``), defaults included."""
+    """Name -> value of all arguments of a call of ``constructor`` (an ``__init__``), defaults included.
+
+    Raises:
+        ValueError: see :func:`~unidad_pl.checks.check_arguments`.
+    """
     bound = inspect.signature(constructor).bind_partial(None, *args, **kwargs)
     bound.apply_defaults()
-    return dict(list(bound.arguments.items())[1:])
+    given = dict(list(bound.arguments.items())[1:])
+    check_arguments(constructor, given)
+    return given
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

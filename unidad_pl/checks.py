@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from os import PathLike
 from types import NoneType, UnionType
@@ -44,6 +46,29 @@ def check_options(options: Any) -> None:
     hints = get_type_hints(type(options))
     for field in fields(options):
         _check_kind(field.name, getattr(options, field.name), hints[field.name])
+
+
+def check_arguments(constructor: Any, given: Mapping[str, Any]) -> None:
+    """Refuse truth values and groups of options that are something else than a constructor's annotations say.
+
+        >>> def construct(shuffle: bool = True) -> None: ...
+        >>> check_arguments(construct, {"shuffle": "no"})
+        Traceback (most recent call last):
+        ...
+        ValueError: shuffle must be true or false, got 'no'
+
+    Args:
+        constructor: an ``__init__``.
+        given: its arguments by name; other names are left alone.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    with suppress(NameError):  # of a class whose annotations name what only a type checker imports
+        for name, hint in get_type_hints(constructor).items():
+            kinds = {*(get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,))} - {NoneType}
+            if name in given and all(kind is bool or is_dataclass(kind) for kind in kinds):
+                _check_kind(name, given[name], hint)
 
 
 def _check_kind(name: str, value: Any, hint: Any) -> None:
@@ -139,6 +164,8 @@ def check_path(**values: object) -> None:
     for name, value in values.items():
         if value is not None and not (isinstance(value, (str, PathLike)) and str(value)):
             raise ValueError(f"{name} must be a path, got {value!r}")
+        if str(value).encode(errors="surrogateescape").decode(errors="replace") != str(value):
+            raise ValueError(f"{name} {value!r} has a name that is no UTF-8, which no config can hold: rename it")
 
 
 def _is_finite(value: object) -> bool:

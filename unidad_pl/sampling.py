@@ -30,6 +30,20 @@ Noise = Callable[[], Tensor]
 GradientMode = Literal["unroll", "last", "backward_simulation"]
 
 
+def as_seeds(seeds: Tensor | Sequence[int]) -> Tensor:
+    """Seeds as int64 [B].
+
+    Raises:
+        ValueError: there are none, or they are no whole numbers.
+    """
+    found = torch.as_tensor(seeds)
+    if not len(found):
+        raise ValueError("no seeds: give one for each image")
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+        raise ValueError(f"seeds must be whole numbers, got {found.dtype}")
+    return found.long()
+
+
 def seeded_noise(seeds: Tensor | Sequence[int], shape: Sequence[int], device: torch.device | str) -> Noise:
     """Noise whose row i is drawn by a CPU generator seeded with ``seeds[i]``.
 

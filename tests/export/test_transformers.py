@@ -194,6 +194,12 @@ def test_a_model_of_classes(dit: Path, resolution: int, lora: LoRA | None, tmp_p
     assert (of_each(untrained, seeds, labels) - expected).abs().max() > 2 / 255
 
     pipe.save_pretrained(tmp_path / "saved")
+    assert Transformer(str(out)).build().resolution == resolution  # as a source it is what it was trained for
+    for wrong in ([10, 3, 3], [-1, 3, 3], [1.5, 3, 3], [None, 3, 3]):
+        refused(r"class_labels must be whole numbers in 0\.\.9", pipe, seeds=seeds, class_labels=wrong)
+    for none in (dict(seeds=[]), dict(generator=[]), dict(batch_size=0)):
+        refused("there is no image to draw", pipe, **none)
+    refused("num_inference_steps must be a whole number", pipe, num_inference_steps=2.5)
     again = load_export(out)
     torch.testing.assert_close(of_each(again, seeds, labels), expected, atol=1e-4, rtol=0)
     assert (again.classes, again.sampler.sigmas, again.iteration) == ([3, 7], student.sampler.sigmas, 7)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchmetrics import MetricCollection
 
 from tests.metrics.toys import TinyFeatures, WordVectors, images, refused
 from unidad_pl.metrics import PromptLPIPS, SubjectCosines
@@ -148,3 +150,40 @@ def test_what_is_wrong_is_named() -> None:
     refused("1 prompts for 2 images", metric.update, images(2), ["x"], torch.arange(2))
     for empty in (SubjectCosines({"clip_i": TinyFeatures()}), PromptLPIPS(TinyFeatures())):
         refused("has no samples", empty.compute)
+
+
+def test_another_token_is_another_metric_in_a_collection() -> None:
+    """The first prompts hold no token: both have equal scores then, and would share them for ever."""
+
+    def made(token: str | None) -> SubjectCosines:
+        metric = SubjectCosines({"clip_i": TinyFeatures()}, WordVectors(), token=token)
+        metric.set_photos(images(3))
+        return metric
+
+    both, alone = MetricCollection({"plain": made(None), "told": made("prt")}), made("prt")
+    for prompts in (["a dog", "a cat"], ["a prt dog", "a prt cat"]):
+        both.update(images(2, seed=len(prompts[0])), prompts)
+        alone.update(images(2, seed=len(prompts[0])), prompts)
+    assert both.compute()["told_clip_t"] == alone.compute()["clip_t"] != both.compute()["plain_clip_t"]
+
+
+def test_samples_of_two_sizes_are_refused_when_they_come() -> None:
+    metric = PromptLPIPS(TinyFeatures())
+    metric.update(images(2, 8), ["a"] * 2)
+    refused(r"samples are \(3, 16, 16\) here and were \(3, 8, 8\) before", metric.update, images(2, 16), ["a"] * 2)
+    metric.reset()
+    metric.update(images(2, 16), ["a"] * 2)
+    assert metric.samples()["a"].shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        (["a", "b"], r"indices must be whole numbers, got \['a', 'b'\]"), ([None, None], "got .None"),
+        ([2**70, 1], "got .1180"), (torch.tensor([1j, 2]), "complex64"), ([-1, 0], "at least 0, got -1"),
+        (torch.tensor([2**63, 0], dtype=torch.uint64), "indices must be"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_numbers_that_are_none_are_refused(numbers: Any, said: str) -> None:
+    refused(said, PromptLPIPS(TinyFeatures()).update, images(2), ["a"] * 2, numbers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,11 @@ def test_thinning_beside_what_is_not_finite(odd: float, most: int) -> None:
     assert 0 < sum(step < 800 for step in thin.steps) == len(finite)
     assert not any(map(math.isfinite, thin.values[len(finite) :]))  # the run diverged: the line ends there
     assert thin.steps[-1] >= 800
+
+
+def test_a_pipe_among_the_files_is_not_waited_for(tmp_path: Path) -> None:
+    write_events(tmp_path)
+    os.mkfifo(tmp_path / "events.out.tfevents.9")
+    logged = read_logged(tmp_path)
+    assert logged.problems == ["events.out.tfevents.9 is no file"]
+    assert logged.curves["loss/fake"]

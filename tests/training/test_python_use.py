@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,13 +16,16 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tests.worlds import FAST, Layers, Stream, fit, groups, random_images, tiny_unet, unidad
 from unidad_pl import (
+    FID,
     Batch,
     DenoiserSource,
     Diffusion,
+    FewShotDataModule,
     LogNormal,
     NewUNet,
     SamplingOptions,
     SoundCheckpoint,
+    SubjectDataModule,
     TrainingOptions,
     UniDAD,
     export_student,
@@ -295,3 +299,53 @@ def test_a_run_that_has_diverged_does_not_end_well() -> None:
 
     with pytest.raises(RuntimeError, match=r"diverged: student\.\S+ reached inf"):
         fit(unidad(Layers(), kind=Late), 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (dict(student=None), "student must"), (dict(training={}), "training must be a TrainingOptions"),
+        (dict(target_teacher={"weight": 0.5}), "target_teacher must be a TargetTeacherOptions, got {'weight': 0.5}"),
+        (dict(gan="hinge"), "gan must be a GANOptions"), (dict(memory=3), "memory must be a MemoryOptions"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_groups_of_options_are_objects(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        UniDAD(tiny_unet(), **options)
+
+
+def test_groups_of_the_data_and_truth_values_too() -> None:
+    for options, said in (
+        (dict(reference="builtin:faces:20"), "reference must be a Reference, got 'builtin:faces:20'"),
+        (dict(evaluation=None), "evaluation"), (dict(grey="no"), "grey must be true or false, got 'no'"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            FewShotDataModule("builtin:cats", **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="kid must be true or false, got 'no'"):
+        FID(nn.Flatten(), kid="no")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="token must be words, got 'cat' and None"):
+        SubjectDataModule("builtin:cats", class_word="cat", token=None)  # type: ignore[arg-type]
+
+
+def test_training_images_of_another_range_are_warned_of() -> None:
+    module = unidad()
+    module.configure_model()
+    with pytest.warns(UserWarning, match=r"training images are in \[200, 200\], and pictures must be in \[-1, 1\]"):
+        list(module.micro_batches(torch.full((4, 3, 16, 16), 200.0)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(module.micro_batches(torch.full((4, 3, 16, 16), -1.0)))
+    with pytest.raises(ValueError, match="a training batch is empty"):
+        list(module.micro_batches(torch.zeros(0, 3, 16, 16)))
+
+
+def test_what_is_no_seed_or_label() -> None:
+    module = unidad(tiny_unet(num_classes=5))
+    labels: Any
+    for seeds, labels, said in (
+        ([], None, "no seeds"), ([1.5], None, "seeds must be whole numbers, got torch.float32"),
+        ([1], torch.tensor([True]), "1 images need 1 integer labels"), ([1], [1], "labels must be a tensor of 1 whole"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            module.sample(seeds, labels=labels)

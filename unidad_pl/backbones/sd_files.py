@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from unidad_pl.backbones.folders import CONFIG_FILE, MOST, check_depth
+from unidad_pl.backbones.folders import CONFIG_FILE, MOST, MOST_SIDE, check_depth
 from unidad_pl.backbones.hub import find_folder
 from unidad_pl.backbones.spec import SCHEDULER_FILE, SUPPORTED
 from unidad_pl.backbones.weights import NETWORK, Stems, check_finite, read_folder
-from unidad_pl.checks import check_at_least
+from unidad_pl.checks import check_at_least, check_whole
 from unidad_pl.files import BrokenFile, mistaken, read_json, reading
 
 INDEX_FILE = "model_index.json"
+RECORD_FILE = "unidad.json"
+"""The record of a text-to-image export, beside a pipeline of diffusers' own kind."""
 FEW_STEP = ["pipeline", "FewStepPipeline"]
 """The class that the index of an export gives, of pixels or of classes: the file in its folder, and its name there."""
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
@@ -101,6 +103,16 @@ def index_if_any(folder: Path) -> dict[str, Any]:
     """What the ``model_index.json`` in ``folder`` says, of any pipeline; empty where there is none."""
     path = folder / INDEX_FILE
     return read_json(path, "pipeline's index") if path.is_file() else {}
+
+
+def size_of_export(folder: Path) -> int | None:
+    """Image side in pixels that the student in an export's ``folder`` was trained at; None: it is no export's, or the
+    network's own config says so."""
+    record = folder / RECORD_FILE
+    index = read_json(record, "record of an export") if record.is_file() else index_if_any(folder)
+    size = index.get("resolution") if record.is_file() or index.get("_class_name") == FEW_STEP else None
+    check_whole(1, MOST_SIDE, null=True, resolution=size)
+    return size
 
 
 def text_parts(folder: Path) -> list[str]:

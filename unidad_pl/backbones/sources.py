@@ -21,7 +21,7 @@ from unidad_pl.backbones.folders import (
 from unidad_pl.backbones.hub import find_file, find_folder
 from unidad_pl.backbones.lora import LoRA, add_adapters, base_names, store_in_bfloat16
 from unidad_pl.backbones.sd3 import SD3Network
-from unidad_pl.backbones.sd_files import FEW_STEP, TEXT, index_if_any
+from unidad_pl.backbones.sd_files import FEW_STEP, TEXT, index_if_any, size_of_export
 from unidad_pl.backbones.spec import SCHEDULER_FILE, find_scheduler
 from unidad_pl.backbones.transformer import DEPTHS, SIZES, Taps, TransformerNetwork
 from unidad_pl.backbones.weights import NETWORK, Stems, fill, read_folder, read_weights
@@ -100,7 +100,9 @@ class Transformer(DenoiserSource):
 
         folder, kind = self._found()
         encoders = [name for name in text_parts(folder, kind) if name.startswith("text_encoder")]
-        return PipelineCodec(folder, kind, self.resolution, lambda: self._found(("vae", *encoders))[0])
+        return PipelineCodec(
+            folder, kind, self.resolution or size_of_export(folder), lambda: self._found(("vae", *encoders))[0]
+        )
 
     def architecture(self) -> TransformerNetwork:
         folder, kind = self._found()
@@ -158,11 +160,12 @@ class Transformer(DenoiserSource):
         channels, fold, _ = kind.sizes(net.config)
         if channels != of_vae:
             raise ValueError(f"its latents have {channels} channels, those of {str(vae)!r} {of_vae}")
-        side = (self.resolution or 0) // scale or net.config.get("sample_size") or kind.usual_side
-        if (self.resolution is not None and self.resolution != side * scale) or side % fold:
+        resolution = self.resolution or size_of_export(folder)
+        side = (resolution or 0) // scale or net.config.get("sample_size") or kind.usual_side
+        if (resolution is not None and resolution != side * scale) or side % fold:
             raise ValueError(
                 f"resolution must be a multiple of {scale * fold} pixels for this model, got "
-                f"{self.resolution or side * scale}"
+                f"{resolution or side * scale}"
             )
         spec = kind.spec_of(scheduler, (side // fold) ** 2)
         return kind(net, spec, side, self.taps, self.guidance, side * scale)

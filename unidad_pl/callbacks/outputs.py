@@ -15,6 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor
 
+from unidad_pl.arguments import given_arguments
 from unidad_pl.callbacks.given_images import as_images, model_range
 from unidad_pl.checks import check_whole
 from unidad_pl.metrics.gather import sample_indices
@@ -55,6 +56,10 @@ class OutputCallback(pl.Callback):
     Raises:
         ValueError: ``key`` is no name, or ``dataloader_idx`` no whole number of at least 0.
     """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> OutputCallback:
+        given_arguments(cls.__init__, args, kwargs)  # refuses what is of another kind than they say
+        return super().__new__(cls)
 
     def __init__(self, key: str, stages: Sequence[str], dataloader_idx: int | None = None) -> None:
         if not key or not isinstance(key, str):

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from unidad_pl.cartoons.shots import choose_shots
 from unidad_pl.cartoons.world import check_domain
-from unidad_pl.checks import check_given, check_options, check_path, check_whole
+from unidad_pl.checks import check_arguments, check_given, check_options, check_path, check_whole
 from unidad_pl.data.batch import Batch
 from unidad_pl.data.choice import CHUNK, SMALL, are_among, choose
 from unidad_pl.data.image_sets import BUILTIN, CartoonImages, open_images
@@ -147,6 +147,7 @@ class FewShotDataModule(pl.LightningDataModule):
         grey: bool = False,
     ) -> None:
         super().__init__()
+        check_arguments(FewShotDataModule.__init__, locals())
         check_given(root=root)
         check_path(root=root)
         root = str(root)

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from unidad_pl.checks import check_given, check_options, check_path, check_positive, check_whole
+from unidad_pl.checks import check_arguments, check_given, check_options, check_path, check_positive, check_whole
 from unidad_pl.data.batch import Batch
 from unidad_pl.data.few_shot import MOST_SAMPLES, Augmentation, Evaluation, FewShotDataModule
 from unidad_pl.data.image_sets import BUILTIN, open_images
@@ -147,6 +147,9 @@ class SubjectDataModule(FewShotDataModule):
         augmentation: Augmentation = Augmentation(flip=False),  # noqa: B008
         evaluation: SubjectEvaluation = SubjectEvaluation(),  # noqa: B008
     ) -> None:
+        check_arguments(SubjectDataModule.__init__, locals())
+        if not isinstance(token, str) or not isinstance(class_word, (str, type(None))):
+            raise ValueError(f"class_word and token must be words, got {class_word!r} and {token!r}")
         known = None if prompts.dreambooth is None else read_dreambooth(prompts.dreambooth)
         if class_word is None and known is None:
             raise ValueError(

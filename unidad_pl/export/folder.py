@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import safe_open
 
 from unidad_pl.backbones.folders import MOST_SIDE
-from unidad_pl.backbones.sd_files import FEW_STEP
+from unidad_pl.backbones.sd_files import FEW_STEP, RECORD_FILE
 from unidad_pl.backbones.spec import MOST_TIMESTEPS
 from unidad_pl.checks import check_at_least, check_choices, check_positive
 from unidad_pl.files import read_json, reading
@@ -18,8 +18,6 @@ from unidad_pl.runs.student import Weights
 
 INDEX = "model_index.json"
 """diffusers' index of a pipeline; in that of a pipeline of our own the entries of the record are among its own."""
-RECORD = "unidad.json"
-"""The record of a text-to-image export, beside a pipeline of diffusers' own kind."""
 MOST_STEPS = 1000
 WAY_OUT = "export the run again, or copy the folder again"
 LIMITS = {
@@ -28,12 +26,12 @@ LIMITS = {
     "patch_size": (1, MOST_SIDE),
 }  # fmt: skip
 """Sizes that no weights vouch for: entry of a config -> least and most."""
-CONFIGS = ("config.json", "denoiser.json", "scheduler_config.json", INDEX, RECORD)
+CONFIGS = ("config.json", "denoiser.json", "scheduler_config.json", INDEX, RECORD_FILE)
 
 
 def is_text_export(folder: Path) -> bool:
     """Whether ``folder`` holds a text-to-image export."""
-    return (folder / RECORD).is_file()
+    return (folder / RECORD_FILE).is_file()
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -46,7 +44,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no export at {str(folder)!r}")
-    path = folder / (RECORD if is_text_export(folder) else INDEX)
+    path = folder / (RECORD_FILE if is_text_export(folder) else INDEX)
     if not path.is_file():
         raise ValueError(
             f"{str(folder)!r} is neither a checkpoint nor a directory that 'unidad export' wrote: no {INDEX}"
@@ -97,8 +95,8 @@ def _check_limits(content: dict[str, Any], path: Path) -> None:
 
 def note_files(folder: Path) -> None:
     """Write into the record which files are the export's own: only they are replaced by the next one."""
-    path = folder / (RECORD if is_text_export(folder) else INDEX)
-    name = "files" if path.name == RECORD else "_files"
+    path = folder / (RECORD_FILE if is_text_export(folder) else INDEX)
+    name = "files" if path.name == RECORD_FILE else "_files"
     content = json.loads(path.read_text()) | {name: sorted(_entries(folder))}
     path.write_text(json.dumps(content, indent=2) + "\n")
 
@@ -128,7 +126,7 @@ def refuse_foreign(folder: Path) -> None:
 
 def _own_files(folder: Path) -> set[str]:
     """The files that an earlier export noted; none where there is no record that can be read."""
-    for path, name in ((folder / RECORD, "files"), (folder / INDEX, "_files")):
+    for path, name in ((folder / RECORD_FILE, "files"), (folder / INDEX, "_files")):
         try:
             noted = read_json(path).get(name)
         except (OSError, ValueError):

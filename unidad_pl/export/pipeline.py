@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DModel
@@ -155,6 +156,9 @@ class FewStepPipeline(DiffusionPipeline):
     def _generators(self, batch_size: int, seeds: Any, generator: Any) -> list[torch.Generator | None]:
         if seeds is not None and generator is not None:
             raise ValueError("give seeds or generators, not both")
+        listed = None if isinstance(generator, torch.Generator) else generator
+        if batch_size < 1 or any(one is not None and list(one) == [] for one in (seeds, listed)):
+            raise ValueError("there is no image to draw: give at least one seed or generator, or a batch_size of 1")
         if seeds is not None:
             return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         if generator is None or isinstance(generator, torch.Generator):
@@ -164,7 +168,10 @@ class FewStepPipeline(DiffusionPipeline):
         return list(generator)
 
     def _labels(self, given: Any, seeds: Any, count: int) -> torch.Tensor | None:
-        classes = self.config.classes
+        classes, config = self.config.classes, self._network().config
+        total = config.get("num_embeds_ada_norm") or config.get("num_class_embeds") or 0
+        if classes is None and total:
+            classes = list(range(total))
         if classes is None:
             if given is not None:
                 raise ValueError("class_labels were given, but this model is unconditional")
@@ -174,14 +181,17 @@ class FewStepPipeline(DiffusionPipeline):
             given = [classes[int(number) % len(classes)] for number in numbers]
         if len(given) != count:
             raise ValueError(f"{count} images need {count} class_labels, got {len(given)}")
-        return torch.tensor(list(given), device=self._execution_device)
+        known = range(total)
+        if not all(isinstance(label, (int, np.integer)) and label in known for label in given):
+            raise ValueError(f"class_labels must be whole numbers in 0..{total - 1}, got {list(given)}")
+        return torch.tensor([int(label) for label in given], device=self._execution_device)
 
     def _sigmas(self, steps: int | None) -> list[float]:
         trained = list(self.config.sigmas)
         if steps is None or steps == len(trained):
             return trained
-        if steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, got {steps}")
+        if type(steps) is not int or steps < 1:
+            raise ValueError(f"num_inference_steps must be a whole number of at least 1, got {steps}")
         if steps > len(trained):
             logger.warning(f"this student was trained for {len(trained)} steps; {steps} need not be better")
         if self._is_flow and torch.allclose(self._own(len(trained)), torch.tensor(trained).double()):

@@ -152,7 +152,7 @@ def _try_network(network: Denoiser, codec: Codec, record: dict[str, Any]) -> Non
     """Refuse a network that does not fit the record, or cannot run."""
     if is_own_network(network):
         for name, value in _described(network.spec).items():
-            if record["spec"][name] != value:
+            if (type(record["spec"][name]), record["spec"][name]) != (type(value), value):
                 raise ValueError(f"{name} is {record['spec'][name]!r} in {INDEX}, {value!r} beside it")
     if isinstance(network, TransformerNetwork):  # strictly loaded; tables that some keep would stay on the meta device
         return

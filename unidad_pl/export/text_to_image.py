@@ -15,12 +15,12 @@ from unidad_pl.backbones.base import DiffusersNetwork
 from unidad_pl.backbones.latents import ZEROS, LatentCodec
 from unidad_pl.backbones.lean import dtype_of
 from unidad_pl.backbones.lora import adapter_weights, merged
+from unidad_pl.backbones.sd_files import RECORD_FILE
 from unidad_pl.backbones.sources import Transformer
 from unidad_pl.backbones.spec import SOURCE_SCHEDULER_FILE, find_scheduler
 from unidad_pl.backbones.stable_diffusion import StableDiffusion, StableDiffusionUNet
 from unidad_pl.backbones.transformer import TransformerNetwork
 from unidad_pl.denoiser import Denoiser, DenoiserSource
-from unidad_pl.export.folder import RECORD
 from unidad_pl.runs.student import TrainedStudent, refuse_non_finite
 
 TextNetwork = StableDiffusionUNet | TransformerNetwork
@@ -86,7 +86,7 @@ def write_text_pipeline(
         "resolution": network.resolution, "weights": student.weights, "iteration": student.iteration,
         "token": student.token, "guidance": getattr(network, "guidance", None),
     }  # fmt: skip
-    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def latent_codec(student: TrainedStudent) -> LatentCodec:

@@ -180,14 +180,19 @@ def sample_indices(images: int, indices: Tensor | Sequence[int] | None, start: i
     if indices is None:
         world, rank = _place()
         return torch.arange(start, start + images) * world + rank
-    indices = torch.as_tensor(indices)
-    if indices.numel() and (indices.is_floating_point() or indices.dtype == torch.bool):
+    try:
+        indices = torch.as_tensor(indices)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(f"indices must be whole numbers, got {indices!r:.80}") from None
+    if indices.numel() and (indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool):
         raise ValueError(f"indices must be whole numbers, got {indices.dtype}")
     indices = indices.to(torch.long).flatten()
     if len(indices) != images:
         raise ValueError(f"{len(indices)} indices for {images} images: give one index per image")
     if images and int(indices.max()) >= DEALT:
         raise ValueError(f"indices must be below {DEALT}, got {int(indices.max())}")
+    if images and int(indices.min()) < 0:
+        raise ValueError(f"indices must be at least 0, got {int(indices.min())}")
     return indices
 
 

@@ -150,6 +150,9 @@ class SubjectCosines(PromptMetric):
         self.text_encoder, self.text_side, self.token, self.batch_size = text_encoder, text_side, token, batch_size
         self.names = [*image_encoders, *(["clip_t"] if text_encoder is not None else [])]
         self.add_rows("scores", 2, torch.float64, on_cpu=True)
+        # A MetricCollection lets metrics share states that are equal at first; with other tokens they need not stay so.
+        told = torch.tensor(list(f"{token} {text_side}".encode()), dtype=torch.long)
+        self.add_state("told", told.sum() * 1009 + (told * torch.arange(len(told))).sum(), dist_reduce_fx="max")
         self._photos: dict[str, Tensor] = {}
         self._embedded: dict[str, Tensor] = {}
 
@@ -228,6 +231,7 @@ class PromptImages(PromptMetric):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.add_rows("images", 4, torch.uint8)
+        self._image_shape: tuple[int, ...] | None = None
 
     def update(self, images: Tensor, prompts: Sequence[str], indices: Tensor | Sequence[int] | None = None) -> None:
         """Samples [B, 3, H, W] in [-1, 1], their prompts and their numbers [B]; see :meth:`TwoSample.update`.
@@ -238,6 +242,12 @@ class PromptImages(PromptMetric):
         check_images(images, "samples")
         check_prompts(prompts, images)
         if len(images):
+            shape = tuple(images.shape[1:])
+            if self.index and self._image_shape not in (None, shape):
+                raise ValueError(
+                    f"samples are {shape} here and were {self._image_shape} before: all must have one size"
+                )
+            self._image_shape = shape
             self.add_samples("images", ((images.float().clamp(-1, 1) + 1) * 127.5).round(), prompts, indices)
 
     def samples(self) -> dict[str, Tensor]:

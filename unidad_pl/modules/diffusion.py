@@ -89,6 +89,7 @@ class ExportOptions:
     half: bool = False
 
     def __post_init__(self) -> None:
+        check_options(self)
         check_given(folder=self.folder)
         check_path(folder=self.folder)
 

@@ -73,6 +73,9 @@ def read_logged(folder: Path) -> Logged:
     """All scalars below a run folder, in the order the files were begun."""
     logged = Logged()
     for path in sorted(folder.rglob("events.out.tfevents.*"), key=lambda path: path.name):
+        if not path.is_file():  # a pipe would be waited for
+            logged.problems.append(f"{path.name} is no file")
+            continue
         try:
             curves, seconds = _events(path)
         except Exception as error:  # noqa: BLE001 (a damaged file fails anywhere within tensorboard)

@@ -16,6 +16,9 @@ from unidad_pl.denoiser import Codec
 MANY_PIECES = 3
 """Pieces of a rare token from which on it hardly is one word to the text encoder."""
 
+LOOK = 1000
+"""Iterations from one look at the values of a batch to the next."""
+
 
 class ClassLabels:
     """The classes a run uses of a class-conditional model.
@@ -46,9 +49,11 @@ class ClassLabels:
             return
         if self.num_classes is None:
             raise ValueError("the batch carries class labels, but the model is unconditional: set labels off")
-        if labels.shape != (count,) or labels.is_floating_point():
+        if not isinstance(labels, Tensor):
+            raise ValueError(f"labels must be a tensor of {count} whole numbers, got {labels!r:.80}")
+        if labels.shape != (count,) or labels.dtype.is_floating_point or labels.dtype == torch.bool:
             raise ValueError(f"{count} images need {count} integer labels, got {tuple(labels.shape)} {labels.dtype}")
-        if int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
+        if count and (int(labels.min()) < 0 or int(labels.max()) >= self.num_classes):
             raise ValueError(
                 f"labels must be in 0..{self.num_classes - 1}, the model's classes; got {int(labels.min())} to "
                 f"{int(labels.max())}"
@@ -104,7 +109,18 @@ def encode_prior(prior: Batch | None, rows: slice, codec: Codec) -> EncodedBatch
     return EncodedBatch(codec.encode(prior.images[rows]), cond, weight=prior.weight)
 
 
-def check_batch(batch: Batch, pixels: tuple[int, ...] | None, parts: int, takes_prior: bool) -> None:
+def _warn_of_range(images: Tensor) -> None:
+    least, most = float(images.min()), float(images.max())
+    if not -1.01 <= least <= most <= 1.01:
+        rank_zero_warn(
+            f"the training images are in [{least:.4g}, {most:.4g}], and pictures must be in [-1, 1]: x / 127.5 - 1 "
+            f"makes them so of 0 to 255"
+        )
+
+
+def check_batch(
+    batch: Batch, pixels: tuple[int, ...] | None, parts: int, takes_prior: bool, iteration: int
+) -> None:  # fmt: skip
     """Refuse a training batch that does not fit the model.
 
     Args:
@@ -112,11 +128,16 @@ def check_batch(batch: Batch, pixels: tuple[int, ...] | None, parts: int, takes_
         pixels: (C, H, W) of the model's images; None: its codec makes them of any.
         parts: micro-batches to split it into.
         takes_prior: whether anything learns from its ``prior``.
+        iteration: the values are looked at in every :data:`LOOK`-th, since a look waits for the device.
 
     Raises:
         ValueError: says what does not fit, and what to set.
     """
     images = batch.images
+    if not len(images):
+        raise ValueError("a training batch is empty: the data module must serve at least one image in each")
+    if iteration % LOOK == 0:
+        _warn_of_range(images)
     if pixels is not None and tuple(images.shape[1:]) != pixels:
         raise ValueError(
             f"the data module serves images of {tuple(images.shape[1:])}, but the model works on {pixels}: set the "

@@ -25,7 +25,7 @@ from unidad_pl.condition import Condition
 from unidad_pl.data.batch import Batch, EncodedBatch, as_batch
 from unidad_pl.denoiser import Codec, Denoiser, DenoiserSource
 from unidad_pl.files import reading
-from unidad_pl.sampling import FewStepSampler
+from unidad_pl.sampling import FewStepSampler, as_seeds
 from unidad_pl.seeds import mix_seed
 from unidad_pl.strategies.agreement import check_agreement
 from unidad_pl.training.conditions import ClassLabels, check_batch, check_prompts, encode_prior
@@ -188,7 +188,7 @@ class GenerativeModule(ManualOptimization, Networks):
         batch = as_batch(batch)
         self.labels.check(batch.labels, len(batch.images))
         pixels = tuple(self.sampled_network.image_shape) if type(self.codec) is Codec else None
-        check_batch(batch, pixels, self.accumulate, self.takes_prior())
+        check_batch(batch, pixels, self.accumulate, self.takes_prior(), self.iteration)
         size = len(batch.images) // self.accumulate
         for part in range(self.accumulate):
             torch.manual_seed(mix_seed(self.seed, self.iteration, self.global_rank * self.accumulate + part))
@@ -255,7 +255,7 @@ class GenerativeModule(ManualOptimization, Networks):
         self.configure_model()
         if weights == "ema" and self.ema is None:
             raise ValueError("weights='ema' but this module keeps no average: set ema_decay above 0")
-        seeds = torch.as_tensor(seeds, dtype=torch.long)
+        seeds = as_seeds(seeds)
         self.labels.check(labels, len(seeds))
         labels = self.labels.of_seeds(seeds) if labels is None else labels
         cond = Condition.of(None if labels is None else labels.to(self.device))
