@@ -181,7 +181,7 @@ def refer(app: Any, env: Any, node: Any, content: Any) -> Any:
 
 
 def name_at(file: Path, line: int) -> str:
-    """Dotted name of what is defined at a line of a module."""
+    """Dotted name of what is defined at a line of a module; ValueError where nothing is."""
     file = Path(os.path.normpath(file))
     module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
     found: list[str] = []
@@ -195,6 +195,8 @@ def name_at(file: Path, line: int) -> str:
                 look(child, name)
 
     look(ast.parse(file.read_text()), module)
+    if not found:
+        raise ValueError(f"a page links to line {line} of {file}, where nothing is defined: give the line of the name")
     return found[0]
 
 
