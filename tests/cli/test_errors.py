@@ -55,14 +55,29 @@ def refused(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[str, i
         (("--threads", "100000"), 1, "threads must be in [1, "),
         (("--config", "nowhere.yaml"), 2, "nowhere.yaml"),
         (("--trainer.gradient_clip_val", "1"), 1, "optimizer.clip"),
+        (("--trainer.precision", "fp8"), 2, "bf16-mixed, 32-true, 64-true, bf16 or null, got fp8"),
+        (("--trainer.max_epochs", "x"), 2, "trainer.max_epochs: must be a whole number or null, got x"),
+        (("--trainer.max_steps", "x"), 2, "trainer.max_steps: must be a whole number, got x"),
+        (("--trainer.callbacks", "foo"), 2, "must be the path of a class, MODULE.NAME, got foo"),
+        (("--model", "mine.Own"), 2, "No module named 'mine': it lies in this folder, which Python does not search: "),
+        (("--model", "nobodys.Own"), 2, "No module named 'nobodys' ("),
     ],
 )
 @pytest.mark.usefixtures("here")
 def test_one_sentence(options: tuple[str, ...], code: int, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.py").write_text("raise SystemExit('not to be imported')")
     line, ended = refused("fit", "--config", "config.yaml", *options, capsys=capsys)
     assert ended == code
     assert named in line
     assert line.startswith("unidad fit: ")
+
+
+@pytest.mark.usefixtures("here")
+def test_an_overlay_alone_is_told_what_it_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("over.yaml").write_text("model: {init_args: {student: {num_steps: 2}}}")
+    line, code = refused("fit", "--config", "over.yaml", capsys=capsys)
+    assert code == 2
+    assert "no config before this one gives its class_path" in line
 
 
 def test_tools_take_no_abbreviations(capsys: pytest.CaptureFixture[str]) -> None:

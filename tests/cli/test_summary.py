@@ -171,7 +171,11 @@ def test_the_networks_of_others(here: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_a_fast_dev_run_writes_nothing_and_names_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = os.listdir(here)
-    fit(4, *VALIDATING, "--trainer.fast_dev_run", "true", "--trainer.callbacks+", "unidad_pl.SampleGrid")
+    own = ("--trainer.callbacks+", "unidad_pl.SampleGrid", "--trainer.callbacks+", "unidad_pl.SoundCheckpoint",
+           "--trainer.callbacks.save_last", "true", "--trainer.callbacks+", "tests.cli.test_summary.Brightness",
+           "--evaluate_before", "true")  # fmt: skip
+    fit(4, *VALIDATING, "--trainer.fast_dev_run", "true", *own)
+    assert Brightness.seen == [1]  # not of the untrained weights, which would take as long as in a run
     assert sorted(os.listdir(here)) == sorted([*before, "config.yaml"])  # which the test wrote
     printed = capsys.readouterr().out
     assert "a fast_dev_run writes nothing" in printed

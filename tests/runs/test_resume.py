@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import CSVLogger
 from tests.worlds import nested, weights_sha
 from unidad_pl.cli.lightning import UnidadCLI, run
 from unidad_pl.cli.main import main
-from unidad_pl.runs.resume import _keep_rows
+from unidad_pl.runs.resume import _keep_rows, find_checkpoint
 from unidad_pl.strategies import ManualDDPStrategy
 
 CONFIG: dict[str, Any] = {
@@ -116,8 +116,45 @@ def test_last_passes_over_damaged_checkpoints_and_says_so(four: Path) -> None:
     ],
 )
 def test_other_data_and_other_options_are_refused(four: Path, options: tuple[str, str], message: str) -> None:
+    kept = {name: (four.parent / name).read_bytes() for name in ("config.yaml", "environment.jsonl", "metrics.csv")}
     with pytest.raises(RuntimeError, match=message):
         fit(6, "--ckpt_path", "last", *options)
+    assert {name: (four.parent / name).read_bytes() for name in kept} == kept
+    assert os.listdir("runs/tiny") == ["version_0"]
+
+
+def test_last_of_a_runs_own_config_is_that_runs(four: Path) -> None:
+    """A later run of the same name is newer, and has gone further."""
+    shutil.copytree(four.parent, "runs/tiny/version_1")
+    later = torch.load("runs/tiny/version_1/checkpoints/step=4.ckpt", weights_only=True) | {"global_step": 5}
+    torch.save(later, "runs/tiny/version_1/checkpoints/step=5.ckpt")
+    own = [str(four.parent / "config.yaml")]
+    trainer: Any = pl.Trainer(logger=CSVLogger("runs", "tiny"), accelerator="cpu", enable_model_summary=False)
+    assert find_checkpoint(trainer, "last", own) == str(four / "step=4.ckpt")
+    assert str(find_checkpoint(trainer, "last", ["config.yaml"])).endswith("version_1/checkpoints/step=5.ckpt")
+    command = ["fit", "--config", *own, "--ckpt_path", "last", "--trainer.max_steps", "5"]
+    assert run(command).config_init["fit"]["ckpt_path"] == str(four / "step=4.ckpt")
+    starts = (four.parent / "environment.jsonl").read_text().splitlines()
+    assert len(starts) == 2
+    shutil.rmtree(four)
+    with pytest.raises(FileNotFoundError, match=r"no intact checkpoint in 'runs/tiny/version_0'"):
+        find_checkpoint(trainer, "last", own)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--data.resolution", "8"), r"serves images of \(3, 8, 8\), but the model works on \(3, 16, 16\)"),
+        (("--trainer.strategy", "ddp"), "unidad_ddp"),
+        (("--trainer.gradient_clip_val", "1"), "clip"),
+    ],
+)
+def test_a_fit_that_is_refused_evaluates_nothing_and_leaves_no_folder(options: tuple[str, str], message: str) -> None:
+    validating = ("--trainer.limit_val_batches", "1", "--trainer.callbacks+", "unidad_pl.SampleGrid")
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        fit(2, *validating, "--evaluate_before", "true", *options)
+    assert not list(Path().rglob("version_*"))
 
 
 @pytest.mark.slow

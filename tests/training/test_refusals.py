@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
 
 from tests.worlds import Stream, fit, random_images, unidad
-from unidad_pl.training.refusals import refuse_endless, refuse_idle_options
+from unidad_pl.training.refusals import refuse_endless, refuse_trainer
 
 IDLE: list[tuple[dict[str, Any], str]] = [
     ({"gradient_clip_val": 1.0}, "optimizer.clip"),
@@ -50,13 +50,13 @@ def trainer_with(folder: Path, **options: Any) -> pl.Trainer:
 @pytest.mark.parametrize(("options", "message"), IDLE, ids=lambda value: str(value).partition(" object at")[0][:40])
 def test_what_does_nothing(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=message):
-        refuse_idle_options(trainer_with(tmp_path, **options))
+        refuse_trainer(trainer_with(tmp_path, **options))
 
 
 @pytest.mark.parametrize(("options", "message"), ENDLESS, ids=lambda value: str(value).partition(" object at")[0][:40])
 def test_what_waits_for_the_end_of_an_endless_epoch(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     trainer = trainer_with(tmp_path, **options)
-    refuse_idle_options(trainer)
+    refuse_trainer(trainer)
     trainer.fit_loop.max_batches = float("inf")
     with pytest.raises(RuntimeError, match=message):
         refuse_endless(trainer)
@@ -85,7 +85,7 @@ def test_a_fit_refuses_before_its_first_iteration(options: dict[str, Any], messa
 )
 def test_what_works_is_not_refused(options: dict[str, Any], tmp_path: Path) -> None:
     trainer = trainer_with(tmp_path, **options)
-    refuse_idle_options(trainer)
+    refuse_trainer(trainer)
     trainer.fit_loop.max_batches = trainer.limit_train_batches if options.get("limit_train_batches") else float("inf")
     refuse_endless(trainer)
 

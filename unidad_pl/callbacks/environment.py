@@ -34,8 +34,10 @@ class RunRecord(SaveConfigCallback):
         >>> from unidad_pl.cli.lightning import run
         >>> run(["fit", "--config", "configs/quickstart.yaml"])  # doctest: +SKIP
 
-    Checkpoints get the time of that start, by which ``--ckpt_path last`` tells runs apart. Where the run's folder is
-    deleted while it trains, both files are written anew, with a warning; ``deleted_at`` is the iteration then.
+    A fit is recorded when it begins to train: one that was to go on from a checkpoint and is refused leaves the config
+    as it was. Checkpoints get the time of that start, by which ``--ckpt_path last`` tells runs apart. Where the run's
+    folder is deleted while it trains, both files are written anew, with a warning; ``deleted_at`` is the iteration
+    then.
 
     Args:
         text: of ``config.yaml``.
@@ -55,8 +57,19 @@ class RunRecord(SaveConfigCallback):
         self._folder = run_folder(trainer)
         self._record = environment(trainer) | {"stage": stage, "seed": self.config.get("seed_everything")}
         self._started = datetime.now(timezone.utc).isoformat()
-        on_rank_zero(trainer, self._folder, self._write)
-        self.already_saved = True
+        if stage != "fit":
+            self._save(trainer)
+
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        if not self.already_saved:
+            on_rank_zero(trainer, self._folder, self._write)
+            self.already_saved = True
 
     def _write(self) -> None:
         with replacing(self._folder / self.config_filename) as part:
@@ -88,7 +101,7 @@ def environment(trainer: pl.Trainer) -> dict[str, Any]:
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "host": platform.node(),
         "job": os.environ.get("SLURM_JOB_ID"),
         "python": platform.python_version(),

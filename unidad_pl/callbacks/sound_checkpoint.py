@@ -30,6 +30,11 @@ class SoundCheckpoint(ModelCheckpoint):
         if self._is_sound(trainer, pl_module):
             super().on_train_epoch_end(trainer, pl_module)
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Lightning saves here what has not been saved yet, in a fast_dev_run too.
+        if not trainer.fast_dev_run and self._is_sound(trainer, pl_module):  # type: ignore[attr-defined]
+            super().on_train_end(trainer, pl_module)
+
     def _is_sound(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         if not getattr(pl_module, "is_skipping", False):
             return True

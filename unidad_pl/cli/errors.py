@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 NOISE = re.compile(
     r"Does not validate against|Subtypes: |Errors:$|Given value|Expected a path but |Expected a <class 'NoneType'>"
     r"|Problem with given class_path .*:$|Parser key .*:$"
 )
+PLAIN = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
+"""What jsonargparse calls a type -> what to write for it in YAML."""
 LONGEST = 1000
 
 
@@ -51,7 +54,7 @@ class StrictParser:
         if not self.exit_on_error:
             super().error(message, ex)  # type: ignore[misc]
         prog = self.prog.replace(" [options]", "")
-        refuse(f"{prog}: {essence(message)} ({prog} --help shows the options)", 2)
+        refuse(f"{prog}: {essence(message)}{way_out(message)} ({prog} --help shows the options)", 2)
 
 
 def essence(text: str) -> str:
@@ -64,12 +67,57 @@ def essence(text: str) -> str:
     if not any(NOISE.match(line) or line.startswith("Parser key ") for line in lines):
         return " ".join(lines)
     options: list[str] = []
+    sentence = choices(text)
+    lines = [sentence] if sentence else sorted(lines, key=_is_of_a_type)
     for line in lines:
         options += re.findall(r'Parser key "([^"]+)"', line)
         reason = re.sub(r'^Parser key "[^"]+": ?', "", line)
+        reason = re.sub(r"^Expected a <class '(\w+)'>\. Got value:", _plain, reason)
+        reason = reason.replace("Expected a dot import path string:", "must be the path of a class, MODULE.NAME, got")
         if reason and not NOISE.match(reason):
             return f"{'.'.join(options)}: {reason}" if options else reason
     return " ".join(lines)
+
+
+def way_out(text: str) -> str:
+    """What to do about a class that is not found, where that can be told; else nothing.
+
+    >>> way_out("Option 'student.num_steps' is not accepted")
+    ': the class has no such option, or no config before this one gives its class_path'
+    """
+    if re.search("Option '.*' is not accepted", text):
+        return ": the class has no such option, or no config before this one gives its class_path"
+    missing = re.search(r"No module named '(\w+)", text)
+    if missing and (Path(missing[1]).is_dir() or Path(f"{missing[1]}.py").is_file()):
+        return ": it lies in this folder, which Python does not search: PYTHONPATH=. unidad ..."
+    return ""
+
+
+def choices(text: str) -> str | None:
+    """The sentence about an option that takes one of several words and plain values; None of other options.
+
+    >>> choices('Parser key "a":\\n  Subtypes: ' "[<class 'int'>, typing.Literal['no'], <class 'NoneType'>]\\n"
+    ...         '  Errors:\\n  Given value: x')
+    'Parser key "a": must be a whole number, no or null, got x'
+    """
+    found = re.search(r'(Parser key "[^"]+"):\s.*Subtypes: \[(.*?)\]\n.*Given value: (.*)', text, re.DOTALL)
+    kinds = re.compile(r"(?:typing\.Literal\[([^\]]*)\]|<class '(\w+)'>)(?:, )?")
+    if found is None or text.count("Subtypes: ") > 1 or kinds.sub("", found[2]):
+        return None
+    words: list[str] = []
+    for literal, plain in kinds.findall(found[2]):
+        words += [word.strip("'") for word in literal.split(", ")] if literal else [PLAIN.get(plain, plain)]
+    *first, last = dict.fromkeys(words)
+    return f"{found[1]}: must be {', '.join(first)} or {last}, got {found[3].strip()}"
+
+
+def _plain(match: re.Match[str]) -> str:
+    return f"must be {PLAIN.get(match[1], match[1])}, got"
+
+
+def _is_of_a_type(line: str) -> bool:
+    """Whether a reason says only that a value is of no type, which the next one may explain."""
+    return re.fullmatch(r"Expected a <class '\w+'>", line) is not None
 
 
 def sentence_of(error: Exception) -> str:

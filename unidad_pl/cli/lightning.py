@@ -40,14 +40,15 @@ from unidad_pl.cli.progress import PhaseBar
 from unidad_pl.cli.summary import NetworkTable, fit_summary, print_files
 from unidad_pl.runs.checkpoints import DurableCheckpointIO, is_remote, refuse_damaged
 from unidad_pl.runs.config import CHECKPOINT_DEFAULTS, LOGGER, TRAINER_DEFAULTS
-from unidad_pl.runs.resume import WORDS, choose_folder, find_checkpoint
+from unidad_pl.runs.resume import WORDS, choose_folder, find_checkpoint, remove_unused
 from unidad_pl.training.module import GenerativeModule
-from unidad_pl.training.refusals import refuse_idle_options
+from unidad_pl.training.refusals import refuse_trainer
 
 THREADS_PER_CORE = 4
 HELP = {
     "ckpt_path": "a checkpoint to go on from, or whose weights are evaluated: a path; last: the newest intact one of "
-    "this config's runs; auto: the same, but begin where there is none",
+    "the run whose config.yaml is given, else of all runs of this config; auto: the same, but begin where there is "
+    "none",
     "checkpoint.dirpath": "where checkpoints are written; null: checkpoints/ in the run folder",
     "weights_only": "checkpoints are read as tensors and plain data; false, which would run code in them, is refused",
 }
@@ -82,6 +83,7 @@ class UnidadCLI(LightningCLI):
         args = named["args"]
         first = args[0] if args and "UNIDAD_CONFIG" not in os.environ else None  # a config may name the subcommand
         self.wanted = {first} if first in self.subcommands() else set(self.subcommands())
+        self.made: list[Path] = []
         super().__init__(*options, **named)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
@@ -187,11 +189,21 @@ class UnidadCLI(LightningCLI):
         ours = {place: IN_PLACE_OF[type(one)]() for place, one in enumerate(callbacks)
                 if type(one) in IN_PLACE_OF and one not in own}  # fmt: skip
         callbacks[:] = [ours.get(place, one) for place, one in enumerate(callbacks)]
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning's would save at its end
+            callbacks[:] = [one for one in callbacks if not isinstance(one, ModelCheckpoint)]
         if not any(isinstance(callback, Preemption) for callback in callbacks):
             callbacks.append(Preemption())  # last: what it saves is what all others have made of the iteration
         self.validated = LastValidation()
         callbacks.append(self.validated)
         return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException:
+            if not self.trainer.fit_loop.epoch_loop.batch_progress.total.ready:
+                remove_unused(self.made)
+            raise
 
     def before_fit(self) -> None:
         """The checkpoint to resume from, or the untrained weights' metrics if the summary is to have them.
@@ -200,11 +212,12 @@ class UnidadCLI(LightningCLI):
             FileNotFoundError: ``--ckpt_path`` leads to no file; Lightning would train from the start after a warning.
         """
         if isinstance(self.model, GenerativeModule):
-            refuse_idle_options(self.trainer)  # before the first evaluation, which takes its time
+            refuse_trainer(self.trainer)  # before the first evaluation, which takes its time
         wanted = self._get(self.config, "ckpt_path")
         path = self._find_checkpoint()
-        choose_folder(self.trainer, path if wanted in WORDS else None)
-        before = path is None and self._get(self.config, "evaluate_before")
+        self.made = choose_folder(self.trainer, path if wanted in WORDS else None)
+        quick = self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        before = path is None and not quick and self._get(self.config, "evaluate_before")
         self.metrics_before = self._validate() if before else None
 
     def before_validate(self) -> None:
@@ -214,7 +227,8 @@ class UnidadCLI(LightningCLI):
     before_test = before_validate
 
     def _find_checkpoint(self) -> str | None:
-        path = find_checkpoint(self.trainer, self._get(self.config, "ckpt_path"))
+        configs = [str(config) for config in self._get(self.config, "config") or ()]
+        path = find_checkpoint(self.trainer, self._get(self.config, "ckpt_path"), configs)
         self.config_init[self.subcommand]["ckpt_path"] = path
         return path
 
@@ -275,6 +289,9 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*Your `IterableDataset` has `__len__` defined.*")
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
     warnings.filterwarnings("ignore", message=".*no `saved_models`.*|.*pre-optimization state.*")
+    # A run goes on in its own folder, and what evaluates one does not.
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*The dirpath has changed from.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
     )

@@ -15,8 +15,11 @@ LIVE = ("cat", "dog")
 """DreamBooth's classes of live subjects, which have templates of their own."""
 BOTH = "{0} {1}"
 """DreamBooth's placeholders of the rare token and the class word."""
-
 BARE = "a {}"
+NO_LIST = (
+    "DreamBooth's dataset has it, as prompts_and_classes.txt: put it there; for a subject of your own leave it out and "
+    "say what it is (dreambooth: null, class_word: dog)"
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def read_dreambooth(path: str | Path) -> DreamBooth:
         ValueError: it is no text, or holds no ``subject_name,class`` block, a subject without a class word, or not two
             lists of templates.
     """
-    text = _text_of(path, "prompts file")
+    text = _text_of(path, "prompts file", NO_LIST)
     head, *lists = re.split(r"^prompt_list\s*=\s*\[", text, flags=re.MULTILINE)
     classes = dict(_subjects(head.partition("subject_name,class")[2].splitlines()))
     if nameless := [name for name, word in classes.items() if not word]:
@@ -87,11 +90,11 @@ def _subjects(lines: list[str]) -> Iterator[tuple[str, str]]:
         yield name.strip(), word.strip()
 
 
-def _text_of(path: str | Path, what: str) -> str:
+def _text_of(path: str | Path, what: str, way_out: str) -> str:
     """The text of a file, without a byte order mark."""
     place = expanded(path)
     if not place.is_file():
-        raise FileNotFoundError(f"no {what} at {str(path)!r}")
+        raise FileNotFoundError(f"no {what} at {str(path)!r}: {way_out}")
     with reading(path, what, "save it as UTF-8 text"):
         if (size := place.stat().st_size) > MAX_BYTES:
             raise ValueError(f"{size} bytes, at most {MAX_BYTES} are taken")
@@ -106,7 +109,7 @@ def read_templates(given: str | Sequence[str]) -> list[str]:
         ValueError: the file is no text, there are none, or one has not exactly one ``{}``.
     """
     if isinstance(given, str) and given.endswith(".txt"):
-        given = _text_of(given, "template file").splitlines()
+        given = _text_of(given, "template file", "give the path of a text with one template a line").splitlines()
     templates = [line.strip() for line in ([given] if isinstance(given, str) else given) if line.strip()]
     if not templates:
         raise ValueError("there are no prompt templates: give at least one, e.g. 'a {}'")

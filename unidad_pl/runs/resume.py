@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import csv
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from unidad_pl.callbacks.environment import FILE as RECORD
 from unidad_pl.files import expanded
 from unidad_pl.runs.checkpoints import is_remote, newest_intact
 from unidad_pl.runs.config import CONFIG_FILE
@@ -34,8 +38,21 @@ def run_tree(trainer: pl.Trainer) -> list[Path]:
     return folders + [Path(folder) for folder in given if folder is not None]
 
 
-def find_checkpoint(trainer: pl.Trainer, wanted: str | Path | None) -> str | None:
+def own_run(configs: Sequence[str | Path]) -> Path | None:
+    """The run folder whose ``config.yaml`` is among ``configs``, the first of them; None if none is a run's own."""
+    files = [expanded(config) for config in configs]
+    folders = [file.parent for file in files if file.name == CONFIG_FILE and (file.parent / RECORD).is_file()]
+    return folders[0] if folders else None
+
+
+def find_checkpoint(trainer: pl.Trainer, wanted: str | Path | None, configs: Sequence[str | Path] = ()) -> str | None:
     """The file that ``--ckpt_path`` means: a path, one of :data:`WORDS`, or nothing.
+
+    Args:
+        trainer: writes to the folders that are searched.
+        wanted: the value of the option.
+        configs: the files that were given; where one is ``config.yaml`` of a run, its own checkpoints are meant, not
+            those of a later run of that name.
 
     Raises:
         FileNotFoundError: no such file; or ``last`` where there is no intact checkpoint.
@@ -50,6 +67,8 @@ def find_checkpoint(trainer: pl.Trainer, wanted: str | Path | None) -> str | Non
             )
         return str(expanded(wanted))
     folders = run_tree(trainer)
+    if (own := own_run(configs)) is not None:
+        folders[0] = own
     path, passed_over = newest_intact(*folders)
     for reason in passed_over.values():
         rank_zero_warn(f"--ckpt_path {wanted} passes over a checkpoint: {reason}")
@@ -63,10 +82,13 @@ def find_checkpoint(trainer: pl.Trainer, wanted: str | Path | None) -> str | Non
     return None if path is None else str(path)
 
 
-def choose_folder(trainer: pl.Trainer, checkpoint: str | None) -> None:
+def choose_folder(trainer: pl.Trainer, checkpoint: str | None) -> list[Path]:
     """One folder for all loggers whose config names no version: that of the run which wrote ``checkpoint``, or one that
     no other run has. Lightning would give each the next number that is free when it starts, and two that start in the
     same second the same. Other ranks follow rank 0, whose folder Lightning broadcasts.
+
+    Returns:
+        The folders that were made.
 
     Raises:
         OSError: the folder cannot be made.
@@ -75,17 +97,29 @@ def choose_folder(trainer: pl.Trainer, checkpoint: str | None) -> None:
     if not trainer.loggers:
         rank_zero_info(f"no logger: this run writes to {trainer.default_root_dir!r} (--trainer.default_root_dir)")
     if not undecided or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
-        return
+        return []
     version: Any = _version_of(run_tree(trainer)[0], checkpoint) if checkpoint else None
     resumed = version is not None
-    version = version if resumed else _claim(undecided)
+    made: list[Path] = []
+    if not resumed:
+        version, made = _claim(undecided)
     for logger in undecided:
         logger._version = version  # type: ignore[attr-defined]
         if resumed and isinstance(logger, CSVLogger):
             _keep_rows(logger)
+    return made
 
 
-def _claim(loggers: list[Any]) -> int:
+def remove_unused(folders: Sequence[Path]) -> None:
+    """Remove what a fit made that was refused before its first iteration, unless it has written more than its start."""
+    for folder in folders:
+        left = {path.name for path in folder.iterdir()} - {CONFIG_FILE, RECORD, "hparams.yaml"}
+        if all(name.startswith("events.out.tfevents.") for name in left):
+            with suppress(OSError):  # the refusal is what matters
+                shutil.rmtree(folder)
+
+
+def _claim(loggers: list[Any]) -> tuple[int, list[Path]]:
     """Make a new folder ``version_N`` in the root of each logger, with the same N: no other run can have made it."""
     version = max(logger._get_next_version() for logger in loggers)
     local = [expanded(logger.root_dir).resolve() for logger in loggers if not is_remote(logger.root_dir)]
@@ -103,7 +137,7 @@ def _claim(loggers: list[Any]) -> int:
                 folder.rmdir()
             version += 1
         else:
-            return version
+            return version, made
 
 
 def _version_of(root: Path, checkpoint: str) -> str | None:

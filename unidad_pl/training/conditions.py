@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unidad_pl.backbones.latents import check_length
 from unidad_pl.data.batch import Batch, EncodedBatch
-from unidad_pl.denoiser import Codec
+from unidad_pl.denoiser import Codec, Denoiser
 
 MANY_PIECES = 3
 """Pieces of a rare token from which on it hardly is one word to the text encoder."""
@@ -110,6 +110,8 @@ def encode_prior(prior: Batch | None, rows: slice, codec: Codec) -> EncodedBatch
 
 
 def _warn_of_range(images: Tensor) -> None:
+    if type(images) is not Tensor:  # a rehearsal's have no values
+        return
     least, most = float(images.min()), float(images.max())
     if not -1.01 <= least <= most <= 1.01:
         rank_zero_warn(
@@ -118,14 +120,34 @@ def _warn_of_range(images: Tensor) -> None:
         )
 
 
+def check_shots(data: Any, codec: Codec, network: Denoiser) -> None:
+    """Compare the shots of a data module, if it has any, with what the model works on: before the first evaluation.
+
+    Raises:
+        ValueError: they have another size or number of channels; says what to set.
+    """
+    shots = getattr(data, "shots", None)
+    if isinstance(shots, Tensor) and shots.ndim == 4:
+        _check_pixels(shots, codec, network)
+
+
+def _check_pixels(images: Tensor, codec: Codec, network: Denoiser) -> None:
+    pixels = tuple(network.image_shape)
+    if type(codec) is Codec and tuple(images.shape[1:]) != pixels:  # others make their images of any
+        raise ValueError(
+            f"the data module serves images of {tuple(images.shape[1:])}, but the model works on {pixels}: set the "
+            f"data module's resolution to the model's, and its grey to true for a model of one channel"
+        )
+
+
 def check_batch(
-    batch: Batch, pixels: tuple[int, ...] | None, parts: int, takes_prior: bool, iteration: int
+    batch: Batch, codec: Codec, network: Denoiser, parts: int, takes_prior: bool, iteration: int
 ) -> None:  # fmt: skip
     """Refuse a training batch that does not fit the model.
 
     Args:
         batch: what the data module serves.
-        pixels: (C, H, W) of the model's images; None: its codec makes them of any.
+        codec, network: of the model.
         parts: micro-batches to split it into.
         takes_prior: whether anything learns from its ``prior``.
         iteration: the values are looked at in every :data:`LOOK`-th, since a look waits for the device.
@@ -138,11 +160,7 @@ def check_batch(
         raise ValueError("a training batch is empty: the data module must serve at least one image in each")
     if iteration % LOOK == 0:
         _warn_of_range(images)
-    if pixels is not None and tuple(images.shape[1:]) != pixels:
-        raise ValueError(
-            f"the data module serves images of {tuple(images.shape[1:])}, but the model works on {pixels}: set the "
-            f"data module's resolution to the model's, and its grey to true for a model of one channel"
-        )
+    _check_pixels(images, codec, network)
     if len(images) % parts:
         raise ValueError(f"a batch of {len(images)} images cannot be split into accumulate={parts} parts")
     if batch.prior is not None and not takes_prior:

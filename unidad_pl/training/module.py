@@ -28,7 +28,7 @@ from unidad_pl.files import reading
 from unidad_pl.sampling import FewStepSampler, as_seeds
 from unidad_pl.seeds import mix_seed
 from unidad_pl.strategies.agreement import check_agreement
-from unidad_pl.training.conditions import ClassLabels, check_batch, check_prompts, encode_prior
+from unidad_pl.training.conditions import ClassLabels, check_batch, check_prompts, check_shots, encode_prior
 from unidad_pl.training.hparams import TrainingOptions, complete, defaults, flatten, log_changes, refuse_changes
 from unidad_pl.training.many_steps import in_many_steps
 from unidad_pl.training.networks import MemoryOptions, Networks, averaged
@@ -147,6 +147,7 @@ class GenerativeModule(ManualOptimization, Networks):
             torch.manual_seed(mix_seed(self.seed, 0xA11))
             self.build_networks()
         self.labels = ClassLabels(self.sampled_network.num_classes, self.classes)
+        check_shots(getattr(self._trainer, "datamodule", None), self.codec, self.sampled_network)
         if self.memory.checkpointing in ("blocks", "both"):
             for name, network in self.named_children():
                 if isinstance(network, Denoiser) and name not in self.frozen_networks:
@@ -187,8 +188,7 @@ class GenerativeModule(ManualOptimization, Networks):
         """
         batch = as_batch(batch)
         self.labels.check(batch.labels, len(batch.images))
-        pixels = tuple(self.sampled_network.image_shape) if type(self.codec) is Codec else None
-        check_batch(batch, pixels, self.accumulate, self.takes_prior(), self.iteration)
+        check_batch(batch, self.codec, self.sampled_network, self.accumulate, self.takes_prior(), self.iteration)
         size = len(batch.images) // self.accumulate
         for part in range(self.accumulate):
             torch.manual_seed(mix_seed(self.seed, self.iteration, self.global_rank * self.accumulate + part))
@@ -203,8 +203,7 @@ class GenerativeModule(ManualOptimization, Networks):
             return EncodedBatch(self.codec.encode(images), Condition.of(labels))
         cond, source = self.embed(batch.prompts[rows]), batch.source_prompts
         source_cond = None if source is None else self.embed(source[rows])
-        latents = self.codec.encode(images)
-        return EncodedBatch(latents, cond, source_cond, encode_prior(batch.prior, rows, self.codec))
+        return EncodedBatch(self.codec.encode(images), cond, source_cond, encode_prior(batch.prior, rows, self.codec))
 
     def embed(self, prompts: Sequence[str]) -> Condition:
         """Condition of ``prompts``, on the module's device."""

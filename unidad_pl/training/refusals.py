@@ -1,4 +1,4 @@
-"""Options of a trainer and of Lightning's callbacks that would do nothing, or never end, with our modules.
+"""What of a trainer and of Lightning's callbacks cannot work, would do nothing, or never end, with our modules.
 
 Optimisation is manual here, and the training data one epoch without an end. Lightning says so of some options
 (``gradient_clip_val``, ``accumulate_grad_batches``) and leaves the others aside without a word.
@@ -12,16 +12,21 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, Timer
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
+from unidad_pl.strategies import ManualDDPStrategy, ShardedStrategy
+
+STRATEGIES = (SingleDeviceStrategy, ManualDDPStrategy, ShardedStrategy)
 AVERAGES = {"StochasticWeightAveraging", "WeightAveraging", "EMAWeightAveraging"}
 
 
-def refuse_idle_options(trainer: pl.Trainer) -> None:
+def refuse_trainer(trainer: pl.Trainer) -> None:
     """Refuse what is known before the data is: called at the start of a fit.
 
     Raises:
         RuntimeError: names the first option, says why, and what to use.
     """
+    _refuse(_unfit(trainer))
     _refuse(_idle(trainer))
 
 
@@ -38,6 +43,15 @@ def refuse_endless(trainer: pl.Trainer) -> None:
 def _refuse(found: Iterator[str]) -> None:
     for problem in found:
         raise RuntimeError(problem)
+
+
+def _unfit(trainer: Any) -> Iterator[str]:
+    if not isinstance(trainer.strategy, STRATEGIES):  # DistributedDataParallel wants every parameter in every backward
+        yield (
+            f"strategy {type(trainer.strategy).__name__} cannot step several optimisers that each own their gradients. "
+            f"Give the trainer the strategy unidad_ddp: processes as in ddp, gradients averaged once per optimiser "
+            f"step; or unidad_fsdp, which also shards the networks over the ranks."
+        )
 
 
 def _idle(trainer: Any) -> Iterator[str]:

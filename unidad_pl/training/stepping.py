@@ -10,16 +10,13 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins import MixedPrecision, Precision
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
-from unidad_pl.strategies import ManualDDPStrategy, ShardedStrategy
 from unidad_pl.strategies.fsdp import full, is_sharded, local_shard
 from unidad_pl.training.optimization import OptimizerOptions
-from unidad_pl.training.refusals import refuse_endless, refuse_idle_options
+from unidad_pl.training.refusals import refuse_endless, refuse_trainer
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
-STRATEGIES = (SingleDeviceStrategy, ManualDDPStrategy, ShardedStrategy)
 
 
 class ManualOptimization(pl.LightningModule):
@@ -44,19 +41,11 @@ class ManualOptimization(pl.LightningModule):
         """Refuse what would run wrongly without an error, before anything has begun.
 
         Raises:
-            RuntimeError: another strategy than ``unidad_ddp`` or ``unidad_fsdp`` on several processes
-                (DistributedDataParallel expects every parameter in every backward pass), or a precision that the sigma
-                range does not survive, or an option that would do nothing.
+            RuntimeError: a strategy that cannot step our groups, a precision that the sigma range does not survive, or
+                an option that would do nothing.
         """
         if stage == "fit":
-            refuse_idle_options(self.trainer)
-        if stage == "fit" and not isinstance(self.trainer.strategy, STRATEGIES):
-            name = type(self.trainer.strategy).__name__
-            raise RuntimeError(
-                f"strategy {name} cannot step several optimisers that each own their gradients. Give the trainer the "
-                f"strategy unidad_ddp: processes as in ddp, gradients averaged once per optimiser step; or "
-                f"unidad_fsdp, which also shards the networks over the ranks."
-            )
+            refuse_trainer(self.trainer)
         if self.trainer.precision not in PRECISIONS:
             raise RuntimeError(
                 f"precision {self.trainer.precision!r} is not supported: use one of {', '.join(PRECISIONS)}"
