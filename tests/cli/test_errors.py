@@ -61,10 +61,12 @@ def refused(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[str, i
         (("--trainer.callbacks", "foo"), 2, "must be the path of a class, MODULE.NAME, got foo"),
         (("--model", "mine.Own"), 2, "No module named 'mine': it lies in this folder, which Python does not search: "),
         (("--model", "nobodys.Own"), 2, "No module named 'nobodys' ("),
+        (("--model", "unidad_pl.nobodys.Own"), 2, "module 'unidad_pl' has no attribute 'nobodys' ("),
     ],
 )
 @pytest.mark.usefixtures("here")
 def test_one_sentence(options: tuple[str, ...], code: int, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("unidad_pl").mkdir()  # as in a clone, where it is found
     Path("mine.py").write_text("raise SystemExit('not to be imported')")
     line, ended = refused("fit", "--config", "config.yaml", *options, capsys=capsys)
     assert ended == code

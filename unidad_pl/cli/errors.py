@@ -87,7 +87,7 @@ def way_out(text: str) -> str:
     """
     if re.search("Option '.*' is not accepted", text):
         return ": the class has no such option, or no config before this one gives its class_path"
-    missing = re.search(r"No module named '(\w+)", text)
+    missing = re.search(r"No module named '(\w+)'", text)
     if missing and (Path(missing[1]).is_dir() or Path(f"{missing[1]}.py").is_file()):
         return ": it lies in this folder, which Python does not search: PYTHONPATH=. unidad ..."
     return ""
@@ -100,7 +100,7 @@ def choices(text: str) -> str | None:
     ...         '  Errors:\\n  Given value: x')
     'Parser key "a": must be a whole number, no or null, got x'
     """
-    found = re.search(r'(Parser key "[^"]+"):\s.*Subtypes: \[(.*?)\]\n.*Given value: (.*)', text, re.DOTALL)
+    found = re.search(r'(Parser key "[^"]+"):\s.*Subtypes: \[(.*?)\]\n.*Given value: ([^\n]*)', text, re.DOTALL)
     kinds = re.compile(r"(?:typing\.Literal\[([^\]]*)\]|<class '(\w+)'>)(?:, )?")
     if found is None or text.count("Subtypes: ") > 1 or kinds.sub("", found[2]):
         return None
