@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from tests.metrics.toys import TinyFeatures, WordVectors, images, refused
-from unidad_pl.metrics import PromptLPIPS, SubjectCosines
+from unidad_pl.metrics import IntraClusterLPIPS, PromptLPIPS, SubjectCosines
 from unidad_pl.metrics.similarity import mean_cosine, without_token
 
 PROMPTS = ["a prt dog", "a prt dog", "red prt dog", "a prt dog", "red prt dog", "alone"]
@@ -187,3 +187,24 @@ def test_samples_of_two_sizes_are_refused_when_they_come() -> None:
 )  # fmt: skip
 def test_numbers_that_are_none_are_refused(numbers: Any, said: str) -> None:
     refused(said, PromptLPIPS(TinyFeatures()).update, images(2), ["a"] * 2, numbers)
+
+
+@pytest.mark.parametrize("form", ["grey", "half", "double"])
+def test_one_rule_for_the_images_of_metrics(form: str) -> None:
+    """One channel is repeated, and other precisions are float32: what their networks take."""
+    given = images(4).mean(1, keepdim=True) if form == "grey" else images(4).to(getattr(torch, form))
+    same = given.float().expand(-1, 3, -1, -1)
+
+    def scores(samples: Tensor) -> list[Tensor]:
+        subject = SubjectCosines({"clip_i": TinyFeatures()}, WordVectors())
+        subject.set_photos(samples[:3])
+        subject.update(samples, ["a"] * 4)
+        diverse, near = PromptLPIPS(TinyFeatures()), IntraClusterLPIPS(TinyFeatures())
+        diverse.update(samples, ["a"] * 4)
+        near.set_shots(samples[:1])
+        near.update(samples)
+        return [*subject.compute().values(), diverse.compute()["intra"], near.compute()]
+
+    assert scores(given) == scores(same)
+    refused(r"samples must be a tensor \[N, 3, H, W\], got shape \(4, 2, 8, 8\)", PromptLPIPS(TinyFeatures()).update,
+            torch.zeros(4, 2, 8, 8), ["a"] * 4)  # fmt: skip

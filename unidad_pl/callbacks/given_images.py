@@ -14,7 +14,7 @@ from torch import Tensor
 from unidad_pl.data.colours import as_shown
 from unidad_pl.data.image_sets import open_images
 from unidad_pl.denoiser import to_float
-from unidad_pl.metrics.features import check_images
+from unidad_pl.metrics.features import float_images
 
 Images = str | Path | Tensor | Sequence[Any] | None
 
@@ -38,9 +38,8 @@ def as_images(value: Any, what: str) -> Tensor:
     if not isinstance(value, Tensor) or value.ndim != 4 or value.shape[1] not in (1, 3) or not value.numel():
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{what} must be a tensor [N, 3, H, W], N >= 1, or a list of images, got {got}")
-    if value.dtype != torch.uint8:
-        check_images(value, what)
-    return value.detach().expand(-1, 3, -1, -1)
+    value = value.detach()
+    return value.expand(-1, 3, -1, -1) if value.dtype == torch.uint8 else float_images(value, what)
 
 
 def _stacked(images: Sequence[Any], what: str) -> Tensor:

@@ -289,25 +289,34 @@ def check_network(**networks: object) -> None:
             )
 
 
-def check_images(images: Tensor, what: str) -> None:
-    """Refuse what are no float images [N, C, H, W] in [-1, 1], give or take some rounding.
+def float_images(images: Tensor, what: str) -> Tensor:
+    """Images [N, 3, H, W] as float32 in [-1, 1], give or take some rounding.
+
+        >>> float_images(torch.zeros(2, 1, 8, 8, dtype=torch.float16), "samples").shape
+        torch.Size([2, 3, 8, 8])
+
+    Args:
+        images: floats of any precision, with 3 channels, or 1 that is repeated.
+        what: how errors call them.
 
     Raises:
-        ValueError: says what they are.
+        ValueError: anything else; says what they are.
     """
-    if not isinstance(images, Tensor) or images.ndim != 4:
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] not in (1, 3):
         got = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"{what} must be a tensor [N, 3, H, W], got {got}")
     if not images.is_floating_point():
         raise ValueError(f"{what} must be floats in [-1, 1], got {images.dtype}")
+    images = images.float().expand(-1, 3, -1, -1)
     if not images.numel():
-        return
+        return images
     low, high = (float(value) for value in images.aminmax())
     if math.isnan(low) or math.isnan(high):
         broken = int(images.isnan().flatten(1).any(1).sum())
         raise ValueError(f"{what} hold NaN in {broken} of {len(images)} images: whatever made them has diverged")
     if low < -1.01 or high > 1.01:
         raise ValueError(f"{what} must be floats in [-1, 1], got values from {low:.4g} to {high:.4g}")
+    return images
 
 
 def extract(features: nn.Module, images: Tensor, batch_size: int) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from unidad_pl.checks import check_at_least, check_whole
-from unidad_pl.metrics.features import LPIPSFeatures, check_images, check_network, extract
+from unidad_pl.metrics.features import LPIPSFeatures, check_network, extract, float_images
 from unidad_pl.metrics.gather import RowMetric, distinct_in_order, double
 
 Protocol = Literal["cdc", "crdi"]
@@ -190,7 +190,7 @@ class IntraClusterLPIPS(RowMetric):
         Raises:
             ValueError: no such images, or none.
         """
-        check_images(images, "shots")
+        images = float_images(images, "shots")
         if not len(images):
             raise ValueError("shots must be [k, 3, H, W] with k >= 1, got none")
         self.reset()
@@ -216,7 +216,7 @@ class IntraClusterLPIPS(RowMetric):
         """
         if self._image_shape is None:
             raise RuntimeError("IntraClusterLPIPS has no shots: call set_shots(images) before update")
-        check_images(images, "samples")
+        images = float_images(images, "samples")
         if tuple(images.shape[1:]) != self._image_shape:
             raise ValueError(
                 f"samples are {tuple(images.shape[1:])} but shots are {self._image_shape}: resize the shots"

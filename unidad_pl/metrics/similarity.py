@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unidad_pl.checks import check_whole
-from unidad_pl.metrics.features import check_images, check_network, extract
+from unidad_pl.metrics.features import check_network, extract, float_images
 from unidad_pl.metrics.gather import RowMetric, distinct_in_order, double
 
 
@@ -167,7 +167,7 @@ class SubjectCosines(PromptMetric):
         Raises:
             ValueError: no such images, or none.
         """
-        check_images(photos, "photos")
+        photos = float_images(photos, "photos")
         if not len(photos):
             raise ValueError("photos must be [k, 3, H, W] with k >= 1, got none")
         self._photos = {name: extract(encoder, photos, self.batch_size) for name, encoder in self.encoders.items()}
@@ -180,7 +180,7 @@ class SubjectCosines(PromptMetric):
         """
         if not self._photos:
             raise ValueError("SubjectCosines has no photos: call set_photos before update")
-        check_images(images, "samples")
+        images = float_images(images, "samples")
         check_prompts(prompts, images)
         if not len(images):
             return
@@ -239,7 +239,7 @@ class PromptImages(PromptMetric):
         Raises:
             ValueError: images with NaN or outside [-1, 1], another number of prompts or of indices.
         """
-        check_images(images, "samples")
+        images = float_images(images, "samples")
         check_prompts(prompts, images)
         if len(images):
             shape = tuple(images.shape[1:])
@@ -248,7 +248,7 @@ class PromptImages(PromptMetric):
                     f"samples are {shape} here and were {self._image_shape} before: all must have one size"
                 )
             self._image_shape = shape
-            self.add_samples("images", ((images.float().clamp(-1, 1) + 1) * 127.5).round(), prompts, indices)
+            self.add_samples("images", ((images.clamp(-1, 1) + 1) * 127.5).round(), prompts, indices)
 
     def samples(self) -> dict[str, Tensor]:
         """Prompt -> the samples of all ranks.
