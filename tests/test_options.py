@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import unidad_pl
-from unidad_pl import NewUNet, OptimizerOptions
+from unidad_pl import NewUNet, OptimizerOptions, metrics
 from unidad_pl.backbones.spec import UNetSpec
 from unidad_pl.data.cartoon_labels import CartoonDataModule
 from unidad_pl.modules.factors import FactorTraining
@@ -31,6 +31,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "SubjectDataModule": {"root": "builtin:cats", "class_word": "cat", "shots": 4},
     "Transformer": {"path": "a"},
     "UniDAD": {"source": NewUNet()},
+    "export_student": {"ckpt_path": "a.ckpt", "out": "a"},
     "log_linear": {"n": 2},
 }
 LEFT_OUT = {"Denoiser", "DenoiserSource", "GenerativeModule", "TrainedStudent", "SoundCheckpoint", "ManualDDPStrategy"}
@@ -155,3 +156,20 @@ def test_an_optimizer_that_cannot_be_used_is_refused_by_path(
 def test_arguments_are_names_and_values() -> None:
     with pytest.raises(ValueError, match="arguments must be"):
         OptimizerOptions(arguments=[1])  # type: ignore[arg-type]
+
+
+def truths_of(made: Any) -> list[str]:
+    """Arguments that are true or false."""
+    own: Any = made.__init__ if isinstance(made, type) else made
+    hints = get_type_hints(own)
+    return [name for name in inspect.signature(own).parameters if hints.get(name) is bool]
+
+
+TOLD = [*CLASSES, metrics.Frechet, metrics.LPIPSFeatures, metrics.TwoSample, unidad_pl.export_student]
+
+
+@pytest.mark.parametrize(("made", "name"), [(made, name) for made in TOLD for name in truths_of(made)])
+def test_a_word_is_neither_true_nor_false(made: Any, name: str) -> None:
+    needed = REQUIRED.get(made.__name__, {})
+    with pytest.raises(ValueError, match=f"{name} must be true or false, got 'no'"):
+        made(**needed | {name: "no"})

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from unidad_pl.checks import check_choices, check_whole
+from unidad_pl.checks import check_arguments, check_choices, check_whole
 from unidad_pl.condition import Condition
 from unidad_pl.denoiser import Denoiser
 from unidad_pl.schedules import MOST_STEPS, karras
@@ -85,6 +85,7 @@ class FewStepSampler:
         self, sigmas: Tensor, gradient: GradientMode = "unroll", checkpoint: bool = False, standard: bool = False
     ) -> None:
         check_choices(gradient=(gradient, GradientMode))
+        check_arguments(FewStepSampler.__init__, {"checkpoint": checkpoint, "standard": standard})
         if sigmas.ndim != 1 or not 1 <= len(sigmas) <= MOST_STEPS:
             raise ValueError(
                 f"few-step sigmas must be 1 to {MOST_STEPS} positive numbers, got the shape {list(sigmas.shape)}"

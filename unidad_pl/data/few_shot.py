@@ -67,6 +67,7 @@ class Reference:
     exclude_shots: bool = True
 
     def __post_init__(self) -> None:
+        check_options(self)
         check_path(root=self.root)
 
 

@@ -44,6 +44,7 @@ class PromptOptions:
     augment: bool = False
 
     def __post_init__(self) -> None:
+        check_options(self)
         if self.augment and self.dreambooth is None:
             raise ValueError("augment: true takes its templates from DreamBooth's list: give dreambooth")
 

@@ -16,7 +16,7 @@ from unidad_pl.backbones.sd_files import FEW_STEP
 from unidad_pl.backbones.sources import Transformer
 from unidad_pl.backbones.transformer import TransformerNetwork
 from unidad_pl.backbones.unet import PretrainedUNet, UNetDenoiser
-from unidad_pl.checks import check_choices
+from unidad_pl.checks import check_arguments, check_choices
 from unidad_pl.denoiser import Codec, Denoiser, DenoiserSource
 from unidad_pl.export.card import model_card
 from unidad_pl.export.folder import INDEX, WAY_OUT, is_text_export, note_files, read_record, refuse_foreign
@@ -67,6 +67,7 @@ def export_student(
         OSError: it cannot be written; an earlier export is still there.
     """
     check_choices(dtype=(dtype, StoredAs))
+    check_arguments(export_student, {"adapters": adapters})
     target, stored = expanded(out), getattr(torch, dtype)
     recover(target)
     refuse_foreign(target)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from unidad_pl.checks import check_arguments
 from unidad_pl.files import expanded
 from unidad_pl.metrics.weights import check_numbers, missing_weights, only_weights, reason_of
 
@@ -176,6 +177,7 @@ class LPIPSFeatures(FeatureModule):
     scale: Tensor
 
     def __init__(self, net: Net = "vgg", weights_path: str | None = None, pnet_rand: bool = False) -> None:
+        check_arguments(LPIPSFeatures.__init__, {"pnet_rand": pnet_rand})
         super().__init__()
         if net not in BACKBONES:
             raise ValueError(f"net must be one of {', '.join(BACKBONES)}, got {net!r}")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unidad_pl.checks import check_arguments
 from unidad_pl.metrics.gather import RowMetric, distinct_in_order
 
 
@@ -32,6 +33,7 @@ class TwoSample(RowMetric):
     least = 0  # rows of each kind that a value needs
 
     def __init__(self, keep_reference: bool = False, **kwargs: Any) -> None:
+        check_arguments(TwoSample.__init__, {"keep_reference": keep_reference})
         super().__init__(**kwargs)
         self.keep_reference = keep_reference
         for kind in ("generated", "reference"):
