@@ -13,11 +13,11 @@ import yaml
 
 from tests.runs.test_resume import CONFIG
 from unidad_pl import files
-from unidad_pl.cli.errors import Refused
+from unidad_pl.cli.errors import Refused, sentence_of
 from unidad_pl.cli.launch import check_launcher
 from unidad_pl.cli.main import main, processor_ticks, wait_passively_where_busy
 from unidad_pl.files import BrokenFile
-from unidad_pl.runs.config import merge_configs, read_config
+from unidad_pl.runs.config import build_module, merge_configs, read_config
 
 
 @pytest.fixture
@@ -72,6 +72,16 @@ def test_one_sentence(options: tuple[str, ...], code: int, named: str, capsys: p
     assert ended == code
     assert named in line
     assert line.startswith("unidad fit: ")
+
+
+def test_the_class_of_a_checkpoint_that_is_not_found(here: Path) -> None:
+    (here / "mine.py").write_text("")
+    with pytest.raises(ValueError, match="is refused") as refusal:
+        build_module({"model": {"class_path": "mine.Own"}}, "config.yaml")
+    assert sentence_of(refusal.value) == (
+        "the model in 'config.yaml' is refused: model: No module named 'mine': it lies in this folder, which Python "
+        "does not search: PYTHONPATH=. unidad ..."
+    )
 
 
 @pytest.mark.usefixtures("here")

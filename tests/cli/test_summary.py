@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,7 +80,9 @@ def test_a_reference_of_shots_is_said(own: bool, here: Path, capsys: pytest.Capt
 def test_commands_are_quoted_for_a_shell(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = {"save_dir": str(here / "runs"), "name": "tiny"}
     logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": arguments}
-    fit(2, "--trainer.logger", json.dumps([logger]))
+    unet = {"class_path": "unidad_pl.NewUNet",
+            "init_args": {"resolution": 16, "channels": [16], "attention_levels": [], "head_channels": 8}}  # fmt: skip
+    fit(2, "--trainer.logger", json.dumps([logger]), "--model.source", json.dumps(unet))
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
     words = shlex.split(lines["next"])
     assert words[words.index("--config") + 1] == str(here / "runs/tiny/version_0/config.yaml")
@@ -125,7 +128,8 @@ def test_brackets_and_colons_are_printed_as_they_are(
     lines = {line[:13].strip(): line[14:] for line in capsys.readouterr().out.splitlines()}
     (folder,) = shlex.split(lines["run folder"])
     assert Path(folder) == here / "[red]" / ":bomb:" / "tiny" / "version_0"
-    assert lines["report"].startswith("pip install 'unidad_pl[report]' && ")
+    assert lines["report"].startswith(f"{shlex.quote(sys.executable)} -m pip install 'unidad_pl[report]' && ")
+    assert "hand on" not in lines  # the test's own network has no pipeline to be exported as
 
 
 def rows(module: pl.LightningModule, capsys: pytest.CaptureFixture[str], **trainer: Any) -> dict[str, list[str]]:

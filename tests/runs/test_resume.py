@@ -83,6 +83,7 @@ def test_last_goes_on_in_the_same_folder_with_the_same_numbers(four: Path) -> No
     assert b"sha256:" in (four / "step=4.ckpt").read_bytes()[-80:]
     resumed = fit(6, "--ckpt_path", "last")
     assert os.listdir("runs/tiny") == ["version_0"]
+    assert yaml.safe_load(Path("runs/tiny/version_0/config.yaml").read_text())["ckpt_path"] is None
     assert (four / "step=6.ckpt").is_file()
     rows = csv.DictReader(Path("runs/tiny/version_0/metrics.csv").read_text().splitlines())
     assert [int(row["step"]) for row in rows] == [0, 1, 2, 3, 4, 5]

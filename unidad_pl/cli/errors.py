@@ -124,7 +124,8 @@ def sentence_of(error: Exception) -> str:
     """An exception in one line; what is no refusal of ours or of a library keeps its type's name."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    text = essence(str(error))
+    before, mark, tree = str(error).partition('Parser key "')  # what jsonargparse reports may have words of ours before
+    text = f"{before}{essence(mark + tree)}{way_out(tree)}" if mark else essence(before)
     if len(text) > LONGEST:
         text = f"{text[:LONGEST]} ..."
     if text and isinstance(error, (ValueError, OSError, RuntimeError, ImportError, MisconfigurationException)):

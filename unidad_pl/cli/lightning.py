@@ -141,7 +141,9 @@ class UnidadCLI(LightningCLI):
     def _dump_config(self) -> None:
         # Lightning dumps the whole config for the hyperparameters, and again for config.yaml: half a second each.
         if "text" not in self.save_config_kwargs:
-            text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+            config = self.config[self.subcommand].clone()
+            config.ckpt_path = None if config.ckpt_path != "auto" else "auto"  # another run of it is to begin anew
+            text = self._parser(self.subcommand).dump(config, skip_none=False)
             self.save_config_kwargs |= {"text": text}
             self.config_dump = yaml.safe_load(text)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from torch import nn
 from unidad_pl.backbones.nf4 import weights_in
 from unidad_pl.callbacks.environment import unidad_command
 from unidad_pl.denoiser import DenoiserSource
+from unidad_pl.export.student import can_export
 from unidad_pl.modules.unidad import UniDAD
 from unidad_pl.report.page import FILE, can_write, write_page
 from unidad_pl.runs.checkpoints import is_remote
@@ -162,7 +164,7 @@ def _report(folder: Path) -> str:
     """The page about the run, which is written now: that takes two or three seconds. Or the command that writes it."""
     command = f"{unidad_command()} report {shlex.quote(str(folder))}"
     if not can_write():
-        return f"pip install 'unidad_pl[report]' && {command}"
+        return f"{shlex.quote(sys.executable)} -m pip install 'unidad_pl[report]' && {command}"
     try:
         return shlex.quote(str(write_page([folder], folder / FILE)))
     except Exception as error:  # noqa: BLE001 (the training is done and well, whatever a page of it lacks)
@@ -192,7 +194,8 @@ def _places(trainer: pl.Trainer, folder: Path) -> dict[str, str]:
         if isinstance(trainer.lightning_module, UniDAD):
             out = shlex.quote(str(folder / "export"))
             lines |= {"look": f"{unidad} demo --model {quoted}"} if Path(checkpoint).is_file() else {}
-            lines["hand on"] = f"{unidad} export --ckpt_path {quoted} --out {out}"
+            if can_export(trainer.lightning_module.student):
+                lines["hand on"] = f"{unidad} export --ckpt_path {quoted} --out {out}"
     return lines
 
 

@@ -39,6 +39,11 @@ if TYPE_CHECKING:
 StoredAs = Literal["float32", "float16", "bfloat16"]
 
 
+def can_export(network: Denoiser) -> bool:
+    """Whether a student of this kind has a diffusers pipeline to be written as."""
+    return is_own_network(network) or is_text_network(network)
+
+
 def export_student(
     ckpt_path: str, out: str, weights: Weights = "auto", config: str | None = None, adapters: bool = False,
     dtype: StoredAs = "float32",
@@ -73,7 +78,7 @@ def export_student(
     refuse_foreign(target)
     student = load_student(ckpt_path, weights, config)
     network = student.network
-    if not is_own_network(network) and not is_text_network(network):
+    if not can_export(network):
         raise ValueError(
             f"only diffusers' UNets, transformers of classes and flow transformers of prompts can be exported, this "
             f"student is a {type(network).__name__}: sample it with 'unidad sample'"
