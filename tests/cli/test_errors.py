@@ -90,6 +90,10 @@ def test_an_overlay_alone_is_told_what_it_lacks(capsys: pytest.CaptureFixture[st
     line, code = refused("fit", "--config", "over.yaml", capsys=capsys)
     assert code == 2
     assert "no config before this one gives its class_path" in line
+    Path("over.yaml").write_text("trainer: {max_steps: 2}")
+    line, code = refused("fit", "--config", "over.yaml", capsys=capsys)
+    assert code == 2
+    assert "a config that has both comes first: --config configs/quickstart.yaml" in line
 
 
 def test_tools_take_no_abbreviations(capsys: pytest.CaptureFixture[str]) -> None:

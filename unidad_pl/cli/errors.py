@@ -80,13 +80,15 @@ def essence(text: str) -> str:
 
 
 def way_out(text: str) -> str:
-    """What to do about a class that is not found, where that can be told; else nothing.
+    """What to do about a class that is not found or not given, where that can be told; else nothing.
 
     >>> way_out("Option 'student.num_steps' is not accepted")
     ': the class has no such option, or no config before this one gives its class_path'
     """
     if re.search("Option '.*' is not accepted", text):
         return ": the class has no such option, or no config before this one gives its class_path"
+    if re.search(r"arguments are required: .*\b(model|data)\b", text):
+        return ": a config that has both comes first: --config configs/quickstart.yaml --config ..."
     missing = re.search(r"No module named '(\w+)'", text)
     if missing and (Path(missing[1]).is_dir() or Path(f"{missing[1]}.py").is_file()):
         return ": it lies in this folder, which Python does not search: PYTHONPATH=. unidad ..."
