@@ -58,6 +58,14 @@ def refused(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[str, i
         (("--trainer.precision", "fp8"), 2, "bf16-mixed, 32-true, 64-true, bf16 or null, got fp8"),
         (("--trainer.max_epochs", "x"), 2, "trainer.max_epochs: must be a whole number or null, got x"),
         (("--trainer.max_steps", "x"), 2, "trainer.max_steps: must be a whole number, got x"),
+        (("--data.shots", "x"), 2, "data.shots: must be a whole number or null, got x"),
+        (
+            ("--model.target_teacher.adaptation.until", "x"),
+            2,
+            "until: must be a whole number or null, got x",
+        ),
+        (("--model.gan.loss", "hing"), 2, "model.gan.loss: must be bce, hinge, lsgan or wgan, got hing"),
+        (("--model.gan.taps", "3"), 2, "model.gan.taps: "),
         (("--trainer.callbacks", "foo"), 2, "must be the path of a class, MODULE.NAME, got foo"),
         (("--model", "mine.Own"), 2, "No module named 'mine': it lies in this folder, which Python does not search: "),
         (("--model", "nobodys.Own"), 2, "No module named 'nobodys' ("),
@@ -97,6 +105,7 @@ def test_an_overlay_alone_is_told_what_it_lacks(capsys: pytest.CaptureFixture[st
 
 
 def test_tools_take_no_abbreviations(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "arguments are required: model (" in refused("demo", capsys=capsys)[0]
     assert refused("report", "subjects", "--run", "x", capsys=capsys)[1] == 2
     assert refused("report", "memory", "--config", "nowhere.yaml", capsys=capsys)[1] == 1
     assert refused("report", "memories", capsys=capsys)[1] == 2

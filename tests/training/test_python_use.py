@@ -291,6 +291,15 @@ def test_no_checkpoint_is_written_while_updates_are_skipped(tmp_path: Path) -> N
     assert {path.stem for path in tmp_path.iterdir()} == {"step=3", "step=15"}
 
 
+def test_nothing_is_saved_at_the_end_of_a_run_that_skips_or_is_tried_out(tmp_path: Path) -> None:
+    """Lightning saves ``last`` at the end where nothing has been saved before."""
+    for name, steps, quick, kept in (("skips", 8, False, False), ("tried", 1, True, False), ("sound", 4, False, True)):
+        keep = SoundCheckpoint(tmp_path / name, every_n_train_steps=100, save_last=True)
+        module = unidad(Layers(), kind=Skipping, student__update_every=1, target_teacher=None)
+        fit(module, steps, callbacks=[keep], enable_checkpointing=True, fast_dev_run=quick)
+        assert (tmp_path / name / "last.ckpt").exists() == kept, name
+
+
 def test_a_run_that_has_diverged_does_not_end_well() -> None:
     class Late(UniDAD):
         def on_train_batch_end(self, *_: Any) -> None:

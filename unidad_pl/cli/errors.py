@@ -11,7 +11,9 @@ NOISE = re.compile(
     r"Does not validate against|Subtypes: |Errors:$|Given value|Expected a path but |Expected a <class 'NoneType'>"
     r"|Problem with given class_path .*:$|Parser key .*:$"
 )
-PLAIN = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
+GIVEN = "Given value: "
+PLAIN = re.compile(r"typing\.Literal\[([^\]]*)\]|<class '(\w+)'>")
+IN_YAML = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
 """What jsonargparse calls a type -> what to write for it in YAML."""
 LONGEST = 1000
 
@@ -67,16 +69,22 @@ def essence(text: str) -> str:
     if not any(NOISE.match(line) or line.startswith("Parser key ") for line in lines):
         return " ".join(lines)
     options: list[str] = []
-    sentence = choices(text)
-    lines = [sentence] if sentence else sorted(lines, key=_is_of_a_type)
-    for line in lines:
+    vague = ""
+    for place, line in enumerate(lines):
         options += re.findall(r'Parser key "([^"]+)"', line)
         reason = re.sub(r'^Parser key "[^"]+": ?', "", line)
-        reason = re.sub(r"^Expected a <class '(\w+)'>\. Got value:", _plain, reason)
+        if one := re.fullmatch(r"Subtypes: \[(.*)\]", line):
+            given = next((after for after in lines[place:] if after.startswith(GIVEN)), GIVEN)
+            reason = must_be(one[1], given.removeprefix(GIVEN)) or ""
+        elif one := re.fullmatch(r"Expected a (.*)\. Got value: (.*)", reason):
+            reason = must_be(*one.groups()) or reason
         reason = reason.replace("Expected a dot import path string:", "must be the path of a class, MODULE.NAME, got")
         if reason and not NOISE.match(reason):
-            return f"{'.'.join(options)}: {reason}" if options else reason
-    return " ".join(lines)
+            sentence = f"{'.'.join(options)}: {reason}" if options else reason
+            if not re.fullmatch(r"Expected a <class '\w+'>", reason):
+                return sentence
+            vague = vague or sentence  # what comes next may explain it
+    return vague or " ".join(lines)
 
 
 def way_out(text: str) -> str:
@@ -87,7 +95,7 @@ def way_out(text: str) -> str:
     """
     if re.search("Option '.*' is not accepted", text):
         return ": the class has no such option, or no config before this one gives its class_path"
-    if re.search(r"arguments are required: .*\b(model|data)\b", text):
+    if re.search(r"arguments are required: \w+\.(model|data)\b", text):  # of fit and its like, not of the tools
         return ": a config that has both comes first: --config configs/quickstart.yaml --config ..."
     missing = re.search(r"No module named '(\w+)'", text)
     if missing and (Path(missing[1]).is_dir() or Path(f"{missing[1]}.py").is_file()):
@@ -95,31 +103,19 @@ def way_out(text: str) -> str:
     return ""
 
 
-def choices(text: str) -> str | None:
-    """The sentence about an option that takes one of several words and plain values; None of other options.
+def must_be(types: str, value: str) -> str | None:
+    """What an option takes whose ``types`` are plain ones and words, as jsonargparse writes them; None of other types.
 
-    >>> choices('Parser key "a":\\n  Subtypes: ' "[<class 'int'>, typing.Literal['no'], <class 'NoneType'>]\\n"
-    ...         '  Errors:\\n  Given value: x')
-    'Parser key "a": must be a whole number, no or null, got x'
+    >>> must_be("<class 'int'>, typing.Literal['no'], <class 'NoneType'>", "x")
+    'must be a whole number, no or null, got x'
     """
-    found = re.search(r'(Parser key "[^"]+"):\s.*Subtypes: \[(.*?)\]\n.*Given value: ([^\n]*)', text, re.DOTALL)
-    kinds = re.compile(r"(?:typing\.Literal\[([^\]]*)\]|<class '(\w+)'>)(?:, )?")
-    if found is None or text.count("Subtypes: ") > 1 or kinds.sub("", found[2]):
+    if PLAIN.sub("", types).strip(", "):
         return None
     words: list[str] = []
-    for literal, plain in kinds.findall(found[2]):
-        words += [word.strip("'") for word in literal.split(", ")] if literal else [PLAIN.get(plain, plain)]
+    for listed, plain in PLAIN.findall(types):
+        words += [word.strip("'") for word in listed.split(", ")] if listed else [IN_YAML.get(plain, plain)]
     *first, last = dict.fromkeys(words)
-    return f"{found[1]}: must be {', '.join(first)} or {last}, got {found[3].strip()}"
-
-
-def _plain(match: re.Match[str]) -> str:
-    return f"must be {PLAIN.get(match[1], match[1])}, got"
-
-
-def _is_of_a_type(line: str) -> bool:
-    """Whether a reason says only that a value is of no type, which the next one may explain."""
-    return re.fullmatch(r"Expected a <class '\w+'>", line) is not None
+    return f"must be {' or '.join([', '.join(first), last] if first else [last])}, got {value}"
 
 
 def sentence_of(error: Exception) -> str:

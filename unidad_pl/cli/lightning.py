@@ -142,7 +142,8 @@ class UnidadCLI(LightningCLI):
         # Lightning dumps the whole config for the hyperparameters, and again for config.yaml: half a second each.
         if "text" not in self.save_config_kwargs:
             config = self.config[self.subcommand].clone()
-            config.ckpt_path = None if config.ckpt_path != "auto" else "auto"  # another run of it is to begin anew
+            if config.ckpt_path == "last":  # another run of this config is to begin anew
+                config.ckpt_path = None
             text = self._parser(self.subcommand).dump(config, skip_none=False)
             self.save_config_kwargs |= {"text": text}
             self.config_dump = yaml.safe_load(text)

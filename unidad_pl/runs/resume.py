@@ -40,9 +40,8 @@ def run_tree(trainer: pl.Trainer) -> list[Path]:
 
 def own_run(configs: Sequence[str | Path]) -> Path | None:
     """The run folder whose ``config.yaml`` is among ``configs``, the first of them; None if none is a run's own."""
-    files = [expanded(config) for config in configs]
-    folders = [file.parent for file in files if file.name == CONFIG_FILE and (file.parent / RECORD).is_file()]
-    return folders[0] if folders else None
+    folders = (expanded(config).parent for config in configs if Path(config).name == CONFIG_FILE)
+    return next((folder for folder in folders if (folder / RECORD).is_file()), None)
 
 
 def find_checkpoint(trainer: pl.Trainer, wanted: str | Path | None, configs: Sequence[str | Path] = ()) -> str | None:
@@ -113,9 +112,9 @@ def choose_folder(trainer: pl.Trainer, checkpoint: str | None) -> list[Path]:
 def remove_unused(folders: Sequence[Path]) -> None:
     """Remove what a fit made that was refused before its first iteration, unless it has written more than its start."""
     for folder in folders:
-        left = {path.name for path in folder.iterdir()} - {CONFIG_FILE, RECORD, "hparams.yaml"}
-        if all(name.startswith("events.out.tfevents.") for name in left):
-            with suppress(OSError):  # the refusal is what matters
+        with suppress(OSError):  # the refusal is what matters
+            left = {path.name for path in folder.iterdir()} - {CONFIG_FILE, RECORD, "hparams.yaml"}
+            if all(name.startswith("events.out.tfevents.") for name in left):
                 shutil.rmtree(folder)
 
 
