@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -66,6 +67,21 @@ def test_the_last_validation_is_computed_once_and_the_first_on_request(
     row = next(line for line in printed.splitlines() if "val/brightness" in line)
     again = cli.trainer.validate(cli.model, cli.datamodule, verbose=False)[0]["val/brightness"]
     assert f"{again:.4g}" in row
+
+
+def test_a_resumed_run_still_knows_its_first_numbers(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = (*VALIDATING, "--trainer.callbacks+", "tests.cli.test_summary.Brightness", "--evaluate_before", "true",
+           "--model.student.optimizer.lr", "0.1")  # fmt: skip
+
+    def numbers(steps: int, *options: str) -> list[str]:
+        fit(steps, *own, *options)
+        row = next(line for line in capsys.readouterr().out.splitlines() if "val/brightness" in line)
+        return re.findall(r"[\d.]+", row)
+
+    before, after = numbers(2)
+    assert before != after
+    assert numbers(3, "--ckpt_path", "last")[:-1] == [before]
+    assert Brightness.seen == [0, 2, 3]  # the untrained weights are not there any more
 
 
 @pytest.mark.parametrize("own", [True, False])

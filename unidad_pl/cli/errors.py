@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +16,8 @@ GIVEN = "Given value: "
 PLAIN = re.compile(r"typing\.Literal\[([^\]]*)\]|<class '(\w+)'>")
 IN_YAML = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
 """What jsonargparse calls a type -> what to write for it in YAML."""
+UNKNOWN = re.compile(r"(?:unrecognized arguments: --|Option '|Group '(\w+)' does not accept option ')([\w.]+)")
+MEANT = " (did you mean "
 LONGEST = 1000
 
 
@@ -47,16 +50,25 @@ class StrictParser:
 
     prog: str
     exit_on_error: bool
+    _actions: list[Any]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End the command; a parser for a part of another one hands its error up."""
+        message += self._did_you_mean(message)
         if not self.exit_on_error:
             super().error(message, ex)  # type: ignore[misc]
         prog = self.prog.replace(" [options]", "")
         refuse(f"{prog}: {essence(message)}{way_out(message)} ({prog} --help shows the options)", 2)
+
+    def _did_you_mean(self, message: str) -> str:
+        """The option of this parser that is nearest to the unknown one of ``message``, if one is near."""
+        unknown = UNKNOWN.match(message)
+        name = ".".join(filter(None, unknown.groups())) if unknown else ""
+        near = get_close_matches(name, [action.dest for action in self._actions], 1, 0.75)
+        return f"{MEANT}{near[0]}?)" if near and MEANT not in message else ""
 
 
 def essence(text: str) -> str:
@@ -93,7 +105,7 @@ def way_out(text: str) -> str:
     >>> way_out("Option 'student.num_steps' is not accepted")
     ': the class has no such option, or no config before this one gives its class_path'
     """
-    if re.search("Option '.*' is not accepted", text):
+    if re.search("Option '.*' is not accepted", text) and MEANT not in text:
         return ": the class has no such option, or no config before this one gives its class_path"
     if re.search(r"arguments are required: \w+\.(model|data)\b", text):  # of fit and its like, not of the tools
         return ": a config that has both comes first: --config configs/quickstart.yaml --config ..."

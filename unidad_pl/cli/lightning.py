@@ -59,15 +59,23 @@ IN_PLACE_OF: dict[type[pl.Callback], type[pl.Callback]] = {
 """What Lightning adds by itself -> ours."""
 
 
-class LastValidation(pl.Callback):
-    """Remembers what the validation within a fit found, so that it need not be done again at the end.
+class Validations(pl.Callback):
+    """Remembers what the validations of a fit found: the last, so that it need not be done again at the end, and that
+    before the first iteration, which a run that is resumed has in its checkpoint.
 
-    >>> LastValidation().step is None
-    True
+    >>> Validations().state_dict()
+    {}
     """
 
     step: int | None = None
     metrics: dict[str, float]
+    before: dict[str, float] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"before": self.before} if self.before else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.before = state_dict["before"]
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
@@ -185,6 +193,8 @@ class UnidadCLI(LightningCLI):
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
         self._dump_config()  # done, unless model and data are plain objects
         trainer = super().instantiate_trainer(**kwargs)
+        if str(init.precision) in ("16", "16-mixed") and trainer.precision == "bf16-mixed":  # Lightning only warns
+            raise ValueError(f"trainer.precision: {init.precision} needs a GPU, on a CPU it is bf16-mixed or 32-true")
         check_launcher(trainer.world_size, os.environ)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = DurableCheckpointIO()
@@ -196,7 +206,7 @@ class UnidadCLI(LightningCLI):
             callbacks[:] = [one for one in callbacks if not isinstance(one, ModelCheckpoint)]
         if not any(isinstance(callback, Preemption) for callback in callbacks):
             callbacks.append(Preemption())  # last: what it saves is what all others have made of the iteration
-        self.validated = LastValidation()
+        self.validated = Validations()
         callbacks.append(self.validated)
         return trainer
 
@@ -221,7 +231,7 @@ class UnidadCLI(LightningCLI):
         self.made = choose_folder(self.trainer, path if wanted in WORDS else None)
         quick = self.trainer.fast_dev_run  # type: ignore[attr-defined]
         before = path is None and not quick and self._get(self.config, "evaluate_before")
-        self.metrics_before = self._validate() if before else None
+        self.validated.before = self._validate() if before else None
 
     def before_validate(self) -> None:
         """``--ckpt_path last`` is the newest intact checkpoint."""
@@ -246,7 +256,7 @@ class UnidadCLI(LightningCLI):
         if self._get(self.config, "summary"):
             folder = run_folder(self.trainer)  # a collective: on every rank
             if self.trainer.is_global_zero:
-                fit_summary(self.trainer, folder, self.metrics_before, after)
+                fit_summary(self.trainer, folder, last.before, after)
         record = next((one for one in self.trainer.callbacks if isinstance(one, RunRecord)), None)  # type: ignore[attr-defined]
         if record is not None and record.deleted_at is not None:
             raise RuntimeError(
