@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from unidad_pl.backbones.base import checked_labels
 from unidad_pl.backbones.folders import (
@@ -114,7 +114,8 @@ class UNetDenoiser(DiffusersUNet):
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write ``config.json``, ``diffusion_pytorch_model.safetensors`` and ``denoiser.json`` into ``folder``."""
         same = self.unet.dtype == dtype
-        (self.unet if same else copy.deepcopy(self.unet).to(dtype)).save_pretrained(folder)
+        saved = self.unet if same else nn.Module.to(copy.deepcopy(self.unet), dtype)  # diffusers' own `to` warns
+        saved.save_pretrained(folder)
         (Path(folder) / DENOISER_FILE).write_text(json.dumps(asdict(self.spec), indent=2) + "\n")
 
 
