@@ -288,17 +288,21 @@ def test_a_tested_checkpoint_of_any_module_records_its_own_step(tmp_path: Path, 
     ]  # fmt: skip
 
 
-def test_a_module_with_a_count_of_its_own_is_asked(tmp_path: Path) -> None:
-    class Counted(Toy):
+def test_only_our_modules_are_asked_for_their_count(tmp_path: Path) -> None:
+    class Ours(Toy):
         iteration = 77
 
-    class Method(Toy):
-        def iteration(self) -> int:
-            return 77
+        def iteration_kind(self) -> str:
+            return "any"
 
-    for module in (Counted(), Method()):
+    class Others(Toy):  # whatever it may mean there
+        def __init__(self, iteration: Any) -> None:
+            super().__init__()
+            self.iteration = iteration
+
+    for module in (Ours(), Others(77), Others(torch.ones(3)), Others(len)):
         trainer(tmp_path, Counting()).validate(module, datamodule=Data(), verbose=False)
-    assert [record["step"] for record in read_records(tmp_path / "metrics.jsonl")] == [77, 0]
+    assert [record["step"] for record in read_records(tmp_path / "metrics.jsonl")] == [77, 0, 0, 0]
 
 
 @pytest.mark.parametrize("place", ["datamodule", "argument", "folder"])

@@ -23,6 +23,7 @@ from unidad_pl.callbacks.cost import Cost
 from unidad_pl.callbacks.outputs import METHODS, OutputCallback, Samples
 from unidad_pl.callbacks.records import FILE, append_record, on_rank_zero, run_folder, trained_iterations
 from unidad_pl.checks import check_whole
+from unidad_pl.metrics.features import weight_versions
 from unidad_pl.metrics.gather import RowMetric, distinct_in_order
 
 Stage = Literal["val", "test"]
@@ -121,6 +122,7 @@ class EvaluationCallback(OutputCallback):
         self._size: tuple[int, int] | None = None
         self._warned: set[str] = set()
         self._warned_of_range = False
+        self._versions: list[list[int]] | None = None
 
     # -- to be implemented by subclasses -------------------------------------------------------------------------
 
@@ -133,8 +135,16 @@ class EvaluationCallback(OutputCallback):
         """Forget the last evaluation; by default :attr:`metric` does. Networks follow the module's device."""
         if self.features is not None:
             self.features.to(pl_module.device)
+        networks = (self.features, self.metric) if self.metric is not None else (self.features,)
+        versions = [weight_versions(network) for network in networks if network is not None]
+        if versions != self._versions:
+            self._versions = versions
+            self.forget()
         if self.metric is not None:
             self.metric.to(pl_module.device).reset()
+
+    def forget(self) -> None:
+        """Drop what was found of given images: the extractor has other weights than at the last evaluation."""
 
     def update(self, trainer: pl.Trainer, pl_module: pl.LightningModule, images: Tensor, seeds: Tensor) -> None:
         """Take images [B, 3, H, W] float32 in [-1, 1] and their global numbers [B] int64."""
@@ -162,9 +172,21 @@ class EvaluationCallback(OutputCallback):
             with isolate_rng():
                 self.prepare(trainer, pl_module)
 
-    def _others(self, trainer: pl.Trainer) -> list[EvaluationCallback]:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        first = next((one for one in self._all(trainer) if "val" in one.stages), None)
+        if self is first and trainer.limit_val_batches and not trainer.enable_validation:
+            names = ", ".join(type(one).__name__ for one in self._all(trainer))
+            rank_zero_warn(
+                f"{names}: nothing is evaluated in this fit, because it has no validation: that needs a "
+                f"validation_step and a val dataloader"
+            )
+
+    def _all(self, trainer: pl.Trainer) -> list[EvaluationCallback]:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        return [other for other in callbacks if isinstance(other, EvaluationCallback) and other is not self]
+        return [one for one in callbacks if isinstance(one, EvaluationCallback)]
+
+    def _others(self, trainer: pl.Trainer) -> list[EvaluationCallback]:
+        return [other for other in self._all(trainer) if other is not self]
 
     def _refuse_twice(self, other: EvaluationCallback, names: Collection[str]) -> None:
         if names:
@@ -199,7 +221,14 @@ class EvaluationCallback(OutputCallback):
         if self._size not in (None, size):
             method = METHODS[self._stage(trainer)]
             raise ValueError(f"{type(self).__name__}: {method} returned samples of {size} after {self._size}")
+        if self._size is None:
+            self._inspect(trainer, samples)
         self._size, self._labels, self._prompts = size, samples.labels, samples.prompts
+        if not samples.numbered and trainer.world_size > 1:
+            self.warn_once(
+                "the step returns no 'seeds': what a distributed sampler repeats, to give all ranks equally many "
+                "batches, counts as further images"
+            )
         self._weights = self._weights if samples.weights is None else samples.weights
         self._seeds.update(samples.seeds)
         self._any_below_zero = self._any_below_zero or bool((samples.images < 0).any())

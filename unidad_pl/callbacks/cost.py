@@ -42,6 +42,7 @@ class Cost(pl.Callback):
         self.before, self.total = before, Tally()
         self._of_kind: dict[Hashable, Tally] = {}
         self._counting: Counting | None = None
+        self._begun = False
 
     @property
     def tflops(self) -> float:
@@ -49,6 +50,7 @@ class Cost(pl.Callback):
         return self.before + self.total.flops / TERA
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._begun = True
         kind = getattr(pl_module, "iteration_kind", None)
         sizes = [value.shape for value in tree_leaves(getattr(batch, "images", batch)) if isinstance(value, Tensor)]
         self._kind = None if kind is None else (kind(), *sizes)
@@ -59,18 +61,25 @@ class Cost(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        tally = self._of_kind.get(self._kind) if self._counting is None else self._counting.stop()
-        self._counting = None
+        if not self._begun:  # a loader gave None, which Lightning passes over
+            return
+        tally = self._stop() or self._of_kind.get(self._kind)
         assert tally is not None
         self._of_kind[self._kind] = tally
         for _ in range(trainer.world_size):
             self.total = self.total + tally
         pl_module.log("cost/tflops", self.tflops, rank_zero_only=True)
 
+    def _stop(self) -> Tally | None:
+        """What was counted since an iteration began; None where nothing was."""
+        counting, self._counting, self._begun = self._counting, None, False
+        return None if counting is None else counting.stop()
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if self._counting is not None:
-            self._counting.stop()
-            self._counting = None
+        self._stop()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop()  # of an iteration that the module's on_train_batch_start has skipped, with the rest of the epoch
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         path = run_folder(trainer) / FILE

@@ -68,6 +68,9 @@ class FactorDistance(EvaluationCallback):
         self.reference.check(trainer, least=4)
         self._known = None  # another run may have another reference set
 
+    def forget(self) -> None:
+        self._known = None
+
     def inspect(self, trainer: pl.Trainer, samples: Samples) -> None:
         self.reference.check_size(trainer, (samples.images.shape[2], samples.images.shape[3]))
         self.begin(trainer.lightning_module)  # the network has to be where the samples are

@@ -158,6 +158,10 @@ class GivenImages:
             return open_images(self.given).load(size[0])
         return self._tensor(trainer)
 
+    def forget(self) -> None:
+        """Let them be new to the next call of :meth:`are_new`."""
+        self._seen = None
+
     def are_new(self, trainer: pl.Trainer, size: tuple[int, int] | None) -> bool:
         """Whether they are others than at the last call, which another run of the trainer may have made."""
         before = self._seen

@@ -101,6 +101,11 @@ class IntraLPIPS(EvaluationCallback):
                 self.warn_once("intra_lpips_relative compares with the shots themselves: there are no other images")
         self._ready = False  # another run may have other images
 
+    def forget(self) -> None:
+        self._ready = False
+        self.shots.forget()
+        self.reference.forget()
+
     def inspect(self, trainer: pl.Trainer, samples: Samples) -> None:
         for given in (self.shots, self.reference) if self.relative else (self.shots,):
             given.check_size(trainer, (samples.images.shape[2], samples.images.shape[3]))

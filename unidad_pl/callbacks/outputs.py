@@ -3,7 +3,7 @@
 A callback sees a LightningModule through nothing else: a dict with ``samples`` [B, 3, H, W] in [-1, 1] (or uint8, or of
 one channel, or a list: see :func:`~unidad_pl.callbacks.given_images.as_images`), and optionally
 ``seeds`` (B integers, the samples' global numbers), ``prompts`` (B strings), ``labels`` (B class numbers) and
-``weights`` (``"ema"`` or ``"raw"``). So it works in any Lightning project.
+``weights`` (a word, ``"ema"`` or ``"raw"``). So it works in any Lightning project.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from unidad_pl.arguments import given_arguments
@@ -33,6 +35,7 @@ class Samples:
         labels: [B] class numbers, or None.
         prompts: B strings, or None.
         weights: which weights made the images, or None.
+        numbered: whether the step gave the seeds.
     """
 
     images: Tensor
@@ -40,6 +43,7 @@ class Samples:
     labels: Tensor | None
     prompts: list[str] | None
     weights: str | None
+    numbered: bool = True
 
 
 class OutputCallback(pl.Callback):
@@ -131,7 +135,7 @@ class OutputCallback(pl.Callback):
 
 
 def read_outputs(outputs: Any, key: str, where: str, seen: int) -> Samples:
-    """The samples in what a step returned; labels or prompts that are not one per image are left out.
+    """The samples in what a step returned; labels or prompts that are not one per image are left out, with a warning.
 
     Args:
         outputs: the step's return value.
@@ -153,9 +157,27 @@ def read_outputs(outputs: Any, key: str, where: str, seen: int) -> Samples:
     images = model_range(as_images(outputs[key], f"{where}: {key!r}"))
     count = len(images)
     seeds = sample_indices(count, outputs.get("seeds"), seen).to(images.device)
-    labels, prompts = outputs.get("labels"), outputs.get("prompts", ())
-    if not isinstance(labels, Tensor) or labels.shape != (count,) or labels.is_floating_point():
-        labels = None
+    labels, prompts, weights = (outputs.get(name) for name in ("labels", "prompts", "weights"))
+    if labels is not None and (labels := class_numbers(labels, count)) is None:
+        rank_zero_warn(f"{where}: 'labels' are left out, they are not {count} whole numbers, one for each image")
     texts = isinstance(prompts, (list, tuple)) and all(isinstance(prompt, str) for prompt in prompts)
-    prompts = list(prompts) if texts and len(prompts) == count else None
-    return Samples(images, seeds, labels, prompts, str(outputs["weights"]) if "weights" in outputs else None)
+    if prompts is not None and not (texts and len(prompts) == count):
+        rank_zero_warn(f"{where}: 'prompts' are left out, they are not a list of {count} strings, one for each image")
+        prompts = None
+    texts_of_all = None if prompts is None else list(prompts)
+    weights = weights if isinstance(weights, str) else None
+    return Samples(images, seeds, labels, texts_of_all, weights, numbered=outputs.get("seeds") is not None)
+
+
+def class_numbers(labels: Any, count: int) -> Tensor | None:
+    """Class numbers [count] from a tensor [count] or [count, 1] or a list of them; None of anything else.
+
+    >>> class_numbers([2, 0], 2), class_numbers(torch.eye(2), 2)
+    (tensor([2, 0]), None)
+    """
+    try:
+        numbers = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    whole = not (numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool)
+    return numbers.reshape(count) if whole and tuple(numbers.shape) in ((count,), (count, 1)) else None

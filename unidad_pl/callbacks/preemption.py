@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch.distributed as dist
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from torch.distributed.distributed_c10d import _get_default_store
 
 from unidad_pl.callbacks.environment import unidad_command
@@ -37,6 +36,9 @@ class Preemption(pl.Callback):
 
     It saves ``checkpoints/preempted.ckpt``. More signals do not disturb that; before it has begun, the third Ctrl-C
     leaves at once. What was ignored when the process started, as SIGHUP under ``nohup``, stays ignored.
+
+    With ``accumulate_grad_batches`` the iteration ends with the step of the optimizer. What callbacks and module do in
+    ``on_train_batch_end`` is done before the checkpoint is written.
 
     All ranks stop after the same iteration, whichever of them got the signal, and exit with the same code. They agree
     through the store of the process group: no collective, and nothing that waits for a GPU. A signal outside the
@@ -78,8 +80,21 @@ class Preemption(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._iterations += 1
-        if self._stop_now(trainer):
+        # A gradient that is still being summed up is in no checkpoint.
+        summed_up = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+        if summed_up and self._stop_now(trainer):
+            self._leave_after_the_others(trainer, pl_module)
+
+    def _leave_after_the_others(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Save when all callbacks and the module's own hook, which comes last, are done with the iteration."""
+        own = module.on_train_batch_end
+
+        def last(*args: Any) -> None:
+            del module.on_train_batch_end
+            own(*args)
             self._save_and_leave(trainer)
+
+        module.on_train_batch_end = last  # type: ignore[method-assign, assignment]
 
     def _note(self, number: int, frame: Any) -> None:
         if not self._training:
@@ -114,7 +129,7 @@ class Preemption(pl.Callback):
             sys.exit(self.exit_code)
         trainer.save_checkpoint(path, weights_only=False)
         own_child = (
-            isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
+            type(getattr(trainer.strategy, "cluster_environment", None)).__name__ == "LightningEnvironment"
             and trainer.local_rank > 0
         )
         if trainer.is_global_zero:

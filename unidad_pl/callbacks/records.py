@@ -42,15 +42,15 @@ def run_folder(trainer: pl.Trainer) -> Path:
 def trained_iterations(trainer: pl.Trainer) -> int:
     """For how many iterations the weights at hand were trained.
 
-    Outside of ``fit`` Lightning leaves ``trainer.global_step`` as it is whatever checkpoint it loads. A module that
-    keeps its own count as ``iteration``, as ours do, knows better; else the checkpoint says it.
+    Outside of ``fit`` Lightning leaves ``trainer.global_step`` as it is whatever checkpoint it loads. Our modules keep
+    their own count, ``iteration``; of others the checkpoint says it.
     """
-    own = getattr(trainer.lightning_module, "iteration", None)
-    if trainer.state.fn == TrainerFn.FITTING or isinstance(own, bool) or not isinstance(own, (int, torch.Tensor)):
-        own = None
+    module = trainer.lightning_module
+    ours = trainer.state.fn != TrainerFn.FITTING and callable(getattr(module, "iteration_kind", None))
+    own: int | None = getattr(module, "iteration", None) if ours else None
     if own is None and trainer.state.fn != TrainerFn.FITTING and trainer.ckpt_path:
         own = _step_in(Path(trainer.ckpt_path))
-    return trainer.global_step if own is None else int(own)
+    return trainer.global_step if own is None else own
 
 
 def _step_in(checkpoint: Path) -> int | None:

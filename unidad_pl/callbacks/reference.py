@@ -67,6 +67,10 @@ class ReferenceCallback(EvaluationCallback):
                 "well their domain is met. Give other images of it as the reference"
             )
 
+    def forget(self) -> None:
+        self._ready = False
+        self.reference.forget()
+
     def inspect(self, trainer: pl.Trainer, samples: Samples) -> None:
         self.reference.check_size(trainer, (samples.images.shape[2], samples.images.shape[3]))
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from unidad_pl.callbacks.base import EvaluationCallback
@@ -20,6 +21,8 @@ from unidad_pl.metrics.gather import RowMetric, distinct_in_order
 
 VISIBLE = 64  # an image should be at least this many pixels wide
 NO_CLASS = -1
+ENTRY = "unidad_pl/evaluations"
+"""Of a checkpoint: name of the callback -> stage -> how many evaluations it has seen."""
 
 
 class FirstImages(RowMetric):
@@ -96,6 +99,14 @@ class SampleGrid(EvaluationCallback):
         self.shots = GivenImages("SampleGrid(shots_on_top=True)", "shots", shots)
         self.metric: FirstImages = FirstImages(count)
         self._evaluations: dict[str, int] = {}
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        # No state_dict: of callbacks that have one, Lightning allows a single one of a kind.
+        checkpoint.setdefault(ENTRY, {}).setdefault(str(self.name), {}).update(self._evaluations)
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._evaluations |= checkpoint.get(ENTRY, {}).get(str(self.name), {})
 
     def produces(self) -> list[str]:
         return ["samples"]

@@ -80,6 +80,10 @@ class SubjectSimilarity(EvaluationCallback):
     def produces(self) -> tuple[Score, ...]:
         return self.scores
 
+    def forget(self) -> None:
+        self._ready = False
+        self.photos.forget()
+
     def inspect(self, trainer: pl.Trainer, samples: Samples) -> None:
         self.photos.check_size(trainer, (samples.images.shape[2], samples.images.shape[3]))
 

@@ -18,6 +18,19 @@ class SoundCheckpoint(ModelCheckpoint):
     ``unidad`` command has this callback. It asks the module's ``is_skipping``; one without it is always sound.
     """
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a trainer that would not see a checkpoint in this callback, and add one of its own.
+
+        Raises:
+            TypeError: the trainer is that of the package ``pytorch_lightning``.
+        """
+        if not isinstance(trainer, pl.Trainer):
+            raise TypeError(
+                f"SoundCheckpoint is a checkpoint for lightning.pytorch.Trainer, got {type(trainer).__module__}'s, "
+                f"which adds another one to it: import lightning.pytorch as pl"
+            )
+        super().setup(trainer, pl_module, stage)
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         if self._is_sound(trainer, pl_module):
             super().on_train_batch_end(trainer, pl_module, *args)

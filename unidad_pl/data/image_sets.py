@@ -116,8 +116,8 @@ class FolderImages(ImageSet):
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"image folder {str(folder)!r} does not exist or is not a folder: put the images there, or name "
-                f"another place with --data.root (or --data.reference.root)"
+                f"image folder {str(folder)!r} does not exist or is not a folder: put the images there, or "
+                f"name another place"
             )
         self.folder = folder
         self.names = _sort_out("image folder", folder, *_walk(folder))

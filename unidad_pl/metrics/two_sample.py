@@ -50,8 +50,13 @@ class TwoSample(RowMetric):
                 in the order they come, dealt to ranks in turn. Give them always or never.
 
         Raises:
+            TypeError: ``features`` is no tensor, or ``real`` neither True nor False.
             ValueError: features that are not a matrix, of another width than before, or not finite.
         """
+        if not isinstance(features, Tensor) or not isinstance(real, bool):
+            raise TypeError(
+                f"features must be a tensor [N, D] and real True or False, got {type(features).__name__}, {real!r}"
+            )
         kind = "reference" if real else "generated"
         if features.ndim != 2 or not features.is_floating_point():
             raise ValueError(f"{kind} features must be floats [N, D], got {features.dtype} {tuple(features.shape)}")
