@@ -23,8 +23,8 @@ from unidad_pl.callbacks.cost import Cost
 from unidad_pl.callbacks.outputs import METHODS, OutputCallback, Samples
 from unidad_pl.callbacks.records import FILE, append_record, on_rank_zero, run_folder, trained_iterations
 from unidad_pl.checks import check_whole
-from unidad_pl.metrics.features import weight_versions
 from unidad_pl.metrics.gather import RowMetric, distinct_in_order
+from unidad_pl.metrics.weights import weight_versions
 
 Stage = Literal["val", "test"]
 STAGES: tuple[Stage, ...] = get_args(Stage)

@@ -117,7 +117,7 @@ class FolderImages(ImageSet):
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"image folder {str(folder)!r} does not exist or is not a folder: put the images there, or "
-                f"name another place"
+                f"name another place (on the command line with --data.root, or --data.reference.root)"
             )
         self.folder = folder
         self.names = _sort_out("image folder", folder, *_walk(folder))

@@ -277,18 +277,6 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def weight_versions(network: nn.Module) -> list[int]:
-    """Which tensors ``network`` holds, and how often each was written to: another list means other weights.
-
-    >>> layer = nn.Linear(1, 1)
-    >>> before = weight_versions(layer)
-    >>> nn.init.ones_(layer.weight) is layer.weight, weight_versions(layer) == before
-    (True, False)
-    """
-    tensors = [*network.parameters(), *network.buffers()]
-    return [number for one in tensors for number in (id(one), 0 if one.is_inference() else one._version)]
-
-
 def check_network(**networks: object) -> None:
     """Refuse what is no network.
 

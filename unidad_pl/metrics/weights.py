@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unidad_pl.files import mistaken
 
@@ -61,3 +61,15 @@ def missing_weights(owner: str, file: str, size: str, url: str, path: str | None
         f"{owner} needs the weights {file} ({size}). {found} Download {url} and put it in {folder}/, "
         f"or pass weights_path=<the file>."
     )
+
+
+def weight_versions(network: nn.Module) -> list[int]:
+    """Which tensors ``network`` holds, and how often each was written to: another list means other weights.
+
+    >>> layer = nn.Linear(1, 1)
+    >>> before = weight_versions(layer)
+    >>> nn.init.ones_(layer.weight) is layer.weight, weight_versions(layer) == before
+    (True, False)
+    """
+    tensors = [*network.parameters(), *network.buffers()]
+    return [number for one in tensors for number in (id(one), 0 if one.is_inference() else one._version)]
