@@ -159,7 +159,7 @@ class EvaluationCallback(OutputCallback):
         return ()
 
     def inspect(self, trainer: pl.Trainer, samples: Samples) -> None:
-        """Refuse what a sanity step returned if it cannot be evaluated."""
+        """Refuse what a sanity step, or the first of an evaluation, returned if it cannot be evaluated."""
 
     # -- one evaluation ------------------------------------------------------------------------------------------
 

@@ -73,8 +73,8 @@ class FactorDistance(EvaluationCallback):
 
     def inspect(self, trainer: pl.Trainer, samples: Samples) -> None:
         self.reference.check_size(trainer, (samples.images.shape[2], samples.images.shape[3]))
-        self.begin(trainer.lightning_module)  # the network has to be where the samples are
-        if len(samples.images):
+        if not self._stage(trainer) and len(samples.images):  # in an evaluation they are read next
+            self.begin(trainer.lightning_module)  # the network has to be where the samples are
             with torch.no_grad():
                 self._read(samples.images)
 
