@@ -124,6 +124,22 @@ def test_other_data_and_other_options_are_refused(four: Path, options: tuple[str
     assert os.listdir("runs/tiny") == ["version_0"]
 
 
+def test_a_resume_that_is_refused_leaves_no_file_of_tensorboard(four: Path) -> None:
+    (four.parent / "events.out.tfevents.1.host.1.0").write_bytes(b"of the start before")
+    before = {path: path.read_bytes() for path in four.parent.rglob("*") if path.is_file()}
+    logger = (
+        "--trainer.logger",
+        "TensorBoardLogger",
+        "--trainer.logger.save_dir",
+        "runs",
+        "--trainer.logger.name",
+        "tiny",
+    )
+    with pytest.raises(RuntimeError, match="num_steps was 3 and is now 2"):
+        fit(6, "--ckpt_path", "last", *logger, "--model.student.num_steps", "2")
+    assert {path: path.read_bytes() for path in four.parent.rglob("*") if path.is_file()} == before
+
+
 def test_last_of_a_runs_own_config_is_that_runs(four: Path) -> None:
     """A later run of the same name is newer, and has gone further."""
     shutil.copytree(four.parent, "runs/tiny/version_1")

@@ -40,7 +40,7 @@ from unidad_pl.cli.progress import PhaseBar
 from unidad_pl.cli.summary import NetworkTable, fit_summary, print_files
 from unidad_pl.runs.checkpoints import DurableCheckpointIO, is_remote, refuse_damaged
 from unidad_pl.runs.config import CHECKPOINT_DEFAULTS, LOGGER, TRAINER_DEFAULTS
-from unidad_pl.runs.resume import WORDS, choose_folder, find_checkpoint, remove_unused
+from unidad_pl.runs.resume import WORDS, choose_folder, event_files, find_checkpoint, remove_unused
 from unidad_pl.training.module import GenerativeModule
 from unidad_pl.training.refusals import refuse_trainer
 
@@ -60,8 +60,8 @@ IN_PLACE_OF: dict[type[pl.Callback], type[pl.Callback]] = {
 
 
 class Validations(pl.Callback):
-    """Remembers what the validations of a fit found: the last, so that it need not be done again at the end, and that
-    before the first iteration, which a run that is resumed has in its checkpoint.
+    """Remembers whether a fit began, and what its validations found: the last, so that it need not be done again at the
+    end, and that before the first iteration, which a run that is resumed has in its checkpoint.
 
     >>> Validations().state_dict()
     {}
@@ -70,12 +70,16 @@ class Validations(pl.Callback):
     step: int | None = None
     metrics: dict[str, float]
     before: dict[str, float] | None = None
+    began = False
 
     def state_dict(self) -> dict[str, Any]:
         return {"before": self.before} if self.before else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.before = state_dict["before"]
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
+        self.began = True
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
@@ -92,6 +96,7 @@ class UnidadCLI(LightningCLI):
         first = args[0] if args and "UNIDAD_CONFIG" not in os.environ else None  # a config may name the subcommand
         self.wanted = {first} if first in self.subcommands() else set(self.subcommands())
         self.made: list[Path] = []
+        self.written: set[Path] | None = None  # TensorBoard's files of the run that is resumed
         super().__init__(*options, **named)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
@@ -214,8 +219,9 @@ class UnidadCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except BaseException:
-            if not self.trainer.fit_loop.epoch_loop.batch_progress.total.ready:
-                remove_unused(self.made)
+            if not self.validated.began:
+                new = event_files(self.trainer) - self.written if self.written is not None else set()
+                remove_unused([*self.made, *new])
             raise
 
     def before_fit(self) -> None:
@@ -229,6 +235,8 @@ class UnidadCLI(LightningCLI):
         wanted = self._get(self.config, "ckpt_path")
         path = self._find_checkpoint()
         self.made = choose_folder(self.trainer, path if wanted in WORDS else None)
+        if path is not None and self.trainer.is_global_zero:
+            self.written = event_files(self.trainer)
         quick = self.trainer.fast_dev_run  # type: ignore[attr-defined]
         before = path is None and not quick and self._get(self.config, "evaluate_before")
         self.validated.before = self._validate() if before else None

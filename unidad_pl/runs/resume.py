@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 WORDS = ("last", "auto")
 """``last``: the newest intact checkpoint, an error if there is none. ``auto``: the same, but begin where there is none,
 for jobs that are queued again."""
+EVENTS = "events.out.tfevents."
+"""How TensorBoard's files begin."""
 
 
 def run_tree(trainer: pl.Trainer) -> list[Path]:
@@ -109,13 +111,23 @@ def choose_folder(trainer: pl.Trainer, checkpoint: str | None) -> list[Path]:
     return made
 
 
-def remove_unused(folders: Sequence[Path]) -> None:
-    """Remove what a fit made that was refused before its first iteration, unless it has written more than its start."""
-    for folder in folders:
+def event_files(trainer: pl.Trainer) -> set[Path]:
+    """TensorBoard's files in the folders of the loggers, on rank 0."""
+    folders = {logger.log_dir for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)}
+    return {path for folder in folders if not is_remote(folder) for path in Path(folder).glob(f"{EVENTS}*")}
+
+
+def remove_unused(made: Iterable[Path]) -> None:
+    """Remove what a fit made that was refused before its first iteration: folders, unless it has written more than its
+    start, and files."""
+    for path in made:
         with suppress(OSError):  # the refusal is what matters
-            left = {path.name for path in folder.iterdir()} - {CONFIG_FILE, RECORD, "hparams.yaml"}
-            if all(name.startswith("events.out.tfevents.") for name in left):
-                shutil.rmtree(folder)
+            if path.is_file():
+                path.unlink()
+                continue
+            left = {entry.name for entry in path.iterdir()} - {CONFIG_FILE, RECORD, "hparams.yaml"}
+            if all(name.startswith(EVENTS) for name in left):
+                shutil.rmtree(path)
 
 
 def _claim(loggers: list[Any]) -> tuple[int, list[Path]]:
