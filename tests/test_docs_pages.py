@@ -55,7 +55,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     begin = pl.Trainer.__init__
 
     def short(trainer: pl.Trainer, **options: Any) -> None:
-        quiet = dict(accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
+        loud = any(isinstance(one, pl.callbacks.ProgressBar) for one in options.get("callbacks", ()))
+        quiet = dict(accelerator="cpu", enable_progress_bar=loud, enable_model_summary=loud)
         limits = dict(max_steps=min(options.get("max_steps", SHORT), SHORT), limit_val_batches=1, limit_test_batches=1)
         begin(trainer, **(options | quiet | limits))
 

@@ -99,7 +99,7 @@ def test_a_source_that_is_not_there_is_said(
 
 def test_a_card_that_was_edited_is_no_error(folder: Path, tmp_path: Path) -> None:
     for number, text in enumerate(
-        ("", "# mine\n", "## Config\n\n```yaml\n[[[\n```\n", "## Config\n\n```yaml\n3\n```\n")
+        ("", "# mine\n", *(f"## Config\n\n```yaml\n{text}\n```\n" for text in ("[[[", "3", "[" * 3000)))
     ):
         copy = shutil.copytree(folder, tmp_path / str(number))
         (copy / "README.md").write_text(text)
@@ -134,8 +134,6 @@ def test_a_card_of_other_types_is_a_sentence(model: Any, said: str, folder: Path
     studio = Studio(copy, device="cpu")
     assert re.search(said, studio.original.why)
     assert studio.sample(0, 1).shape == (1, 3, 8, 8)
-    (copy / "README.md").write_text(f"## Config\n\n```yaml\n{'[' * 3000}\n```\n")
-    assert "does not say" in Studio(copy, device="cpu").original.why
 
 
 def test_a_student_of_many_steps_is_drawn_with_all_of_them(studio: Studio, tmp_path: Path) -> None:

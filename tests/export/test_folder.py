@@ -67,6 +67,7 @@ def test_odd_lines_of_metrics_are_named_in_the_card(
     assert "not in the model card: metrics.jsonl: line 4 was cut short" in caplog.text
 
 
+@pytest.mark.slow  # a process of its own, which imports everything
 def test_the_card_is_utf_8_whatever_the_locale(tmp_path: Path) -> None:
     code = """
 import locale, sys

@@ -16,9 +16,10 @@ from tests.worlds import fit, tiny_unet
 from unidad_pl import UniDAD
 from unidad_pl.training.stepping import average_gradients
 
-pytestmark = [pytest.mark.slow, pytest.mark.ci]
+pytestmark = pytest.mark.slow
 
 
+@pytest.mark.ci
 def test_a_wrapping_strategy_is_refused() -> None:
     from lightning.pytorch.strategies import DDPStrategy
 
@@ -27,6 +28,7 @@ def test_a_wrapping_strategy_is_refused() -> None:
         fit(UniDAD(tiny_unet()), 1, strategy=DDPStrategy(process_group_backend="gloo"), devices=1)
 
 
+@pytest.mark.ci
 def test_gradients_are_left_alone_on_one_process() -> None:
     parameter = torch.nn.Parameter(torch.ones(3))
     parameter.grad = torch.full((3,), 2.0)
