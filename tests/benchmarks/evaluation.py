@@ -62,7 +62,7 @@ def intra(samples: int, shots: int) -> dict[str, float]:
     """Clusters of ``samples`` images around ``shots``, every pair of the first :data:`CAP` of each compared."""
     images, near = torch.rand(samples, 3, 64, 64) * 2 - 1, torch.rand(shots, 3, 64, 64) * 2 - 1
     torch.manual_seed(0)
-    network = lpips.LPIPS(net="squeeze", pnet_rand=True, pretrained=False, lpips=False, verbose=False).eval()
+    network = lpips.LPIPS(net="squeeze", pnet_rand=True, verbose=False).eval()
     own = LPIPSFeatures("squeeze", pnet_rand=True)
     values = {}
 

@@ -196,7 +196,8 @@ class LPIPSFeatures(FeatureModule):
             weights, backbone = self._linear_weights(), self._build_backbone()
             for layer, weight in enumerate(weights):
                 self.register_buffer(f"weight{layer}", weight.to(self.shift.device))
-            self.backbone = backbone.requires_grad_(False).to(self.shift.device).eval()
+            backbone = backbone.requires_grad_(False).to(self.shift.device).eval()
+            self.backbone = backbone.to(memory_format=torch.channels_last)  # SqueezeNet in 3/4 of the time on a CPU
 
     def _linear_weights(self) -> list[Tensor]:
         """The calibrated layers of version 0.1, each [1, C, 1, 1] and >= 0, read without importing lpips (slow)."""
@@ -255,7 +256,7 @@ class LPIPSFeatures(FeatureModule):
         taps = BACKBONES[self.net].taps
         parts: list[Tensor] = []
         with torch.autocast(images.device.type, enabled=False):
-            x = (images.float() - self.shift) / self.scale
+            x = ((images.float() - self.shift) / self.scale).contiguous(memory_format=torch.channels_last)
             for position, layer in enumerate(self.backbone):
                 x = layer(x)
                 if position in taps:
