@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,12 +37,23 @@ class _Flops(TorchDispatchMode):
     """Sums torch's own formulas, as its ``FlopCounterMode``, which would try to take every other operation apart."""
 
     total = 0
+    paused = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func._overloadpacket in FORMULAS:
+        if func._overloadpacket in FORMULAS and not _Flops.paused:
             self.total += FORMULAS[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
         return result
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """What runs in this block, to look at a training and not for it, is not counted."""
+    before, _Flops.paused = _Flops.paused, True
+    try:
+        yield
+    finally:
+        _Flops.paused = before
 
 
 @dataclass

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tests.worlds import Stream, fit, random_images, tiny_unet, unidad
-from unidad_pl import Cost, Diffusion, UniDAD
+from unidad_pl import Cost, Diffusion, LossBalance, UniDAD
 
 
 def run(module: Any, steps: int, place: Path, cost: Cost, **options: Any) -> pl.Trainer:
@@ -44,6 +44,13 @@ def test_evaluations_follow_from_k_and_r(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "cost.json").read_text())
     assert written["tflops"] == cost.tflops > 0
     assert written["evaluations"] == dict(seen)
+
+
+def test_what_loss_balance_asks_for_is_not_the_trainings(tmp_path: Path) -> None:
+    alone, beside = Cost(), Cost()
+    run(unidad(student__update_every=1), 2, tmp_path, alone)
+    fit(unidad(student__update_every=1), 2, callbacks=[LossBalance(1), beside], default_root_dir=tmp_path)
+    assert alone.total == beside.total
 
 
 def test_a_resumed_run_goes_on_counting_and_stages_add_up(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torchvision.utils import save_image
 
 from tests.callbacks.toys import REFERENCE, SHOTS, Data, Toy, trainer
 from tests.metrics.toys import TinyFeatures
@@ -62,6 +63,27 @@ def test_another_run_takes_what_is_there_and_finds_the_same(make: Any, folder: P
     assert records[0] == records[1] == records[2]
     assert first.seen == without.seen == second.seen + len(REFERENCE)
     assert len(list(folder.iterdir())) == 1
+
+
+def test_other_pictures_of_the_same_names_are_another_reference(folder: Path, runs: Path, tmp_path: Path) -> None:
+    """With the same callback: as in a notebook."""
+
+    def pictures(seed: int) -> None:
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        generator = torch.Generator().manual_seed(seed)
+        for number in range(6):
+            save_image(torch.rand(3, 8, 8, generator=generator), tmp_path / "pictures" / f"{number}.png")
+
+    def fid() -> Any:
+        return FID(TinyFeatures(), reference=str(tmp_path / "pictures"))
+
+    same, found = fid(), []
+    for seed in (1, 2):
+        pictures(seed)
+        found += [evaluate(runs, same)[-1]["values"], evaluate(runs, fid())[-1]["values"]]
+    assert found[0] == found[1]
+    assert found[2] == found[3]
+    assert found[0] != found[2]
 
 
 @pytest.mark.parametrize("make", CALLBACKS)

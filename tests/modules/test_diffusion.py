@@ -109,6 +109,17 @@ def test_the_average_is_exported_in_the_form_sources_are_read(tmp_path: Path) ->
     assert sizes[1] < 0.6 * sizes[0]
 
 
+def test_an_export_is_kept_by_a_fast_dev_run_and_found_below_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    module = Diffusion(tiny_unet(), FAST, export=ExportOptions("~/adapted"))
+    fit(module, 1)
+    before = weights_sha(PretrainedUNet(str(tmp_path / "adapted")).build())
+    fit(Diffusion(tiny_unet(), FAST, export=ExportOptions("~/adapted")), 3, fast_dev_run=3)
+    assert weights_sha(PretrainedUNet("~/adapted").build()) == before
+
+
 def test_bad_optimisation_settings_are_refused() -> None:
     for name, value in (("clip", -1.0), ("lr", float("inf")), ("decay_to", float("nan"))):
         with pytest.raises(ValueError, match=f"{name} must be at least 0, got {value:.0f}"):

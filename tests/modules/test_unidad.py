@@ -300,6 +300,38 @@ def test_image_gradients_of_the_loss_terms_add_up(ready: UniDAD) -> None:
     torch.testing.assert_close(sum(ready.image_gradients.values()), total)
 
 
+def test_image_gradients_of_micro_batches_are_rows_of_the_whole() -> None:
+    class Kept(UniDAD):
+        """Keeps the gradient of the student's loss with respect to the images of each micro-batch."""
+
+        def student_loss(self, x: torch.Tensor, *cond: Any) -> torch.Tensor:
+            loss = super().student_loss(x, *cond)
+            self.__dict__.setdefault("rows", []).append(torch.autograd.grad(loss, x, retain_graph=True)[0])
+            return loss
+
+    module: Any = unidad(kind=Kept, training__accumulate=2)
+    module.keep_image_gradients = True
+    fit(module, 1)
+    assert {len(rows) for rows in module.image_gradients.values()} == {4}
+    torch.testing.assert_close(sum(module.image_gradients.values()), torch.cat(module.rows) / 2)
+    fit(module, 1)  # of its iterations the second one updates no student
+    assert module.image_gradients == {}
+
+
+@pytest.mark.parametrize(("pretrain", "r"), [(0, 1), (0, 5), (3, 5), (5, 5), (1, 5), (7, 3)])
+def test_updates_are_foreseen(pretrain: int, r: int) -> None:
+    adaptation = {
+        "target_teacher__adaptation__pretrain": pretrain,
+        "target_teacher__adaptation__until": max(pretrain, 8),
+    }
+    module = unidad(student__update_every=r, **adaptation)
+    for last in (1, 5, 8, 11):
+        real = [i for i in range(pretrain, last) if i % r == 0]
+        assert module.updates_of("student", last) == len(real)
+        assert module.updates_of("fake", last) == max(0, last - pretrain)
+        assert module.updates_of("target", last) == min(pretrain, last) + sum(i < 8 for i in real)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -316,6 +348,7 @@ def test_image_gradients_of_the_loss_terms_add_up(ready: UniDAD) -> None:
         ({"denoising__weighting": "x"}, "weighting"),
         ({"target_teacher__init_from": tiny_unet(), "matching": None}, "target_teacher does nothing"),
         ({"matching": None, "target_teacher": None, "gan": None}, "the student has no loss"),
+        ({"matching": None, "target_teacher": None, "gan__student_weight": 0.0}, "the student has no loss"),
         ({"gan__critic_weight": 0.0}, "gan: null is no discriminator"),
         ({"target_teacher__adaptation__until": 0}, "until"),
         ({"target_teacher__adaptation__low_noise_share": 1.5}, "low_noise_share"),

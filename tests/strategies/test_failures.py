@@ -14,6 +14,7 @@ import torch
 from tests.processes import LAUNCHER, ROOT
 from tests.worlds import fit, tiny_unet
 from unidad_pl import UniDAD
+from unidad_pl.strategies.ddp import take_from_rank_0, tensors_elsewhere
 from unidad_pl.training.stepping import average_gradients
 
 pytestmark = pytest.mark.slow
@@ -34,6 +35,26 @@ def test_gradients_are_left_alone_on_one_process() -> None:
     parameter.grad = torch.full((3,), 2.0)
     average_gradients([parameter])
     assert parameter.grad.tolist() == [2.0, 2.0, 2.0]
+
+
+@pytest.mark.ci
+def test_what_is_kept_on_another_device_is_found_and_takes_the_values_of_rank_0() -> None:
+    """A teacher or an average on the CPU, where the other networks and the process group are a GPU's."""
+    module = torch.nn.ModuleDict({"here": torch.nn.BatchNorm2d(2), "there": torch.nn.BatchNorm2d(2, device="meta")})
+    names = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+    elsewhere = tensors_elsewhere(module, torch.device("cpu"))
+    assert elsewhere.keys() == {f"there.{name}" for name in names}
+    tensor, received = torch.zeros(2, 3), []
+
+    def broadcast(held: torch.Tensor, source: int) -> None:
+        received.append((held.device, source))
+        held.add_(1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "broadcast", broadcast)
+        take_from_rank_0(tensor, torch.device("cpu"))
+    assert received == [(torch.device("cpu"), 0)]
+    assert torch.equal(tensor, torch.ones(2, 3))
 
 
 def test_the_command_line_on_two_processes(tmp_path: Path) -> None:

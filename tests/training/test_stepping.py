@@ -77,6 +77,30 @@ def test_every_group_is_unscaled_by_the_scale_its_loss_had() -> None:
         assert found == pytest.approx(expected, rel=0.02, nan_ok=True)
 
 
+def test_a_group_that_steps_twice_in_an_iteration_is_unscaled_twice() -> None:
+    still = OptimizerOptions(lr=0.0, warmup=0, clip=0.0, arguments={"weight_decay": 0.0})
+    twice = dict(target_teacher__adaptation__updates=2, **optimizers(still))
+    exact, scaled = (unidad(kind=Watched, **twice) for _ in range(2))
+    fit(exact, 1)
+    assert steps(fit(scaled, 1, **half(2.0**7))) == [1, 1, 2]
+    found, expected = (module.seen["grad_norm/target"] for module in (scaled, exact))
+    assert len(found) == 2
+    assert found == pytest.approx(expected, rel=0.02)
+
+
+def test_an_overflow_in_a_later_step_of_a_group_halves_the_scale() -> None:
+    class Late(UniDAD):
+        """T's loss is infinite in its second update of an iteration."""
+
+        def target_loss(self, *given: Any) -> torch.Tensor:
+            loss = super().target_loss(*given)
+            return loss * float("inf") if self._steps["target"] else loss
+
+    trainer = fit(unidad(kind=Late, target_teacher__adaptation__updates=2), 2, **half(2.0**7))
+    assert steps(trainer) == [2, 2, 2]
+    assert trainer.precision_plugin.scaler.get_scale() == 2.0**5
+
+
 @pytest.mark.slow
 def test_overflow_counts_as_a_skip_and_halves_the_scale_once_an_iteration() -> None:
     trainer = fit(unidad(), 2, **half(2.0**126))
@@ -85,6 +109,24 @@ def test_overflow_counts_as_a_skip_and_halves_the_scale_once_an_iteration() -> N
     assert trainer.precision_plugin.scaler.get_scale() == 2.0**124
     with pytest.raises(RuntimeError, match="2 iterations in a row had a non-finite loss or gradient"):
         fit(unidad(training__max_skipped=2), 3, **half(2.0**126))
+
+
+class Parts(Watched):
+    """Keeps the loss of every micro-batch."""
+
+    def denoise(self, network: Any, *given: Any) -> torch.Tensor:
+        loss = super().denoise(network, *given)
+        if network is self.fake_score:
+            self.__dict__.setdefault("parts", []).append(float(loss))
+        return loss
+
+
+def test_what_is_logged_is_the_mean_over_micro_batches() -> None:
+    module = unidad(kind=Parts, training__accumulate=2)
+    fit(module, 2)
+    parts = module.parts
+    assert len(parts) == 4
+    assert module.seen["loss/fake"][1::2] == pytest.approx([sum(parts[:2]) / 2, sum(parts[2:]) / 2])
 
 
 def test_the_scale_is_resumed(tmp_path: Path) -> None:

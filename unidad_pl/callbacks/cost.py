@@ -27,7 +27,8 @@ class Cost(pl.Callback):
 
     Iterations of one kind cost the same: ours say by ``iteration_kind()`` of which kind the next one is, and the first
     of each kind is counted. A module without that method is counted in every iteration, which takes its time.
-    Validation and sampling are not in the numbers. All ranks are; a resumed run goes on counting.
+    Validation, sampling and what :class:`~unidad_pl.callbacks.balance.LossBalance` asks for are not in the numbers. All
+    ranks are; a resumed run goes on counting.
 
     Args:
         before: TFLOPs of earlier stages: of a source that was adapted first, a student that was distilled first.

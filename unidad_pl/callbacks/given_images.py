@@ -162,6 +162,11 @@ class GivenImages:
         """Let them be new to the next call of :meth:`are_new`."""
         self._seen = None
 
+    def forget_files(self) -> None:
+        """Files of the same names may be others by now."""
+        if isinstance(self.given, (str, Path)):
+            self.forget()
+
     def are_new(self, trainer: pl.Trainer, size: tuple[int, int] | None) -> bool:
         """Whether they are others than at the last call, which another run of the trainer may have made."""
         before = self._seen

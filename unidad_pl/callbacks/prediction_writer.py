@@ -13,6 +13,7 @@ from unidad_pl.callbacks.outputs import OutputCallback, Samples
 from unidad_pl.callbacks.records import run_folder
 from unidad_pl.data.pictures import as_uint8, write_png
 from unidad_pl.files import expanded, sharing
+from unidad_pl.metrics.gather import NumberedRows
 
 
 class PredictionWriter(OutputCallback):
@@ -35,7 +36,7 @@ class PredictionWriter(OutputCallback):
         super().__init__(key, stages=["predict"])
         self.folder = folder
         self._target = Path()
-        self._written: set[int] = set()
+        self._written = NumberedRows(torch.long)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -51,19 +52,18 @@ class PredictionWriter(OutputCallback):
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         own = run_folder(trainer) / "predictions"
         self._target = own if self.folder is None else expanded(self.folder)
-        self._written = set()
+        self._written = NumberedRows(torch.long).to(pl_module.device)
 
     def _collect(self, trainer: pl.Trainer, pl_module: pl.LightningModule, samples: Samples) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        seeds = samples.seeds.tolist()
-        paths = [self._target / f"{seed:06d}.png" for seed in seeds]
+        self._written.update(samples.seeds[:, None].to(pl_module.device), samples.seeds.to(pl_module.device))
+        paths = [self._target / f"{seed:06d}.png" for seed in samples.seeds.tolist()]
         path = paths[0]
         try:
             with sharing(self._target):
-                for image, path, seed in zip(as_uint8(samples.images), paths, seeds, strict=True):
+                for image, path in zip(as_uint8(samples.images), paths, strict=True):
                     write_png(image, path)
-                    self._written.add(seed)
         except OSError as error:
             raise RuntimeError(
                 f"cannot write {path} ({type(error).__name__}: {error}): free disk space, or choose another folder="
@@ -72,9 +72,9 @@ class PredictionWriter(OutputCallback):
     def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        counts = torch.tensor([self._seen, len(self._written)], device=pl_module.device)
-        seen, written = trainer.strategy.all_gather(counts).reshape(-1, 2).sum(0).tolist()
-        if seen > written:
+        own = torch.tensor([self._seen], device=pl_module.device)
+        seen, written = int(trainer.strategy.all_gather(own).sum()), self._written.compute().numel()
+        if seen - written >= trainer.world_size:  # samplers fill up the shares of ranks with seeds of others
             rank_zero_warn(
                 f"PredictionWriter: {seen - written} of {seen} images had a seed that came before and overwrote that "
                 f"file: return unique 'seeds' from predict_step"

@@ -12,6 +12,7 @@ from unidad_pl.checks import check_at_least, check_given, check_options, check_p
 from unidad_pl.condition import Condition
 from unidad_pl.data.batch import Batch
 from unidad_pl.denoiser import Denoiser, DenoiserSource, as_source
+from unidad_pl.files import expanded
 from unidad_pl.losses import denoising_loss
 from unidad_pl.modules.options import DenoisingOptions
 from unidad_pl.sampling import FewStepSampler, ddim, heun, sampling_sigmas, seeded_noise
@@ -163,7 +164,6 @@ class Diffusion(GenerativeModule):
         return {"denoiser": [{"params": trained(self.denoiser)}]}
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        total = torch.zeros((), device=self.device)
         for part in self.micro_batches(batch):
             images, cond = part.images, part.cond
             sigma = None if self.lognormal is None else self.lognormal.draw(images)
@@ -171,17 +171,16 @@ class Diffusion(GenerativeModule):
             x0 = self.denoiser(noisy, sigma, cond)
             loss = denoising_loss(x0, images, sigma, self.denoising.weighting, self.denoising.sigma_data)
             self.backward_into(loss, "denoiser")
-            total += loss.detach() / self.accumulate
-        self.log("loss/denoising", total, prog_bar=True)
+            self.log_mean("loss/denoising", loss, prog_bar=True)
         self.finish_iteration(self.step("denoiser"))
 
     def on_fit_end(self) -> None:
-        """Export, once, on rank 0.
+        """Export, once, on rank 0; not where a ``fast_dev_run`` has trained nothing.
 
         Raises:
             TypeError: the network cannot be written as a folder.
         """
-        if self.export is None:
+        if self.export is None or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         network: Any = self.ema.module if self.ema is not None else self.denoiser
         if not hasattr(network, "save_pretrained"):
@@ -190,7 +189,7 @@ class Diffusion(GenerativeModule):
         if self.trainer.is_global_zero:
             alone: Any = self.source.architecture()
             alone.load_state_dict(weights)
-            alone.save_pretrained(self.export.folder, torch.float16 if self.export.half else torch.float32)
+            alone.save_pretrained(expanded(self.export.folder), torch.float16 if self.export.half else torch.float32)
 
     def generate(self, network: Denoiser, seeds: Tensor, cond: Condition | None) -> Tensor:
         noise = seeded_noise(seeds, network.image_shape, self.device)

@@ -20,6 +20,7 @@ from unidad_pl.condition import Condition
 from unidad_pl.data.batch import Batch, EncodedBatch
 from unidad_pl.denoiser import Denoiser, DenoiserSource, as_source
 from unidad_pl.discriminator import MultiHeadDiscriminator, accuracy
+from unidad_pl.flops import uncounted
 from unidad_pl.modules.options import (
     DenoisingOptions,
     FakeScoreOptions,
@@ -81,8 +82,8 @@ class UniDAD(GenerativeModule):
         frozen_networks = ["source_teacher"] * ("source" in self.teacher_weights)
         frozen_networks += ["target_teacher"] * (self.target_options is not None and self.adaptation is None)
         super().__init__("student", "fake", training, memory, frozen_networks)
-        if matching is None and gan is None:
-            raise ValueError("matching and gan are both null: the student has no loss")
+        if matching is None and (gan is None or not gan.student_weight):
+            raise ValueError("matching is null, and gan too or its student_weight 0: the student has no loss")
         if self.adaptation and self.adaptation.pretrain and (student.init_from or fake_score.init_from):
             raise ValueError("pretrain starts G and F from T: leave it 0, or their init_from null")
         if self.adaptation and self.adaptation.updates > 1 and training.accumulate > 1:
@@ -159,7 +160,8 @@ class UniDAD(GenerativeModule):
             iterations = min(iterations, self.adaptation.until)
         alone = min(self.pretrain, iterations)
         every = group == "fake" or (group == "target" and self.adaptation and self.adaptation.update == "every")
-        due = iterations - alone if every else -(-(iterations - alone) // self.student_options.update_every)
+        r = self.student_options.update_every
+        due = iterations - alone if every else -(-iterations // r) + -alone // r
         return alone + due * self.adaptation.updates if group == "target" and self.adaptation else due
 
     def iteration_kind(self) -> object:
@@ -188,7 +190,7 @@ class UniDAD(GenerativeModule):
             self._start_from_target()
         update = self.iteration % self.student_options.update_every == 0
         target_updates = self._target_updates(update)
-        stepped = False
+        stepped, self.image_gradients = False, {}
         for part in self.micro_batches(batch):
             real, cond = part.images, part.cond
             with torch.set_grad_enabled(update):
@@ -245,9 +247,12 @@ class UniDAD(GenerativeModule):
         terms = self.matching_losses(x, cond, source_cond)
         if self.gan is not None and self.gan.student_weight:
             adversarial = losses.generator_loss(self._frozen_logits(x, cond), self.gan.loss)
-            terms["adversarial"] = self.gan.student_weight * self._logged("student_adversarial", adversarial)
+            terms["adversarial"] = self.gan.student_weight * self.log_mean("loss/student_adversarial", adversarial)
         if self.keep_image_gradients:
-            self.image_gradients = {k: torch.autograd.grad(term, x, retain_graph=True)[0] for k, term in terms.items()}
+            with uncounted():
+                for name, term in terms.items():
+                    (rows,) = torch.autograd.grad(term / self.accumulate, x, retain_graph=True)
+                    self.image_gradients[name] = torch.cat([self.image_gradients.get(name, rows[:0]), rows])
         return torch.stack(list(terms.values())).sum()
 
     def matching_losses(self, x: Tensor, cond: Condition | None, source_cond: Condition | None) -> dict[str, Tensor]:
@@ -274,7 +279,7 @@ class UniDAD(GenerativeModule):
             how = self.matching.normalizer
             scale_in = teachers[name].input_scale(sigma) if how == "noisy" else None
             g = losses.dmd_gradient(x.detach(), noisy, sigma, fake_eps, eps[name], how, scale_in)
-            terms[f"dmd_{name}"] = weight * self._logged(f"dmd_{name}", losses.dmd_loss(x, g))
+            terms[f"dmd_{name}"] = weight * self.log_mean(f"loss/dmd_{name}", losses.dmd_loss(x, g))
         return terms
 
     def _frozen_logits(self, x: Tensor, cond: Condition | None) -> list[Tensor]:
@@ -289,7 +294,7 @@ class UniDAD(GenerativeModule):
 
     def fake_loss(self, x: Tensor, real: Tensor, cond: Condition | None) -> Tensor:
         """``L_F = L_denoise + lambda_D L_D`` on detached student images ``x`` and real images (eq. 6 and 8)."""
-        loss = self._logged("fake", self.denoise(self.fake_score, x, cond), prog_bar=True)
+        loss = self.log_mean("loss/fake", self.denoise(self.fake_score, x, cond), prog_bar=True)
         if self.gan is not None:
             loss = loss + self.gan.critic_weight * self.critic_loss(x, real, cond, self.gan)
         return loss
@@ -303,8 +308,8 @@ class UniDAD(GenerativeModule):
         both = None if cond is None else Condition.cat([cond, cond])
         logits = self.logits(torch.cat([noisy_real, noisy_fake]), torch.cat([sigma, sigma_fake]), both)
         logits_real, logits_fake = zip(*(logit.chunk(2) for logit in logits), strict=True)  # one pass for both
-        loss = self._logged("critic", losses.critic_loss(logits_real, logits_fake, gan.loss))
-        self.log("critic/accuracy", accuracy(logits_real, logits_fake), rank_zero_only=True)
+        loss = self.log_mean("loss/critic", losses.critic_loss(logits_real, logits_fake, gan.loss))
+        self.log_mean("critic/accuracy", accuracy(logits_real, logits_fake))
         if gan.r1:
             loss = loss + gan.r1 * losses.r1_penalty(logits_real, noisy_real)
         if gan.gradient_penalty:
@@ -329,7 +334,7 @@ class UniDAD(GenerativeModule):
         loss = self.denoise(self.target_teacher, real, cond, share)
         if prior:
             loss = loss + prior.weight * self.denoise(self.target_teacher, prior.images, prior.cond, share)
-        return self._logged("target", loss, prog_bar=True)
+        return self.log_mean("loss/target", loss, prog_bar=True)
 
     def denoise(self, network: Denoiser, images: Tensor, cond: Condition | None, low_share: float = 0.0) -> Tensor:
         """Denoising loss of ``network`` at sigmas of the table, a share of them up to twice ``sigma_data``."""
@@ -337,10 +342,6 @@ class UniDAD(GenerativeModule):
         noisy, sigma = self.noise.add(images, sigma=sigma)
         x0, how = network(noisy, sigma, cond), self.denoising
         return losses.denoising_loss(x0, images, sigma, how.weighting, how.sigma_data)
-
-    def _logged(self, name: str, value: Tensor, prog_bar: bool = False) -> Tensor:
-        self.log(f"loss/{name}", value.detach(), prog_bar=prog_bar, rank_zero_only=True)
-        return value
 
     # -- sampling ------------------------------------------------------------------------------------------------
 

@@ -5,12 +5,28 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
 
 from unidad_pl.strategies.failures import FailFastStrategy
 
 NAME = "unidad_ddp"
+
+
+def tensors_elsewhere(module: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    """Parameters and buffers that are not on ``device``, by name: those of a teacher or average kept on the CPU."""
+    every = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {name: tensor for name, tensor in every.items() if tensor.device != device}
+
+
+def take_from_rank_0(tensor: Tensor, device: torch.device) -> None:
+    """Rank 0's values in place of those of ``tensor``, by way of ``device``, whose group may know no other kind."""
+    held = tensor.detach().to(device)
+    dist.broadcast(held, 0)
+    tensor.detach().copy_(held)
 
 
 class ManualDDPStrategy(FailFastStrategy, DDPStrategy):
@@ -29,7 +45,12 @@ class ManualDDPStrategy(FailFastStrategy, DDPStrategy):
 
     def configure_ddp(self) -> None:
         assert self.model is not None
+        elsewhere = tensors_elsewhere(self.model, self.root_device)
+        ignored = getattr(self.model, "_ddp_params_and_buffers_to_ignore", ())
+        self.model._ddp_params_and_buffers_to_ignore = [*ignored, *elsewhere]  # type: ignore[assignment]
         _sync_module_states(self.model)
+        for name in elsewhere.keys() - set(ignored):
+            take_from_rank_0(elsewhere[name], self.root_device)
 
     def block_backward_sync(self) -> Any:
         """Nothing to block: gradients are only exchanged in the module's own ``step``."""

@@ -217,7 +217,7 @@ class GenerativeModule(ManualOptimization, Networks):
         """Advance the iteration count; update the average if the sampled network changed."""
         if sampled_network_updated and self.ema is not None:
             self.ema.update_parameters(self.sampled_network)
-        self.update_scale()
+        self.close_iteration()
         self.iteration += 1
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self.iteration % max(1, every) == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,6 +37,9 @@ class ManualOptimization(pl.LightningModule):
         self.iteration = 0
         self._skipped_in_a_row: dict[str, int] = {}
         self._skipped: dict[str, int] = {}
+        self._means: dict[str, Tensor] = {}
+        self._steps: Counter[str] = Counter()  # of each group in this iteration
+        self._overflowed = False  # where torch's scaler has not seen it
 
     def setup(self, stage: str) -> None:
         """Refuse what would run wrongly without an error, before anything has begun.
@@ -53,6 +57,7 @@ class ManualOptimization(pl.LightningModule):
 
     def on_train_start(self) -> None:
         refuse_endless(self.trainer)
+        self._forget_iteration()  # one that an error ended
 
     def optimizers_of_groups(self) -> dict[str, OptimizerOptions]:
         """Group name -> its optimiser settings, in the order they step."""
@@ -119,11 +124,11 @@ class ManualOptimization(pl.LightningModule):
         optimizer, schedule = self._optimizer(group)
         parameters = [p for settings in optimizer.param_groups for p in settings["params"] if p.grad is not None]
         average_gradients(parameters)
-        if self._scaler is not None:
-            self._scaler.unscale_(optimizer.optimizer)
+        self._unscale(group, optimizer.optimizer, parameters)
         clip = self.optimizers_of_groups()[group].clip
         norm = full(torch.nn.utils.clip_grad_norm_(parameters, clip if clip else math.inf))
         finite = bool(torch.isfinite(norm))
+        self._steps[group] += 1
         self.log(f"grad_norm/{group}", norm, rank_zero_only=True)
         if finite:
             self._advance(group, optimizer)
@@ -135,6 +140,16 @@ class ManualOptimization(pl.LightningModule):
             self.log(f"skipped_in_all/{group}", float(skipped), rank_zero_only=True)  # not every step is logged
         optimizer.zero_grad()
         return finite
+
+    def _unscale(self, group: str, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+        """Take the loss scale of ``16-mixed`` out of gradients. torch's scaler does it once for an optimiser between
+        two changes of the scale: later steps of a group in one iteration are unscaled here."""
+        if self._scaler is None:
+            return
+        if not self._steps[group]:
+            self._scaler.unscale_(optimizer)
+        elif parameters:
+            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1 / self._scaler.get_scale())
 
     def _advance(self, group: str, optimizer: Any) -> None:
         """One update; Lightning's counter sees the clock's only."""
@@ -156,6 +171,7 @@ class ManualOptimization(pl.LightningModule):
 
     def _skip(self, group: str) -> None:
         self.count(group)
+        self._overflowed |= self._steps[group] > 1
         row = self._skipped_in_a_row[group] = self._skipped_in_a_row.get(group, 0) + 1
         self._skipped[group] = self._skipped.get(group, 0) + 1
         self.log(f"skipped/{group}", float(row), rank_zero_only=True)
@@ -171,10 +187,30 @@ class ManualOptimization(pl.LightningModule):
         """Whether the latest update of some group was skipped."""
         return any(self._skipped_in_a_row.values())
 
-    def update_scale(self) -> None:
-        """Let the loss scale of ``16-mixed`` follow what this iteration's gradients were like, once for all groups."""
+    def log_mean(self, name: str, value: Tensor, prog_bar: bool = False) -> Tensor:
+        """Log the mean of ``value`` over the micro-batches of this iteration, as far as they have come.
+
+        Returns:
+            ``value``, with its graph.
+        """
+        logged = value.detach()
+        if self.accumulate > 1:
+            logged = self._means[name] = self._means.get(name, 0) + logged / self.accumulate
+        self.log(name, logged, prog_bar=prog_bar, rank_zero_only=True)
+        return value
+
+    def close_iteration(self) -> None:
+        """All groups have stepped: the loss scale of ``16-mixed`` follows what their gradients were like, once for all
+        of them, and means begin anew."""
         if self._scaler is not None:
-            self._scaler.update()
+            lower = self._scaler.get_scale() * self._scaler.get_backoff_factor() if self._overflowed else None
+            self._scaler.update(lower)
+        self._forget_iteration()
+
+    def _forget_iteration(self) -> None:
+        self._means.clear()
+        self._steps.clear()
+        self._overflowed = False
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
