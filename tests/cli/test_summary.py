@@ -16,11 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.metrics.toys import TinyFeatures
 from tests.runs.test_resume import fit
 from tests.worlds import unidad
-from unidad_pl import Diffusion, PretrainedUNet
+from unidad_pl import FID, Diffusion, PretrainedUNet
 from unidad_pl.cli.lightning import run
-from unidad_pl.cli.summary import NetworkTable, fit_summary
+from unidad_pl.cli.summary import NetworkTable, _notes, fit_summary
+from unidad_pl.metrics.features import InceptionFeatures
 
 VALIDATING = ("--trainer.limit_val_batches", "1", "--trainer.check_val_every_n_epoch", "null")
 
@@ -199,3 +201,12 @@ def test_a_fast_dev_run_writes_nothing_and_names_nothing(here: Path, capsys: pyt
     printed = capsys.readouterr().out
     assert "a fast_dev_run writes nothing" in printed
     assert "checkpoint " not in printed
+
+
+def test_the_table_says_what_its_names_do_not() -> None:
+    callbacks = [FID(TinyFeatures(), name="mine"), FID(InceptionFeatures())]
+    trainer = SimpleNamespace(callbacks=callbacks, datamodule=SimpleNamespace(reference_is_shots=True))
+    assert _notes(trainer) == [
+        "the reference of the metrics is the shots themselves",
+        "mine: the Frechet distance in features of tiny, no FID of Inception's",
+    ]

@@ -227,8 +227,13 @@ def test_what_cannot_be_exported_is_refused_with_its_name(tmp_path: Path) -> Non
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(ValueError, match=message):
             export(str(checkpoint), out, config=str(tmp_path / "bad.yaml"))
-    with pytest.raises(ValueError, match="neither a checkpoint nor a directory"):
+    with pytest.raises(ValueError, match=r"neither a checkpoint nor a directory.*: no model_index\.json$"):
         sample(str(tmp_path / "taken"), 1, out)
+    (tmp_path / "taken" / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match=r"it is a run's: give one of its checkpoints, such as checkpoints/last\.ckpt"):
+        sample(str(tmp_path / "taken"), 1, out)
+    with pytest.raises(FileNotFoundError, match="taken', which is a folder: give a file in it"):
+        export(str(tmp_path / "taken"), out)
     assert issubclass(UniDAD, pl.LightningModule)  # as the boring one is
     assert not Path(out).exists()
     assert not list(tmp_path.glob("*.part*"))

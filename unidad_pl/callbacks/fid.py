@@ -21,7 +21,6 @@ from unidad_pl.metrics.wasserstein import sliced_wasserstein
 
 STATISTICS = ".npz"
 NEIGHBOURS = 5
-INCEPTION_RANK = 2048  # generated images from which Inception's covariance can have full rank
 FEW_REFERENCES = 500
 
 
@@ -125,7 +124,7 @@ class FID(ReferenceCallback):
         if self._known is not None:
             return self._against(self._known)
         x, y, details = self.both(trainer)
-        if not self._are_enough(len(x), len(y)):
+        if not self._are_enough(len(x), x.shape[1], len(y)):
             return Report({"fid": math.nan}, details)
         values = {"fid": frechet_distance(x, y)}
         if self.kid:
@@ -140,14 +139,15 @@ class FID(ReferenceCallback):
             self._warn_of_prdc(f"there are {len(x)} samples and {len(y)} reference images")
         return Report(values, details)
 
-    def _are_enough(self, samples: int, references: int | None) -> bool:
-        few = samples < INCEPTION_RANK or (references is not None and references < FEW_REFERENCES)
+    def _are_enough(self, samples: int, width: int, references: int | None) -> bool:
+        least = min(width, FEW_REFERENCES)  # from ``width`` images on a covariance can have full rank
+        few = samples < width or (references is not None and references < least)
         if samples < 2:
             self.warn_once("FID is NaN and all else left out: there is 1 sample, and 2 are needed. Draw more samples")
-        elif isinstance(self.features, InceptionFeatures) and few:
+        elif few:
             self.warn_once(
                 f"FID of {samples} generated against {references or 'unknown'} reference images is strongly biased "
-                f"upwards (advised: {INCEPTION_RANK} and {FEW_REFERENCES} at least). Compare it only with FIDs of the "
+                f"upwards (advised: {width} and {least} at least). Compare it only with FIDs of the "
                 f"same numbers; KID is unbiased."
             )
         return samples >= 2
@@ -163,5 +163,5 @@ class FID(ReferenceCallback):
             "reference": None, "statistics": self.statistics, "made_with": self.made_with,
             "extractor": feature_name(self.features),
         }  # fmt: skip
-        enough = self._are_enough(len(x), None)
+        enough = self._are_enough(len(x), x.shape[1], None)
         return Report({"fid": Gaussian.of(x).distance(known) if enough else math.nan}, details)

@@ -12,7 +12,9 @@ import time
 from contextlib import suppress
 from difflib import get_close_matches
 from inspect import signature
-from os.path import exists
+from itertools import pairwise
+from os import listdir
+from os.path import basename, dirname, exists, expanduser, isdir, join, splitext
 from typing import TYPE_CHECKING
 
 from unidad_pl.cli.description import DESCRIPTION
@@ -86,6 +88,7 @@ def main(args: Sequence[str] | None = None) -> None:
         elif not first.startswith("-") and first not in STAGES:
             refuse(f"unidad: there is no command {first!r}, only {', '.join((*STAGES, *TOOLS))}", 2)
         else:
+            _refuse_missing_configs(given)  # before imports that take seconds
             from unidad_pl.cli.lightning import run
 
             run(given)
@@ -93,6 +96,18 @@ def main(args: Sequence[str] | None = None) -> None:
         if debug:
             raise
         refuse(f"unidad {_named(given)}: {sentence_of(error)}", 1)
+
+
+def _refuse_missing_configs(given: Sequence[str]) -> None:
+    """End the command where a ``--config`` is the name of a YAML file that is not there."""
+    named = [after for word, after in pairwise(given) if word in ("-c", "--config")]
+    named += [word.partition("=")[2] for word in given if word.startswith("--config=")]
+    for name in named:
+        if splitext(name)[1] in (".yaml", ".yml") and "://" not in name and not exists(expanduser(name)):
+            folder = dirname(expanduser(name)) or "."
+            near = get_close_matches(basename(name), listdir(folder), 1) if isdir(folder) else []
+            meant = f" (did you mean {join(dirname(name), near[0])!r}?)" if near else ""
+            refuse(f"unidad {_named(given)}: there is no config {name!r}{meant}", 2)
 
 
 def _explained(commands: Sequence[str]) -> str:

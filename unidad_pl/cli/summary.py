@@ -13,9 +13,12 @@ from lightning.pytorch.callbacks import ModelSummary
 from torch import nn
 
 from unidad_pl.backbones.nf4 import weights_in
+from unidad_pl.callbacks.base import feature_name
 from unidad_pl.callbacks.environment import unidad_command
+from unidad_pl.callbacks.fid import FID
 from unidad_pl.denoiser import DenoiserSource
 from unidad_pl.export.student import can_export
+from unidad_pl.metrics.features import InceptionFeatures
 from unidad_pl.modules.unidad import UniDAD
 from unidad_pl.report.page import FILE, can_write, write_page
 from unidad_pl.runs.checkpoints import is_remote
@@ -127,9 +130,8 @@ def fit_summary(
 
     console = _console()
     if after:
-        own = getattr(getattr(trainer, "datamodule", None), "reference_is_shots", False)
-        note = "the reference of the metrics is the shots themselves" if own else None
-        table = Table(title=f"after {trainer.global_step} iterations", title_justify="left", caption=note)
+        title = f"after {trainer.global_step} iterations"
+        table = Table(title=title, title_justify="left", caption="\n".join(_notes(trainer)), caption_justify="left")
         table.add_column("metric")
         for heading in ("before", "after") if before else ("after",):
             table.add_column(heading, justify="right")
@@ -140,6 +142,17 @@ def fit_summary(
     _print_lines(_places(trainer, folder))
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]
         _print_lines({"report": _report(folder)})
+
+
+def _notes(trainer: Any) -> list[str]:
+    """What the names in the table do not say."""
+    own = getattr(getattr(trainer, "datamodule", None), "reference_is_shots", False)
+    notes = ["the reference of the metrics is the shots themselves"] if own else []
+    for one in trainer.callbacks:
+        if isinstance(one, FID) and not isinstance(one.features, InceptionFeatures):
+            features = feature_name(one.features)
+            notes.append(f"{one.name}: the Frechet distance in features of {features}, no FID of Inception's")
+    return notes
 
 
 def print_files(trainer: pl.Trainer, folder: Path) -> None:

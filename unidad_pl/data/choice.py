@@ -48,9 +48,11 @@ def choose(
                 _warn_of_copy(place, number, same)
     if len(found) < (shots or 1):
         copies = f" ({len(place)} with copies)" if len(place) > len(found) else ""
+        images = f"{len(found)} image{'' if len(found) == 1 else 's'}{copies}"
+        fewer = f"{len(found)} or less" if len(found) > 1 else str(len(found))
         raise ValueError(
-            f"{root!r} holds {len(found)} images{copies}, but shots={shots} were asked for: add images or set shots to "
-            f"{len(found)} or less"
+            f"{root!r} holds {images}, but shots={shots} were asked for: add images or set shots (--data.shots) to "
+            f"{fewer}"
         )
     chosen = dict(sorted(found.values(), key=lambda one: one[0]))
     return list(chosen), torch.stack(list(chosen.values())), sorted(set(candidates) - set(chosen))

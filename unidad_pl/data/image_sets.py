@@ -82,7 +82,10 @@ def _sort_out(kind: str, place: object, inside: list[str], lost: dict[str, str])
     if not found:
         some = some or [path for path, _ in seen[:5]]
         holds = f"it holds {', '.join(some)}" if some else "it is empty"
-        raise FileNotFoundError(f"{kind} {str(place)!r} holds no image ({', '.join(readable())}); {holds}")
+        raise FileNotFoundError(
+            f"{kind} {str(place)!r} holds no image: {holds}. Put pictures there, or name another place; readable are "
+            f"{', '.join(readable())}"
+        )
     if left:
         rank_zero_warn(f"{kind} {str(place)!r}: {len(left)} left out beside {len(found)} pictures: {', '.join(some)}")
     return found

@@ -46,8 +46,10 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no export at {str(folder)!r}")
     path = folder / (RECORD_FILE if is_text_export(folder) else INDEX)
     if not path.is_file():
+        run = "; it is a run's: give one of its checkpoints, such as checkpoints/last.ckpt in it"
         raise ValueError(
             f"{str(folder)!r} is neither a checkpoint nor a directory that 'unidad export' wrote: no {INDEX}"
+            f"{run if (folder / 'checkpoints').is_dir() else ''}"
         )
     content = read_json(path, "record of an export", WAY_OUT, finite=True)
     if path.name == INDEX and content.get("_class_name") != FEW_STEP:

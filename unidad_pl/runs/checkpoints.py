@@ -182,7 +182,8 @@ def verify_checkpoint(path: str | Path) -> None:
         DamagedCheckpoint: says what is wrong with it.
     """
     if not (path := Path(path)).is_file():
-        raise FileNotFoundError(f"no checkpoint at {str(path)!r}")
+        folder = ", which is a folder: give a file in it, such as RUN/checkpoints/last.ckpt" if path.is_dir() else ""
+        raise FileNotFoundError(f"no checkpoint at {str(path)!r}{folder}")
     size = path.stat().st_size
     with path.open("rb") as file:
         file.seek(max(0, size - END_SIZE - COMMENT))

@@ -136,9 +136,11 @@ def check_shots(data: Any, codec: Codec, network: Denoiser) -> None:
 def _check_pixels(images: Tensor, codec: Codec, network: Denoiser) -> None:
     pixels = tuple(network.image_shape)
     if type(codec) is Codec and tuple(images.shape[1:]) != pixels:  # others make their images of any
+        wanted = [f"resolution (--data.resolution) to {pixels[1]}"] if images.shape[2] != pixels[1] else []
+        wanted += [f"grey (--data.grey) to {str(pixels[0] == 1).lower()}"] if images.shape[1] != pixels[0] else []
         raise ValueError(
             f"the data module serves images of {tuple(images.shape[1:])}, but the model works on {pixels}: set the "
-            f"data module's resolution to the model's, and its grey to true for a model of one channel"
+            f"data module's {' and its '.join(wanted)}"
         )
 
 

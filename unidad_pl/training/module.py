@@ -166,7 +166,8 @@ class GenerativeModule(ManualOptimization, Networks):
         settings = self.optimizers_of_groups()
         idle = [name for name in settings if self.updates_of(name, iterations) == 0]
         if idle:
-            rank_zero_warn(f"{' and '.join(idle)}: not trained in the {iterations} iterations of max_steps")
+            why = f": T alone takes {alone} (adaptation.pretrain)" if (alone := getattr(self, "pretrain", 0)) else ""
+            rank_zero_warn(f"{' and '.join(idle)}: not trained in the {iterations} iterations of max_steps{why}")
         built = [one.build(self.groups()[name], self.updates_of(name, iterations)) for name, one in settings.items()]
         return [optimizer for optimizer, _ in built], [schedule for _, schedule in built]
 
