@@ -1,4 +1,4 @@
-"""Frechet distance, KID, PRDC and intra-LPIPS against the usual libraries: the same values, ratios of CPU time.
+"""Frechet distance, KID, PRDC and intra-LPIPS against the usual libraries: the same values, CPU seconds, their ratio.
 
     python -m tests.benchmarks evaluation [--images 5000] [--width 2048] [--out FILE]
 
