@@ -89,7 +89,7 @@ def test_a_resumed_run_still_knows_its_first_numbers(here: Path, capsys: pytest.
 def test_a_reference_of_shots_is_said(own: bool, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = SimpleNamespace(reference_is_shots=own)
     trainer: Any = SimpleNamespace(global_step=2, datamodule=data, fast_dev_run=False, checkpoint_callback=None,
-                                   lightning_module=None)  # fmt: skip
+                                   lightning_module=None, callbacks=[])  # fmt: skip
     fit_summary(trainer, here, None, {"val/fid": 1.0})
     assert ("the shots themselves" in " ".join(capsys.readouterr().out.split())) == own
 

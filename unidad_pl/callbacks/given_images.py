@@ -14,6 +14,7 @@ from torch import Tensor
 from unidad_pl.data.colours import as_shown
 from unidad_pl.data.image_sets import open_images
 from unidad_pl.denoiser import to_float
+from unidad_pl.files import expanded
 from unidad_pl.metrics.features import float_images
 
 Images = str | Path | Tensor | Sequence[Any] | None
@@ -162,16 +163,11 @@ class GivenImages:
         """Let them be new to the next call of :meth:`are_new`."""
         self._seen = None
 
-    def forget_files(self) -> None:
-        """Files of the same names may be others by now."""
-        if isinstance(self.given, (str, Path)):
-            self.forget()
-
     def are_new(self, trainer: pl.Trainer, size: tuple[int, int] | None) -> bool:
         """Whether they are others than at the last call, which another run of the trainer may have made."""
         before = self._seen
         if isinstance(self.given, (str, Path)):
-            self._seen = (size, str(self.given), open_images(self.given).names)
+            self._seen = (size, open_images(self.given).names, _stamps(expanded(self.given)))
             return bool(before != self._seen)
         images = self._tensor(trainer)
         self._seen = (images, 0 if images.is_inference() else images._version)
@@ -179,6 +175,12 @@ class GivenImages:
             return True
         changed_in_place = before[0].data_ptr() == images.data_ptr() and before[1] != self._seen[1]
         return changed_in_place or before[0].dtype != images.dtype or not torch.equal(before[0], images)
+
+
+def _stamps(place: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of the files at a place: others may have taken their names."""
+    files = [*place.rglob("*")] if place.is_dir() else [place] if place.exists() else []
+    return sorted((str(file), (seen := file.stat()).st_size, seen.st_mtime_ns) for file in files)
 
 
 def own_share(trainer: pl.Trainer, count: int) -> Tensor:

@@ -61,7 +61,6 @@ class ReferenceCallback(EvaluationCallback):
         super().prepare(trainer, pl_module)
         self.reference.check(trainer, least=2)
         self._ready = False  # another run may have another reference set
-        self.reference.forget_files()
         if self.reference.are_shots(trainer):
             self.warn_once(
                 "the reference images are the shots themselves: values say how closely the shots are copied, not how "

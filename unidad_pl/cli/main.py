@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from inspect import signature
 from itertools import pairwise
 from os import listdir
-from os.path import basename, dirname, exists, expanduser, isdir, join, splitext
+from os.path import basename, dirname, exists, isdir, join, splitext
 from typing import TYPE_CHECKING
 
 from unidad_pl.cli.description import DESCRIPTION
@@ -100,11 +100,13 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _refuse_missing_configs(given: Sequence[str]) -> None:
     """End the command where a ``--config`` is the name of a YAML file that is not there."""
+    from unidad_pl.files import expanded
+
     named = [after for word, after in pairwise(given) if word in ("-c", "--config")]
     named += [word.partition("=")[2] for word in given if word.startswith("--config=")]
     for name in named:
-        if splitext(name)[1] in (".yaml", ".yml") and "://" not in name and not exists(expanduser(name)):
-            folder = dirname(expanduser(name)) or "."
+        if splitext(name)[1] in (".yaml", ".yml") and "://" not in name and not expanded(name).exists():
+            folder = expanded(name).parent
             near = get_close_matches(basename(name), listdir(folder), 1) if isdir(folder) else []
             meant = f" (did you mean {join(dirname(name), near[0])!r}?)" if near else ""
             refuse(f"unidad {_named(given)}: there is no config {name!r}{meant}", 2)
