@@ -35,6 +35,7 @@ onload = () => setTimeout(() => {
   seen.textContent = JSON.stringify({
     before, after: shown(), width: own.innerWidth, content: page.documentElement.scrollWidth,
     plots: page.querySelectorAll(".js-plotly-plot .scatterlayer .trace").length,
+    wide: [...page.querySelectorAll(".charts > *")].filter(one => one.scrollWidth > one.clientWidth + 1).length,
     unseen: [...page.images].filter(one => !one.naturalWidth && !one.closest("[hidden]")).length,
   });
 }, 3000);
@@ -58,4 +59,5 @@ def test_a_page_works(width: int, tmp_path: Path) -> None:
     assert seen["after"] == [1, "iteration 10", "iteration 10"]
     assert seen["content"] <= seen["width"] <= width
     assert seen["plots"] == 8  # four plots of two runs
+    assert seen["wide"] == 0  # a plot that is drawn before its neighbours are there has its share of the width too
     assert seen["unseen"] == 0

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.report.folders import write_events
-from unidad_pl.report.curves import Curve, read_logged
+from unidad_pl.report.curves import Curve, Logged, read_logged
+from unidad_pl.report.folder import Run
 
 
 def test_events_are_read(tmp_path: Path) -> None:
@@ -75,3 +76,11 @@ def test_a_pipe_among_the_files_is_not_waited_for(tmp_path: Path) -> None:
     logged = read_logged(tmp_path)
     assert logged.problems == ["events.out.tfevents.9 is no file"]
     assert logged.curves["loss/fake"]
+
+
+def test_iterations_are_counted_as_the_logger_does() -> None:
+    """It calls the first iteration 0, and an evaluation after the tenth one 10."""
+    curves = {"loss/fake": Curve([0, 9], [1.0, 2.0])}
+    assert Run(Path(), "run", logged=Logged(curves=curves)).iterations == 10
+    curves |= {"val/fid": Curve([10], [1.0]), "epoch": Curve([10], [0.0])}
+    assert Run(Path(), "run", logged=Logged(curves=curves)).iterations == 10

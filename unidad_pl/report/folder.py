@@ -24,6 +24,7 @@ WHAT_IT_IS = (
     "metrics.jsonl, checkpoints/ and samples/ in it; 'unidad fit --config configs/quickstart.yaml' makes one"
 )
 LOWER, HIGHER = "min", "max"
+EVALUATED = ("val", "test", "epoch")
 
 
 @dataclass
@@ -58,7 +59,9 @@ class Run:
     @property
     def iterations(self) -> int:
         """The last one that anything was written of."""
-        logged = [curve.steps[-1] + 1 for curve in self.logged.curves.values() if curve.steps]
+        # Lightning logs a value of the n-th iteration at n - 1, and one of an evaluation after it at n.
+        logged = [curve.steps[-1] + (not name.startswith(EVALUATED)) for name, curve in self.logged.curves.items()
+                  if curve.steps]  # fmt: skip
         return max([0, *logged, *(record["step"] for record in self.records)])
 
     @property
