@@ -230,6 +230,8 @@ def test_the_pages_files_are_the_pictures(studio: Studio, tmp_path: Path) -> Non
         demo_page._in_words(page.sample, ["First seed"])(-1, 2, 2)
     with pytest.raises(demo_page.gr.Error, match="First seed is empty: write a whole number"):
         demo_page._in_words(page.sample, ["First seed"])(None, 2, 2)
+    events = [event for one in page.blocks().config["dependencies"] for _, event in one["targets"]]
+    assert sorted(events) == ["click", "click", "click", "load"]  # a page that opens shows pictures
     student = pixel_student()
     student.sampler = FewStepSampler(torch.linspace(80, 0.5, 20))
     many = demo_page.Page(Studio(export(student, tmp_path / "many"), device="cpu"), tmp_path)

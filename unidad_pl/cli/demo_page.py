@@ -90,10 +90,12 @@ class Page:
                 f"{student.weights} weights{size}. Equal seeds give equal pictures."
             )
             with gr.Tab("Sample"):
-                self._tab(
+                draw = self._tab(
                     self.sample, [_seed("First seed", 0), _count("Pictures", 16, 1), self._steps()],
                     [_pictures(), gr.DownloadButton("Download the grid", render=False)],
                 )  # fmt: skip
+            if not self.studio.takes_prompts:
+                page.load(**draw)  # a page that opens shows what the model draws
             with gr.Tab("Beside the source"):
                 many = gr.Slider(1, 100, SOURCE_STEPS, step=1, label="Steps of the source", render=False)
                 self._tab(
@@ -112,7 +114,12 @@ class Page:
     def _steps(self) -> gr.Slider:
         return gr.Slider(1, self.studio.most_steps, self.trained_steps, step=1, label="Steps K", render=False)
 
-    def _tab(self, function: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> None:
+    def _tab(self, function: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> dict[str, Any]:
+        """Lay out one tab.
+
+        Returns:
+            What its button does.
+        """
         with gr.Row():
             for one in inputs:
                 one.render()
@@ -124,7 +131,11 @@ class Page:
         for one in outputs:
             one.render()
         # One at a time: the pictures of several people would wait for each other anyway.
-        button.click(_in_words(function, numbers), inputs, outputs, api_name=function.__name__, concurrency_id="model")
+        draw: dict[str, Any] = dict(
+            fn=_in_words(function, numbers), inputs=inputs, outputs=outputs, concurrency_id="model"
+        )
+        button.click(**draw, api_name=function.__name__)
+        return draw
 
 
 def _in_words(function: Callable[..., Any], numbers: Sequence[str]) -> Callable[..., Any]:
