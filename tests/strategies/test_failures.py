@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ import torch
 from tests.processes import LAUNCHER, ROOT
 from tests.worlds import fit, tiny_unet
 from unidad_pl import UniDAD
-from unidad_pl.strategies.ddp import take_from_rank_0, tensors_elsewhere
+from unidad_pl.strategies import ddp
+from unidad_pl.strategies.ddp import ManualDDPStrategy, take_from_rank_0, tensors_elsewhere
 from unidad_pl.training.stepping import average_gradients
 
 pytestmark = pytest.mark.slow
@@ -55,6 +57,25 @@ def test_what_is_kept_on_another_device_is_found_and_takes_the_values_of_rank_0(
         take_from_rank_0(tensor, torch.device("cpu"))
     assert received == [(torch.device("cpu"), 0)]
     assert torch.equal(tensor, torch.ones(2, 3))
+
+
+@pytest.mark.ci
+def test_every_fit_takes_what_is_elsewhere_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = torch.nn.ModuleDict({f"there{i}": torch.nn.Linear(1, 1, device="meta") for i in range(4)})
+    module["here"] = torch.nn.Linear(1, 1)
+    module._ddp_params_and_buffers_to_ignore = ["there0.weight"]
+    strategy = ManualDDPStrategy(parallel_devices=[torch.device("cpu")])
+    strategy._model = module
+    synced: list[list[str]] = []
+    taken: list[torch.Tensor] = []
+    monkeypatch.setattr(ddp, "_sync_module_states", lambda m: synced.append(m._ddp_params_and_buffers_to_ignore))
+    monkeypatch.setattr(ddp, "take_from_rank_0", lambda tensor, device: taken.append(tensor))
+    names = [name for name, _ in module.named_parameters() if name.startswith("there") and name != "there0.weight"]
+    for _ in range(2):
+        strategy.configure_ddp()
+    assert [set(ignored) for ignored in synced] == 2 * [{"there0.weight", *names}]
+    assert module._ddp_params_and_buffers_to_ignore == ["there0.weight"]
+    assert [id(one) for one in taken] == 2 * [id(module.get_parameter(name)) for name in names]
 
 
 def test_the_command_line_on_two_processes(tmp_path: Path) -> None:

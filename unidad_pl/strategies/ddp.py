@@ -44,13 +44,15 @@ class ManualDDPStrategy(FailFastStrategy, DDPStrategy):
     strategy_name = NAME
 
     def configure_ddp(self) -> None:
-        assert self.model is not None
-        elsewhere = tensors_elsewhere(self.model, self.root_device)
-        ignored = getattr(self.model, "_ddp_params_and_buffers_to_ignore", ())
-        self.model._ddp_params_and_buffers_to_ignore = [*ignored, *elsewhere]  # type: ignore[assignment]
-        _sync_module_states(self.model)
-        for name in elsewhere.keys() - set(ignored):
-            take_from_rank_0(elsewhere[name], self.root_device)
+        model: Any = self.model
+        elsewhere = tensors_elsewhere(model, self.root_device)
+        ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
+        model._ddp_params_and_buffers_to_ignore = [*ignored, *elsewhere]
+        _sync_module_states(model)
+        model._ddp_params_and_buffers_to_ignore = ignored  # another fit may have them elsewhere
+        for name, tensor in elsewhere.items():  # in one order on all ranks
+            if name not in ignored:
+                take_from_rank_0(tensor, self.root_device)
 
     def block_backward_sync(self) -> Any:
         """Nothing to block: gradients are only exchanged in the module's own ``step``."""
