@@ -78,6 +78,8 @@ def test_other_pictures_of_the_same_names_are_another_reference(folder: Path, ru
         return FID(TinyFeatures(), reference=str(tmp_path / "pictures"))
 
     same, found = fid(), []
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "gone").symlink_to("nowhere")
     for seed in (1, 2):
         pictures(seed)
         found += [evaluate(runs, same)[-1]["values"], evaluate(runs, fid())[-1]["values"]]

@@ -179,8 +179,9 @@ class GivenImages:
 
 def _stamps(place: Path) -> list[tuple[str, int, int]]:
     """Name, size and time of the files at a place: others may have taken their names."""
-    files = [*place.rglob("*")] if place.is_dir() else [place] if place.exists() else []
-    return sorted((str(file), (seen := file.stat()).st_size, seen.st_mtime_ns) for file in files)
+    files = [place, *(place.rglob("*") if place.is_dir() else [])]
+    # A link may lead nowhere.
+    return sorted((str(file), (seen := file.stat()).st_size, seen.st_mtime_ns) for file in files if file.exists())
 
 
 def own_share(trainer: pl.Trainer, count: int) -> Tensor:

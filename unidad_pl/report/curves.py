@@ -10,6 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from unidad_pl.runs.config import EVENTS
+
 
 @dataclass
 class Curve:
@@ -72,7 +74,7 @@ class Logged:
 def read_logged(folder: Path) -> Logged:
     """All scalars below a run folder, in the order the files were begun."""
     logged = Logged()
-    for path in sorted(folder.rglob("events.out.tfevents.*"), key=lambda path: path.name):
+    for path in sorted(folder.rglob(f"{EVENTS}*"), key=lambda path: path.name):
         if not path.is_file():  # a pipe would be waited for
             logged.problems.append(f"{path.name} is no file")
             continue

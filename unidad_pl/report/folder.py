@@ -15,9 +15,9 @@ from unidad_pl.callbacks.records import FILE as METRICS_FILE
 from unidad_pl.callbacks.records import read_lines, read_records
 from unidad_pl.files import BrokenFile, read_json
 from unidad_pl.report.curves import Curve, Logged, read_logged
-from unidad_pl.runs.config import CONFIG_FILE, read_config
+from unidad_pl.runs.config import CONFIG_FILE, EVENTS, read_config
 
-MARKS = (CONFIG_FILE, METRICS_FILE, ENVIRONMENT_FILE, "checkpoints", "samples", "metrics.csv", "events.out.tfevents.*")
+MARKS = (CONFIG_FILE, METRICS_FILE, ENVIRONMENT_FILE, "checkpoints", "samples", "metrics.csv", f"{EVENTS}*")
 """What a run leaves: a folder with none of these is none."""
 WHAT_IT_IS = (
     "a run folder is what 'unidad fit' writes and names at its end, runs/NAME/version_N with config.yaml, "

@@ -8,6 +8,8 @@ from typing import Any
 from unidad_pl.files import BrokenFile, reading
 
 CONFIG_FILE = "config.yaml"
+EVENTS = "events.out.tfevents."
+"""How TensorBoard's files begin."""
 LOGGER: dict[str, Any] = {
     "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
     "init_args": {"save_dir": "runs", "name": None},

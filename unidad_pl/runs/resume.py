@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from unidad_pl.callbacks.environment import FILE as RECORD
 from unidad_pl.files import expanded
 from unidad_pl.runs.checkpoints import is_remote, newest_intact
-from unidad_pl.runs.config import CONFIG_FILE
+from unidad_pl.runs.config import CONFIG_FILE, EVENTS
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 WORDS = ("last", "auto")
 """``last``: the newest intact checkpoint, an error if there is none. ``auto``: the same, but begin where there is none,
 for jobs that are queued again."""
-EVENTS = "events.out.tfevents."
-"""How TensorBoard's files begin."""
 
 
 def run_tree(trainer: pl.Trainer) -> list[Path]:
